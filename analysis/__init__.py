@@ -1,0 +1,4 @@
+"""Reads run directories: tables in, figures out. Imports nothing of the engine, so it runs anywhere.
+
+python -m analysis report DIR [DIR ...] [--out FILE]
+"""

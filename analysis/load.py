@@ -1,0 +1,102 @@
+"""A run directory as pandas tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+Frame = Any  # a pandas DataFrame: under pandas's own annotations most honest uses fail a type check
+
+
+class NotARunError(ValueError):
+    """A directory holds no run that can be read."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run wrote down; `docs/run_log.md` describes every column."""
+
+    directory: Path
+    config: dict[str, Any]
+    """config.json: `config` (the settings), `resolved`, `versions`, `git`, `hardware`, ..."""
+    rounds: Frame
+    """One row a round, sorted; empty if none is finished."""
+    clients: Frame
+    """One row a (round, device), sorted; the clients of finished rounds."""
+    summary: dict[str, Any] | None
+    """summary.json; None while the run is unfinished."""
+    events: Frame
+    """Columns `time`, `kind`, and one a fact; empty if nothing happened."""
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings by dotted path, e.g. settings["fleet.num_devices"]."""
+        return flatten(self.config.get("config", {}))
+
+
+def load_run(directory: str | Path) -> Run:
+    """Read a run directory, finished or not; raises NotARunError if it holds none."""
+    directory = Path(directory).absolute()
+    if not directory.is_dir():
+        raise NotARunError(f"{directory} is no directory")
+    if not (directory / "config.json").exists():
+        raise NotARunError(f"{directory} holds no run: it has no config.json")
+    rounds, clients = _table(directory / "rounds"), _table(directory / "clients")
+    if rounds.empty:
+        clients = clients.head(0)
+    else:  # clients are written before their round: without its row, a round is not finished
+        rounds = rounds.sort_values("round", ignore_index=True)
+        clients = clients[clients["round"].isin(rounds["round"])]
+        clients = clients.sort_values(["round", "device_id"], ignore_index=True)
+    summary = directory / "summary.json"
+    return Run(
+        directory=directory,
+        config=_json(directory / "config.json"),
+        rounds=rounds,
+        clients=clients,
+        summary=_json(summary) if summary.exists() else None,
+        events=_events(directory / "events.jsonl"),
+    )
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level of dotted paths."""
+    flat = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def _table(folder: Path) -> Frame:
+    if not any(folder.glob("[0-9]*.parquet")):
+        return pd.DataFrame()
+    try:
+        return pd.read_parquet(folder)
+    except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
+        raise NotARunError(f"{folder} cannot be read: {error}") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise NotARunError(f"{path} cannot be read: {error}") from error
+
+
+def _events(path: Path) -> Frame:
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # a line cut off by a crash
+            continue
+    return pd.DataFrame(records) if records else pd.DataFrame(columns=["time", "kind"])

@@ -1,0 +1,64 @@
+"""What every algorithm is, and what one round of it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from fedpeat_ray.aggregation.server_optimizer import ServerState
+from fedpeat_ray.data.client_data import ClientData
+from fedpeat_ray.fleet.conditions import Conditions
+from fedpeat_ray.fleet.costs import Admission, Costs
+from fedpeat_ray.models.layout import Layout
+from fedpeat_ray.records import ClientReport, ClientTask
+from fedpeat_ray.training.map_clients import MapClients
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """The facts of one round, a device a position; `reports` of those that trained."""
+
+    device_ids: np.ndarray
+    tasks: Sequence[ClientTask]
+    costs: Costs
+    admission: Admission
+    reports: Sequence[ClientReport]
+    lora_rank: int | None = None
+
+
+class Algorithm(Protocol):
+    """A federated algorithm: a state, and a round that takes it to the next."""
+
+    @property
+    def layout(self) -> Layout:
+        """The tensors that are trained and sent."""
+        ...
+
+    def init(self, seed: int) -> ServerState:
+        """The state before the first round."""
+        ...
+
+    def run_round(
+        self,
+        state: ServerState,
+        round: int,
+        now_s: float,
+        conditions: Conditions,
+        data: ClientData,
+        map_clients: MapClients,
+    ) -> tuple[ServerState, RoundResult]:
+        """One round, from the sampling of devices to the server's step; `round` counts from 1."""
+        ...
+
+    def evaluator(self) -> Callable:
+        """`train(backbone, model_P, tasks)` that scores held-out sequences with the current model."""
+        ...
+
+    def save(self, directory: Path, model_P: Tensor) -> None:
+        """Write the current model so that others can load it."""
+        ...

@@ -1,0 +1,395 @@
+"""Every setting of a run: frozen dataclasses, one part a component, each field with its help text.
+
+The same objects are the command line (`--fleet.num-devices 2000`), the Python interface and
+`config.json`. `SimulationConfig.validate` is called before anything starts; it raises ConfigError
+with the field, its value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fedpeat_ray.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class FoundationConfig:
+    """The pre-trained model that is tuned."""
+
+    name: str = "pydoc-base"
+    """Embedded model (pydoc-base, pydoc-small), Hugging Face name, or local directory."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Type of the frozen weights while adapters are trained; auto: bfloat16 where the hardware multiplies
+    it natively. Adapters, full fine-tuning and evaluation are in float32 (float64 with float64)."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adaptation (Hu et al. 2022), with PEFT's initialisation and scaling alpha / rank."""
+
+    rank: int = 8
+    """Rank of the factors."""
+    alpha: float = 16.0
+    """Scaling numerator: the update is alpha / rank * B A."""
+    targets: tuple[str, ...] = ()
+    """Names of the modules to adapt, e.g. c_attn c_fc. Empty: every linear layer of every block."""
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """What a client does in a round."""
+
+    batch_size: int = 2
+    """Sequences a step."""
+    sequence_length: int = 64
+    """Tokens a sequence."""
+    max_steps: int = 8
+    """Most optimizer steps a round."""
+    epochs: float = 1.0
+    """Passes over the device's share; steps = min(max_steps, ceil(epochs * sequences / batch_size))."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer on the device; its state starts anew every round."""
+    learning_rate: float = 2e-3
+    """Constant learning rate on the device."""
+    weight_decay: float = 0.0
+    """Decoupled (AdamW) or L2 (SGD) weight decay of the trained tensors."""
+    prox_mu: float = 0.0
+    """FedProx: adds mu / 2 * ||w - w_round_start||^2 to the loss (Li et al. 2020, eq. 2)."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What the server does with the mean update (Reddi et al. 2021, algorithm 2)."""
+
+    optimizer: Literal["sgd", "adam", "yogi"] = "sgd"
+    """sgd with learning rate 1 and no momentum is FedAvg's plain mean."""
+    learning_rate: float = 1.0
+    """Server learning rate."""
+    momentum: float = 0.0
+    """Momentum (sgd), or beta 1 (adam, yogi)."""
+    beta2: float = 0.99
+    """Second-moment decay (adam, yogi)."""
+    tau: float = 1e-3
+    """Degree of adaptivity, added to the root of the second moment (adam, yogi)."""
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """Which documents a device holds: a function of its seed, worked out when needed."""
+
+    kind: Literal["iid", "dirichlet", "by_source", "shards"] = "dirichlet"
+    """iid; Dirichlet(alpha) over sources (or labels); one source (or label) a device; k shards a device."""
+    alpha: float = 0.3
+    """Dirichlet concentration: small is heterogeneous, large is nearly IID."""
+    group_by: Literal["source", "label"] = "source"
+    """What dirichlet, by_source and shards group documents by."""
+    shards_per_device: int = 2
+    """k of the pathological k-shard split (McMahan et al. 2017)."""
+    num_shards: int = 400
+    """Shards into which the documents, sorted by group, are cut."""
+    documents_per_device: float = 24.0
+    """Median number of documents a device holds; inf: all there are in its groups."""
+    quantity_sigma: float = 0.6
+    """Standard deviation of the log of the number of documents; 0: all devices alike."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text."""
+
+    name: str = "python_docs"
+    """python_docs (embedded), Hugging Face dataset name, or local directory (parquet, jsonl, txt; in a
+    txt file a blank line ends a document)."""
+    subset: str | None = None
+    """Configuration of a hub dataset, e.g. wikitext-2-raw-v1."""
+    text_column: str = "text"
+    """Column with the text (hub and local data)."""
+    source_column: str | None = None
+    """Column that says where a document comes from, if any; in local data, otherwise the file's name."""
+    label_column: str | None = None
+    """Column with a class, if any; for python_docs it is the package."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    heldout_share: float = 0.1
+    """Share of the documents of every source kept for evaluation (hub and local data)."""
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+
+
+@dataclass(frozen=True)
+class AvailabilityConfig:
+    """When a device can be asked."""
+
+    kind: Literal["always", "markov", "diurnal", "trace"] = "markov"
+    """always; Markov on/off; diurnal (a sine over the day, phase by device); a CSV trace."""
+    slot_s: float = 600.0
+    """Length of a slot in virtual seconds: availability changes between slots (markov, diurnal)."""
+    mean_on_s: float = 7200.0
+    """Mean time a device stays available (markov)."""
+    mean_off_s: float = 1200.0
+    """Mean time a device stays unavailable (markov)."""
+    day_s: float = 86400.0
+    """Period (diurnal)."""
+    min_share: float = 0.3
+    """Share of devices available at the worst hour (diurnal)."""
+    max_share: float = 0.95
+    """Share of devices available at the best hour (diurnal)."""
+    trace: Path | None = None
+    """CSV with columns device_id,start_s,stop_s: when a device is available (trace)."""
+
+
+@dataclass(frozen=True)
+class ChannelConfig:
+    """The radio link between devices and server."""
+
+    kind: Literal["nominal", "rayleigh", "rician"] = "rayleigh"
+    """nominal: the tier's link speeds; otherwise Shannon rate under block fading, capped by them."""
+    bandwidth_hz: float = 100e6
+    """Downlink, and again uplink, bandwidth shared equally by the devices of a round."""
+    server_power_w: float = 20.0
+    """Transmit power of the server, over the whole band."""
+    device_power_w: float = 0.2
+    """Transmit power of a device."""
+    noise_dbm_per_hz: float = -174.0
+    """Noise power density (thermal noise at 290 K)."""
+    path_loss_db_at_1km: float = 128.1
+    """Path loss at 1 km (3GPP TR 36.814, macro cell)."""
+    path_loss_exponent: float = 3.76
+    """Path loss exponent (the same model: 37.6 dB a decade)."""
+    cell_radius_m: float = 500.0
+    """Devices are spread evenly over a disc of this radius around the server."""
+    min_distance_m: float = 10.0
+    """No device is nearer than this."""
+    rician_k: float = 3.0
+    """Power of the line of sight over that of the scattered paths (rician)."""
+    min_bytes_per_s: float = 1e3
+    """A link slower than this, either way, is an outage: the device drops out with reason link."""
+
+
+@dataclass(frozen=True)
+class FleetConfig:
+    """The simulated population."""
+
+    num_devices: int = 2000
+    """Devices in the fleet."""
+    tier_shares: tuple[float, ...] = ()
+    """Share of each tier, in the order of fleet/tiers.py; empty: the shares given there. Any sum."""
+    spread: float = 0.25
+    """Standard deviation of the log of speed, of memory and of link (one draw each) inside a tier."""
+    memory_scale: float = 1.0
+    """Multiplies every memory cap: shrink it to make small models feel large."""
+    precision: Literal["float32", "float16"] = "float32"
+    """Arithmetic in which devices train: which of the tier's speeds counts."""
+    availability: AvailabilityConfig = field(default_factory=AvailabilityConfig)
+    channel: ChannelConfig = field(default_factory=ChannelConfig)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out private text, and the reference points."""
+
+    every: int = 1
+    """Rounds between evaluations; the last round is always evaluated."""
+    num_sequences: int = 128
+    """Held-out sequences for the overall figure."""
+    num_sequences_per_tier: int = 32
+    """Held-out sequences of devices of each tier for the per-tier figure; 0: none."""
+    sequence_length: int = 128
+    """Tokens a held-out sequence."""
+    upper_bound: bool = True
+    """Also tune centrally on the pooled data with the same token budget (cached by configuration)."""
+
+
+@dataclass(frozen=True)
+class HostsConfig:
+    """The processes that embody devices."""
+
+    backend: Literal["ray", "serial"] = "ray"
+    """ray: host actors; serial: in this process, one batch after another (same bits)."""
+    num_hosts: int | None = None
+    """Host actors; unset: one a GPU of the cluster, or one a core."""
+    num_threads: int = 1
+    """CPU threads of a host. Changing it may change the last bits."""
+    num_gpus: float | None = None
+    """GPU share of a host; unset: 1 where the cluster has GPUs, else 0."""
+    memory_gib: float | None = None
+    """Memory a host reserves in Ray's scheduler (which does not enforce it)."""
+    exclusive: bool = False
+    """One actor a device, with its tier's GPU fraction and a real allocator cap; tens of devices."""
+
+
+@dataclass(frozen=True)
+class SimulationConfig:
+    """A whole run."""
+
+    algorithm: Literal["fed-peft", "fed-avg"] = "fed-peft"
+    """fed-peft: federated LoRA; fed-avg: federated averaging of all weights."""
+    rounds: int = 10
+    """Rounds."""
+    cohort_size: int = 32
+    """Devices whose updates a round waits for."""
+    over_sample: float = 1.25
+    """Devices sampled a round, as a multiple of cohort_size; those not needed drop out."""
+    deadline_s: float | None = None
+    """Virtual seconds after which a round ends without the devices that would be late; unset: none."""
+    client_batch_size: int | Literal["auto"] = "auto"
+    """Clients trained together on one backbone; auto measures a few sizes first and logs its choice."""
+    seed: int = 0
+    """Everything random follows from it."""
+    out: Path | None = None
+    """Run directory; unset: a new one under $FEDPEAT_RUNS."""
+    resume: Path | None = None
+    """Run directory to go on with, from its last checkpoint."""
+    checkpoint_every: int = 5
+    """Rounds between checkpoints; the last round always has one."""
+    local: LocalConfig = field(default_factory=LocalConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    foundation: FoundationConfig = field(default_factory=FoundationConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
+
+    def validate(self) -> None:
+        """Raise ConfigError for the first setting that cannot be used; reads no file, loads nothing."""
+        for path, (low, high, allowed) in _BOUNDS.items():
+            value = get(self, path)
+            if value is not None and value != "auto" and not low <= value <= high:
+                raise ConfigError.of(path, value, allowed)
+        if self.cohort_size > self.fleet.num_devices:
+            allowed = f"at most fleet.num_devices = {self.fleet.num_devices}"
+            raise ConfigError.of("cohort_size", self.cohort_size, allowed)
+        availability = self.fleet.availability
+        if availability.kind == "trace" and availability.trace is None:
+            raise ConfigError.of("fleet.availability.trace", None, "a CSV file when fleet.availability.kind is trace")
+        if availability.min_share > availability.max_share:
+            allowed = f"at most fleet.availability.max_share = {availability.max_share}"
+            raise ConfigError.of("fleet.availability.min_share", availability.min_share, allowed)
+        if self.out is not None and self.resume is not None:
+            raise ConfigError.of("out", str(self.out), "unset together with resume, which goes on in its own directory")
+        if self.hosts.exclusive and self.hosts.backend != "ray":
+            raise ConfigError.of("hosts.exclusive", True, "hosts.backend = 'ray'")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: paths as strings, tuples as lists, infinity as "inf"."""
+        return _plain(dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SimulationConfig:
+        """The inverse of `to_dict`; raises ConfigError for a field that does not exist."""
+        return _build(cls, values, "")
+
+
+_TINY, _INF = math.ulp(0.0), math.inf
+_POSITIVE_INT = (1, 2**62, "an integer of at least 1")
+_POSITIVE = (_TINY, 1e300, "a finite number above 0")
+_NOT_NEGATIVE = (0, 1e300, "a finite number of at least 0")
+_SHARE = (0, 1, "between 0 and 1")
+_BOUNDS: dict[str, tuple[float, float, str]] = {
+    "rounds": _POSITIVE_INT,
+    "cohort_size": _POSITIVE_INT,
+    "over_sample": (1, 1e6, "at least 1"),
+    "deadline_s": _POSITIVE,
+    "client_batch_size": _POSITIVE_INT,
+    "seed": (0, 2**62, "an integer of at least 0"),
+    "checkpoint_every": _POSITIVE_INT,
+    "local.batch_size": _POSITIVE_INT,
+    "local.sequence_length": (2, 2**31, "an integer of at least 2"),
+    "local.max_steps": _POSITIVE_INT,
+    "local.epochs": _POSITIVE,
+    "local.learning_rate": _POSITIVE,
+    "local.weight_decay": _NOT_NEGATIVE,
+    "local.prox_mu": _NOT_NEGATIVE,
+    "lora.rank": _POSITIVE_INT,
+    "lora.alpha": _POSITIVE,
+    "server.learning_rate": _POSITIVE,
+    "server.momentum": (0, 1 - 2**-53, "at least 0 and below 1"),
+    "server.beta2": (0, 1 - 2**-53, "at least 0 and below 1"),
+    "server.tau": _POSITIVE,
+    "data.heldout_share": (_TINY, 1 - 2**-53, "above 0 and below 1"),
+    "data.partition.alpha": _POSITIVE,
+    "data.partition.shards_per_device": _POSITIVE_INT,
+    "data.partition.num_shards": _POSITIVE_INT,
+    "data.partition.documents_per_device": (1, _INF, "at least 1"),
+    "data.partition.quantity_sigma": _NOT_NEGATIVE,
+    "fleet.num_devices": _POSITIVE_INT,
+    "fleet.spread": _NOT_NEGATIVE,
+    "fleet.memory_scale": _POSITIVE,
+    "fleet.availability.slot_s": _POSITIVE,
+    "fleet.availability.mean_on_s": _POSITIVE,
+    "fleet.availability.mean_off_s": _POSITIVE,
+    "fleet.availability.day_s": _POSITIVE,
+    "fleet.availability.min_share": _SHARE,
+    "fleet.availability.max_share": _SHARE,
+    "fleet.channel.bandwidth_hz": _POSITIVE,
+    "fleet.channel.server_power_w": _POSITIVE,
+    "fleet.channel.device_power_w": _POSITIVE,
+    "fleet.channel.path_loss_exponent": _POSITIVE,
+    "fleet.channel.cell_radius_m": _POSITIVE,
+    "fleet.channel.min_distance_m": _POSITIVE,
+    "fleet.channel.rician_k": _NOT_NEGATIVE,
+    "fleet.channel.min_bytes_per_s": _NOT_NEGATIVE,
+    "evaluation.every": _POSITIVE_INT,
+    "evaluation.num_sequences": _POSITIVE_INT,
+    "evaluation.num_sequences_per_tier": (0, 2**31, "an integer of at least 0"),
+    "evaluation.sequence_length": (2, 2**31, "an integer of at least 2"),
+    "hosts.num_hosts": _POSITIVE_INT,
+    "hosts.num_threads": _POSITIVE_INT,
+    "hosts.num_gpus": _NOT_NEGATIVE,
+    "hosts.memory_gib": _POSITIVE,
+}
+
+
+def get(config: object, path: str) -> Any:
+    """The value of a dotted path, e.g. `get(config, "fleet.num_devices")`."""
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def differences(one: object, other: object, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(path, value in one, value in the other) of every field in which two configurations differ."""
+    for item in dataclasses.fields(one):  # type: ignore[arg-type]  # both are dataclasses of one kind
+        a, b = getattr(one, item.name), getattr(other, item.name)
+        if dataclasses.is_dataclass(a):
+            yield from differences(a, b, f"{prefix}{item.name}.")
+        elif a != b:
+            yield f"{prefix}{item.name}", a, b
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    known = {item.name for item in dataclasses.fields(cls)}
+    built = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError.of(f"{prefix}{name}", value, f"one of {', '.join(sorted(known))}")
+        hint = hints[name]
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if dataclasses.is_dataclass(hint):
+            value = _build(typing.cast(type, hint), value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif Path in options and value is not None:
+            value = Path(value)
+        elif float in options and isinstance(value, str):
+            value = float(value)
+        built[name] = value
+    return cls(**built)

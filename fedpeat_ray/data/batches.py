@@ -1,0 +1,111 @@
+"""From documents to sequences and batches: packing, shuffling, padding.
+
+Documents are put one after the other, each with its end token, and cut into sequences of one length,
+so no compute is spent on padding. What padding there is has length 0 or lies past a row's length, and
+counts no tokens: a row of length n has n - 1 tokens to predict.
+
+Shapes: N sequences, S steps, B sequences a batch, T tokens a sequence.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fedpeat_ray.config import LocalConfig
+from fedpeat_ray.data.corpus import Corpus
+from fedpeat_ray.data.partition import Partition
+from fedpeat_ray.errors import DataError
+from fedpeat_ray.seeding import generator
+
+
+def client_sequences(corpus: Corpus, documents: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The documents, in the order given, packed into sequences.
+
+    The last sequence is padded with the end token. If it would be a single token, which predicts
+    nothing, it is left out; but there is always at least one sequence.
+
+    Returns tokens_NT int64 and lengths_N int64, the tokens of each sequence that are not padding.
+    """
+    pieces = [corpus.tokens[corpus.offsets[i] : corpus.offsets[i + 1]] for i in documents]
+    tokens = np.concatenate(pieces) if pieces else corpus.tokens[:0]
+    num_sequences = max(1, math.ceil((len(tokens) - 1) / sequence_length))
+    tokens = tokens[: num_sequences * sequence_length]
+    tokens_NT = np.full((num_sequences, sequence_length), corpus.eos_id, dtype=np.int64)
+    tokens_NT.ravel()[: len(tokens)] = tokens
+    lengths_N = np.full(num_sequences, sequence_length, dtype=np.int64)
+    lengths_N[-1] = len(tokens) - (num_sequences - 1) * sequence_length
+    return tokens_NT, lengths_N
+
+
+def num_steps(num_sequences: int, local: LocalConfig) -> int:
+    """Optimizer steps of a client: min(max_steps, ceil(epochs * num_sequences / batch_size)), at least 1."""
+    steps = local.epochs * num_sequences / local.batch_size
+    return max(1, math.ceil(min(local.max_steps, steps - 1e-9)))  # 0.1 * 30 is 3, and not just above it
+
+
+def client_batches(
+    tokens_NT: np.ndarray, lengths_N: np.ndarray, num_steps: int, batch_size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The batches of `num_steps` steps: pass after pass over the sequences, each pass in a new order.
+
+    A batch that a pass cannot fill goes on with the next pass, beginning with sequences it does not
+    have yet. With fewer sequences than `batch_size`, every batch is one pass, and rows of length 0
+    fill it up. So no sequence counts twice in a step, and after k passes each has counted k times.
+
+    Returns tokens_SBT int64 and lengths_SB int64.
+    """
+    num_rows = min(batch_size, len(tokens_NT))
+    order = np.empty(0, dtype=np.int64)
+    while len(order) < num_steps * num_rows:
+        begun = order[len(order) // num_rows * num_rows :]
+        fresh = rng.permutation(len(tokens_NT))
+        repeats = np.isin(fresh, begun)
+        order = np.concatenate([order, fresh[~repeats], fresh[repeats]])
+    order_SB = order[: num_steps * num_rows].reshape(num_steps, num_rows)
+    tokens_SBT = np.zeros((num_steps, batch_size, tokens_NT.shape[1]), dtype=np.int64)
+    lengths_SB = np.zeros((num_steps, batch_size), dtype=np.int64)
+    tokens_SBT[:, :num_rows] = tokens_NT[order_SB]
+    lengths_SB[:, :num_rows] = lengths_N[order_SB]
+    return tokens_SBT, lengths_SB
+
+
+def heldout_sequences(
+    corpus: Corpus, num_sequences: int, sequence_length: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A fixed sample of held-out text in which every group has its share.
+
+    Documents of a group, in random order, are spread evenly over (0, 1), each group with an offset
+    of its own; in the order of these positions every prefix is proportional over groups.
+
+    Returns tokens_NT and lengths_N as `client_sequences`; fewer than `num_sequences` if the text ends.
+    Raises DataError if nothing is held out.
+    """
+    documents = np.flatnonzero(corpus.heldout)
+    if not len(documents):
+        raise DataError("no document is held out, so nothing can be evaluated")
+    rng = generator(seed, "held-out sample")
+    documents = rng.permutation(documents)
+    documents = documents[np.argsort(corpus.group[documents], kind="stable")]
+    sizes_G = np.bincount(corpus.group[documents], minlength=len(corpus.group_names))
+    offset_G = rng.random(len(sizes_G))
+    group = corpus.group[documents]
+    rank = np.arange(len(documents)) - (np.cumsum(sizes_G) - sizes_G)[group]
+    documents = documents[np.argsort((rank + offset_G[group]) / sizes_G[group], kind="stable")]
+    return _first_sequences(corpus, documents, num_sequences, sequence_length)
+
+
+def device_heldout_sequences(
+    corpus: Corpus, partition: Partition, device_id: int, num_sequences: int, sequence_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Held-out text in the device's own mixture over groups, the same every time (see `heldout_sequences`)."""
+    return _first_sequences(corpus, partition.heldout_documents(device_id), num_sequences, sequence_length)
+
+
+def _first_sequences(
+    corpus: Corpus, documents: np.ndarray, num_sequences: int, sequence_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    enough = np.searchsorted(np.cumsum(corpus.num_tokens[documents]), num_sequences * sequence_length)
+    tokens_NT, lengths_N = client_sequences(corpus, documents[: enough + 1], sequence_length)
+    return tokens_NT[:num_sequences], lengths_N[:num_sequences]

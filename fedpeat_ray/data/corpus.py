@@ -1,0 +1,155 @@
+"""The documents of a run, tokenised once: flat arrays that every process can share without a copy.
+
+A corpus is one side of the data: the private text that devices hold, or the public text that a
+server has. Keeping them apart means no device can train on public text by mistake.
+
+Shapes: D documents, N tokens of all documents, G groups.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from fedpeat_ray.config import DataConfig
+from fedpeat_ray.data import hub, python_docs
+from fedpeat_ray.errors import ConfigError, DataError, ModelError
+from fedpeat_ray.files import user_cache_dir, written_whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CACHE_VERSION = 1  # part of the cache key: raise it when what is stored changes
+_TEXTS_A_CALL = 4096  # bounds the memory of the tokenizer's own results
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenised documents; document d is `tokens[offsets[d] : offsets[d + 1]]` and ends with `eos_id`."""
+
+    tokens: np.ndarray
+    """(N,) uint16, or uint32 for vocabularies of more than 65,536 entries."""
+    offsets: np.ndarray
+    """(D + 1,) int64."""
+    group: np.ndarray
+    """(D,) int32 index into `group_names`."""
+    group_names: tuple[str, ...]
+    """Sources or labels (data.partition.group_by), sorted."""
+    heldout: np.ndarray
+    """(D,) bool: kept for evaluation."""
+    eos_id: int
+    """Token that ends a document, and pads sequences."""
+    digest: str
+    """SHA-256 of texts, groups, held-out marks and tokenizer: the same digest means the same data."""
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """(D,) int64 tokens of each document, with its end."""
+        return np.diff(self.offsets)
+
+
+def load_corpus(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, public: bool = False, cache_dir: Path | None = None
+) -> Corpus:
+    """The private documents of `config.name` (or, with `public`, those a server has), tokenised.
+
+    Tokens are cached by what they depend on, the texts and the tokenizer. Documents may be longer
+    than the model's context: packing cuts them (data/batches.py).
+
+    Raises DataError if there are no such documents (hub and local data are private throughout);
+    ConfigError if the partition needs labels and there are none; ModelError if the tokenizer is not a
+    fast one or has no end-of-text token.
+    """
+    eos_id = tokenizer.eos_token_id
+    if not tokenizer.is_fast or not isinstance(eos_id, int):
+        raise ModelError(f"the tokenizer of {tokenizer.name_or_path!r} must be a fast one with an end-of-text token")
+    table = _documents(config, public)
+    names = _groups(table, config)
+    group_names, group = np.unique(np.asarray(names, dtype=object), return_inverse=True)
+    heldout = table["heldout"].to_numpy()
+    texts = table["text"].to_pylist()
+    key = _sha256([str(_CACHE_VERSION), _tokenizer_json(tokenizer), *texts])
+    path = (cache_dir or user_cache_dir()) / f"tokens-{key[:16]}.npz"
+    tokens, offsets = _cached_tokens(path, texts, tokenizer)
+    return Corpus(
+        tokens=tokens,
+        offsets=offsets,
+        group=group.astype(np.int32),
+        group_names=tuple(group_names),
+        heldout=heldout,
+        eos_id=eos_id,
+        digest=_sha256([key, *names, *map(str, heldout)]),
+    )
+
+
+def _documents(config: DataConfig, public: bool) -> pa.Table:
+    """A table with hub.SCHEMA; the label of python_docs is the package."""
+    if config.name == "python_docs":
+        table = python_docs.load()
+        table = table.filter(table["public"].to_numpy() == public)
+        return table.rename_columns({"package": "label"}).select(hub.SCHEMA.names)
+    if public:
+        raise DataError(f"data.name = {config.name!r} has no public part: hub and local data are the devices' own")
+    return hub.load(config)
+
+
+def _groups(table: pa.Table, config: DataConfig) -> list[str]:
+    """(D,) the name of each document's group."""
+    if config.partition.group_by == "label" and table["label"].null_count:
+        if config.partition.kind != "iid":  # iid asks for no groups; they only balance the evaluation
+            allowed = f"'source', as the documents have no labels: data.label_column = {config.label_column!r}"
+            raise ConfigError.of("data.partition.group_by", "label", allowed)
+        return table["source"].to_pylist()
+    return table[config.partition.group_by].to_pylist()
+
+
+def _cached_tokens(path: Path, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+    if path.exists():
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays["tokens"], arrays["offsets"]
+    tokens, offsets = tokenise(texts, tokenizer)
+    with written_whole(path) as part, part.open("wb") as file:
+        np.savez(file, tokens=tokens, offsets=offsets)
+    return tokens, offsets
+
+
+def tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (N,) and offsets (D + 1,) of the texts, each followed by the end-of-text token.
+
+    Fast tokenizers use every core, unless TOKENIZERS_PARALLELISM says otherwise.
+    """
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    end = [tokenizer.eos_token_id]
+    pieces: list[np.ndarray] = []
+    for start in range(0, len(texts), _TEXTS_A_CALL):
+        batch = texts[start : start + _TEXTS_A_CALL]
+        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        pieces += [np.asarray(ids + end, dtype=dtype) for ids in encoded["input_ids"]]
+    offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
+    return np.concatenate(pieces), offsets
+
+
+def _tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the tokens depend on; padding and truncation are left out, being the state of earlier calls."""
+    backend: Any = tokenizer.backend_tokenizer
+    parts = json.loads(backend.to_str())
+    parts |= {"padding": None, "truncation": None, "eos_token_id": tokenizer.eos_token_id}
+    return json.dumps(parts, sort_keys=True)
+
+
+def _sha256(values: Iterable[str]) -> str:
+    sha = hashlib.sha256()
+    for value in values:
+        sha.update(value.encode("utf-8", "replace") + b"\x00")
+    return sha.hexdigest()

@@ -1,0 +1,136 @@
+"""Your own text: a dataset of the Hugging Face hub, or a local directory of Parquet, JSON lines or text.
+
+Hub datasets go through `datasets.load_dataset`, which runs no code of theirs; directories are plain
+reads. Either becomes one table with SCHEMA, held in memory. All of it is the devices' own (private)
+text: nobody has said which part of it a server may see.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json as pj
+import pyarrow.parquet as pq
+
+from fedpeat_ray.config import DataConfig
+from fedpeat_ray.data.python_docs import mark_heldout
+from fedpeat_ray.errors import DataError
+
+SCHEMA = pa.schema(
+    [
+        ("source", pa.string()),
+        ("label", pa.string()),  # null without data.label_column
+        ("heldout", pa.bool_()),
+        ("text", pa.string()),
+    ]
+)
+FORMATS = (".parquet", ".jsonl", ".json", ".txt")  # .json: JSON lines too
+
+
+def load(config: DataConfig) -> pa.Table:
+    """The documents of `config.name` as a table with SCHEMA, in the order of the files.
+
+    Documents without text are left out, and so are repeated texts: one that is both trained on and
+    held out would flatter the evaluation. Of every source the share `config.heldout_share` is held out.
+
+    Raises DataError, with field, value and what is there, if nothing can be read, a column is missing
+    or of the wrong type, or no document is left to train on.
+    """
+    directory = Path(config.name).expanduser()
+    if directory.is_dir():
+        table = pa.concat_tables(_columns(_read(path), config, path.stem) for path in _files(directory, config.name))
+    else:
+        table = _columns(_load_dataset(config), config, config.name)
+    rows = table.to_pydict()
+    seen: set[str] = set()
+    kept = [i for i, text in enumerate(rows["text"]) if text.strip() and not (text in seen or seen.add(text))]
+    if not kept:
+        raise DataError(f"data.name = {config.name!r} has no text: {table.num_rows} documents, all empty")
+    source, label, text = ([rows[name][i] for i in kept] for name in ("source", "label", "text"))
+    heldout = mark_heldout(source, text, config.heldout_share)
+    if all(heldout):
+        raise DataError(
+            f"data.name = {config.name!r} has one document a source, which is held out, so none to train on: "
+            "set data.source_column, or put several in a file (in .txt files a blank line ends a document)"
+        )
+    return pa.table([source, label, heldout, text], schema=SCHEMA)
+
+
+def _files(directory: Path, name: str) -> list[Path]:
+    """Every file of a supported format below the directory, sorted; hidden ones and `_SUCCESS`-like ones are not."""
+    paths = (path.relative_to(directory) for path in directory.rglob("*") if path.suffix in FORMATS and path.is_file())
+    files = [directory / path for path in sorted(paths) if not any(part[0] in "._" for part in path.parts)]
+    if not files:
+        raise DataError(f"data.name = {name!r} is a directory without a file to read: {', '.join(FORMATS)}")
+    return files
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        if path.suffix == ".parquet":
+            return pq.ParquetFile(path).read()
+        if path.suffix == ".txt":
+            return pa.table({"text": re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))})
+        if path.stat().st_size == 0:
+            return pa.table({})
+        # One block a file: a line longer than a block is an error.
+        return pj.read_json(path, read_options=pj.ReadOptions(block_size=path.stat().st_size + 1))
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise DataError(f"data.name: {path} cannot be read: {error}") from error
+
+
+def _load_dataset(config: DataConfig) -> pa.Table:
+    import datasets  # a second to import, and only hub datasets need it
+
+    try:
+        dataset = datasets.load_dataset(config.name, config.subset, split=config.split)
+    except Exception as error:  # of many libraries and types: network, names, splits, formats
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(
+            f"data.name = {config.name!r} with data.split = {config.split!r} is neither a local directory "
+            f"nor a dataset that the hub gives: {reason}"
+        ) from error
+    if not isinstance(dataset, datasets.Dataset):
+        raise DataError(f"data.split = {config.split!r} is not one split of data.name = {config.name!r}")
+    table: pa.Table = dataset.with_format("arrow")[:]
+    for name, feature in dataset.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            names = [None if i is None or i < 0 else feature.int2str(i) for i in table[name].to_pylist()]
+            table = table.set_column(table.column_names.index(name), name, pa.array(names, pa.string()))
+    return table
+
+
+def _columns(table: pa.Table, config: DataConfig, place: str) -> pa.Table:
+    """Source, label and text of one file or dataset, all strings; `place` names it, and is the default source."""
+    if table.num_rows == 0:
+        raise DataError(f"data.name = {config.name!r} is empty: {place} has no rows")
+    text = _column(table, "data.text_column", config.text_column, place)
+    if not (pa.types.is_string(text.type) or pa.types.is_large_string(text.type)):
+        raise DataError(f"data.text_column = {config.text_column!r} has type {text.type} in {place}: must be string")
+    source = pa.array([place] * len(text))
+    if config.source_column is not None:
+        source = _names(table, "data.source_column", config.source_column, place).fill_null("unknown")
+    label = pa.nulls(len(text), pa.string())
+    if config.label_column is not None:
+        label = _names(table, "data.label_column", config.label_column, place).fill_null("unknown")
+    return pa.table({"source": source, "label": label, "text": text.cast(pa.large_string()).fill_null("")})
+
+
+def _column(table: pa.Table, field: str, name: str, place: str) -> pa.ChunkedArray:
+    if name not in table.column_names:
+        raise DataError(f"{field} = {name!r} is not a column of {place}, which has {', '.join(table.column_names)}")
+    column = table[name]
+    return pc.cast(column, column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def _names(table: pa.Table, field: str, name: str, place: str) -> pa.ChunkedArray:
+    """A column that groups documents: strings, or whole numbers (such as user ids) as strings."""
+    column = _column(table, field, name, place)
+    kind = column.type
+    named = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_boolean(kind)
+    if not (named or pa.types.is_integer(kind)):
+        raise DataError(f"{field} = {name!r} has type {kind} in {place}: must be string, whole number or boolean")
+    return pc.cast(column, pa.string())

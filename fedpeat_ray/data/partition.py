@@ -1,0 +1,162 @@
+"""Which documents a device holds: a function of (seed, device), worked out when needed, never stored.
+
+So a fleet of a million devices costs nothing until a device takes part. The price is that devices
+draw independently: within a device no document comes twice, but two devices may hold the same one,
+as two people may. An assignment of each document to one owner would need the whole fleet at once.
+
+Shapes: D documents, G groups (sources or labels).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+
+from fedpeat_ray.config import PartitionConfig
+from fedpeat_ray.errors import ConfigError, DataError
+from fedpeat_ray.seeding import derive_seed, generator, normals
+
+
+class Partition:
+    """Shares of documents by device.
+
+    iid        documents drawn evenly from all.
+    dirichlet  the device's mixture over groups is q ~ Dirichlet(alpha p), p the share of each group
+               among the documents (Hsu et al. 2019, "Measuring the Effects of Non-Identical Data
+               Distribution for Federated Visual Classification", section 3): with alpha -> 0 a device
+               has one group, with alpha -> infinity it has the mixture of the whole. As there, a group
+               with no document left takes no further part and the others share its place.
+    by_source  one group a device, chosen with probability p.
+    shards     documents sorted by group are cut into num_shards equal pieces, and the device has
+               shards_per_device different ones (McMahan et al. 2017, section 3); if those hold more
+               than the device's number of documents, it has a sample of them.
+
+    The number of documents is log-normal with median documents_per_device, rounded, at least 1 and at
+    most what the device's groups or shards hold. With documents_per_device = inf it is all of them:
+    for iid and dirichlet every document there is.
+    """
+
+    def __init__(self, config: PartitionConfig, group_D: np.ndarray, heldout_D: np.ndarray, seed: int):
+        """Sort the documents by group; nothing is drawn yet.
+
+        Args:
+            config: kind, heterogeneity and quantity.
+            group_D: group of every document, integers from 0 (`Corpus.group`).
+            heldout_D: bool, the documents kept for evaluation (`Corpus.heldout`).
+            seed: the run's seed.
+
+        Raises DataError if all or none of the documents are held out; ConfigError if num_shards or
+        shards_per_device ask for more than there is.
+        """
+        self._config, self._seed = config, seed
+        num_groups = int(group_D.max(initial=0)) + 1
+        self._train_D, self._starts_G, self._sizes_G = _sorted_by_group(group_D, ~heldout_D, num_groups)
+        self._heldout_D, _, self._heldout_sizes_G = _sorted_by_group(group_D, heldout_D, num_groups)
+        self._heldout_group_D = group_D[self._heldout_D]
+        if not len(self._train_D) or not len(self._heldout_D):
+            counts = f"{len(self._train_D)} to train on and {len(self._heldout_D)} held out"
+            raise DataError(f"a partition needs at least one document of each kind; there are {counts}")
+        self._check()
+
+    def documents(self, device_id: int) -> np.ndarray:
+        """Indices of the device's training documents, ascending and without repeats; int64, at least one."""
+        rng = generator(self._seed, "documents", device_id)
+        num_documents = self._num_documents(device_id)
+        if self._config.kind == "iid" or (self._config.kind == "dirichlet" and num_documents == len(self._train_D)):
+            chosen = rng.choice(len(self._train_D), num_documents, replace=False)
+        elif self._config.kind == "shards":
+            pool = self._shard_positions(device_id)
+            chosen = rng.choice(pool, min(num_documents, len(pool)), replace=False)
+        else:
+            counts_G = _counts(rng, self.mixture(device_id), self._sizes_G, num_documents)
+            chosen = np.concatenate(
+                [
+                    self._starts_G[group] + rng.choice(self._sizes_G[group], counts_G[group], replace=False)
+                    for group in np.flatnonzero(counts_G)
+                ]
+            )
+        return np.sort(self._train_D[chosen])
+
+    def heldout_documents(self, device_id: int) -> np.ndarray:
+        """Indices of held-out documents of the device's groups, in an order of which every prefix samples its mixture.
+
+        That is weighted sampling without replacement, a document's weight being the device's share of
+        its group over the group's held-out documents (Efraimidis and Spirakis 2006). Where none of the
+        device's groups has held-out documents, it is all of them in an even order. int64, at least one.
+        """
+        rng = generator(self._seed, "held-out documents", device_id)
+        share_G = self._heldout_sizes_G if self._config.kind == "iid" else self.mixture(device_id)
+        weight_D = (share_G / np.maximum(self._heldout_sizes_G, 1))[self._heldout_group_D]
+        if not weight_D.any():
+            weight_D = np.ones(len(weight_D))
+        with np.errstate(divide="ignore"):
+            key_D = np.log(rng.standard_exponential(len(weight_D))) - np.log(weight_D)
+        order_D = np.argsort(key_D, kind="stable")
+        return self._heldout_D[order_D[: np.count_nonzero(weight_D)]]
+
+    def mixture(self, device_id: int) -> np.ndarray:
+        """The device's share of every group before the number of documents is drawn. Shape (G,), sums to 1."""
+        prior_G = self._sizes_G / self._sizes_G.sum()
+        rng = generator(self._seed, "mixture", device_id)
+        mixture_G = np.zeros(len(prior_G))
+        match self._config.kind:
+            case "iid":
+                mixture_G = prior_G
+            case "dirichlet":
+                mixture_G[prior_G > 0] = rng.dirichlet(self._config.alpha * prior_G[prior_G > 0])
+            case "by_source":
+                mixture_G[rng.choice(len(prior_G), p=prior_G)] = 1.0
+            case "shards":
+                group = np.searchsorted(self._starts_G, self._shard_positions(device_id), side="right") - 1
+                mixture_G = np.bincount(group, minlength=len(prior_G)) / len(group)
+        return mixture_G
+
+    def _num_documents(self, device_id: int) -> int:
+        spread = normals(derive_seed(self._seed, "number of documents"), np.array([device_id]))[0]
+        log_number = np.log(self._config.documents_per_device) + self._config.quantity_sigma * spread
+        return max(1, round(math.exp(min(log_number, math.log(len(self._train_D))))))
+
+    def _shard_positions(self, device_id: int) -> np.ndarray:
+        """Positions, in the order by group, of the documents of the device's shards."""
+        num_shards, num_documents = self._config.num_shards, len(self._train_D)
+        rng = generator(self._seed, "shards", device_id)
+        shards = rng.choice(num_shards, self._config.shards_per_device, replace=False)
+        return np.concatenate(
+            [np.arange(i * num_documents // num_shards, (i + 1) * num_documents // num_shards) for i in shards]
+        )
+
+    def _check(self) -> None:
+        config, num_documents = self._config, len(self._train_D)
+        if config.kind == "shards" and config.num_shards > num_documents:
+            allowed = f"at most the number of documents to train on, {num_documents}"
+            raise ConfigError.of("data.partition.num_shards", config.num_shards, allowed)
+        if config.kind == "shards" and config.shards_per_device > config.num_shards:
+            allowed = f"at most data.partition.num_shards = {config.num_shards}"
+            raise ConfigError.of("data.partition.shards_per_device", config.shards_per_device, allowed)
+        if config.kind in ("dirichlet", "by_source") and np.count_nonzero(self._sizes_G) == 1:
+            warnings.warn(
+                f"data.partition.kind = {config.kind!r} has no effect: all documents are of one {config.group_by} "
+                f"(see data.{config.group_by}_column)",
+                stacklevel=3,
+            )
+
+
+def _sorted_by_group(group_D: np.ndarray, wanted_D: np.ndarray, num_groups: int) -> tuple[np.ndarray, ...]:
+    """Indices of the wanted documents by group, and where each group starts and how many it has."""
+    wanted = np.flatnonzero(wanted_D)
+    ordered = wanted[np.argsort(group_D[wanted], kind="stable")]
+    sizes_G = np.bincount(group_D[wanted], minlength=num_groups)
+    return ordered, np.cumsum(sizes_G) - sizes_G, sizes_G
+
+
+def _counts(rng: np.random.Generator, mixture_G: np.ndarray, sizes_G: np.ndarray, num_documents: int) -> np.ndarray:
+    """How many of `num_documents` come from each group: multinomial, again for those a full group cannot give."""
+    counts_G = np.zeros_like(sizes_G)
+    while (missing := num_documents - counts_G.sum()) > 0:
+        open_G = np.where(counts_G < sizes_G, mixture_G, 0.0)
+        if open_G.sum() == 0:  # the device's groups have no more
+            break
+        counts_G = np.minimum(counts_G + rng.multinomial(missing, open_G / open_G.sum()), sizes_G)
+    return counts_G

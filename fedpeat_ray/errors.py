@@ -1,0 +1,37 @@
+"""Every error the engine raises on purpose.
+
+FedPeatError
+├── ConfigError      a setting is wrong; says its name, its value and what is allowed
+├── DataError        text, columns or cached data cannot be used
+├── ModelError       a model cannot be loaded or is not of a supported kind
+├── RunDirError      a run directory cannot be written, resumed or read
+└── HostLostError    a client batch ended two hosts; names its devices
+"""
+
+
+class FedPeatError(Exception):
+    """Base class; the command line prints its message as one line and exits with 2."""
+
+
+class ConfigError(FedPeatError, ValueError):
+    """A setting is wrong. Build it with `ConfigError.of` so that it is always complete."""
+
+    @classmethod
+    def of(cls, field: str, value: object, allowed: str) -> "ConfigError":
+        return cls(f"{field} = {value!r} is not allowed: {allowed}")
+
+
+class DataError(FedPeatError):
+    """Text, columns or cached data cannot be used."""
+
+
+class ModelError(FedPeatError):
+    """A model cannot be loaded, or is not of a supported kind."""
+
+
+class RunDirError(FedPeatError):
+    """A run directory cannot be written, resumed or read."""
+
+
+class HostLostError(FedPeatError):
+    """A client batch ended two hosts one after the other; the message names its devices."""

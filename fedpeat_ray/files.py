@@ -1,0 +1,30 @@
+"""Files on disk: where caches live, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def user_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/fedpeat_ray`, by default `~/.cache/fedpeat_ray`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedpeat_ray"
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives a hidden path beside `path` to write to; on success it is flushed to disk and moved there.
+
+    Readers of a directory skip names that start with a dot. Folders are made as needed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield hidden
+        with hidden.open("rb") as file:
+            os.fsync(file.fileno())
+        hidden.replace(path)
+    finally:
+        hidden.unlink(missing_ok=True)

@@ -1,0 +1,75 @@
+"""The radio link of a round: path loss, block fading, Shannon rate.
+
+The standard model of the wireless federated learning literature (e.g. Tse and Viswanath 2005,
+Fundamentals of Wireless Communication, sections 2.4 and 5.4), not that of one paper:
+
+    g = PL(d) |h|^2                                   channel gain
+    PL(d) = 10^(-(L_1km + 10 n log10(d / 1 km)) / 10)   3GPP TR 36.814: L_1km = 128.1 dB, 10 n = 37.6 dB
+    rate = b log2(1 + p g / (N0 b))                   bit/s, orthogonal shares b = B / N of the band
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fedpeat_ray.config import ChannelConfig
+from fedpeat_ray.fleet.population import Fleet
+from fedpeat_ray.seeding import derive_seed, exponentials, normals
+
+
+def link_rates(
+    fleet: Fleet, config: ChannelConfig, device_ids: np.ndarray, round: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What each device of a round can receive and send, in bytes per second.
+
+    `nominal`: the device's own link figures. Otherwise the Shannon rate over an equal share of the band
+    (and, downlink, of the server's power), capped by the device's own figures. Fading is drawn anew for
+    each (round, device), independently for down and up; it stays as it is for the length of the round.
+
+    Shapes: device_ids (N,), all devices that share the band -> downlink (N,), uplink (N,), float64.
+    """
+    own_downlink = fleet.downlink_bytes_per_s[device_ids].astype(np.float64)
+    own_uplink = fleet.uplink_bytes_per_s[device_ids].astype(np.float64)
+    if config.kind == "nominal" or not len(device_ids):
+        return own_downlink, own_uplink
+    share_hz = config.bandwidth_hz / len(device_ids)
+    noise_w = 10 ** ((config.noise_dbm_per_hz - 30) / 10) * share_hz
+    gain = path_gain(config, fleet.distance_m[device_ids])
+
+    def rate_bytes_per_s(power_w: float, direction: str) -> np.ndarray:
+        fading = fading_power(config, derive_seed(seed, f"fading {direction}", round), device_ids)
+        return share_hz * np.log1p(power_w * gain * fading / noise_w) / math.log(2) / 8
+
+    downlink = rate_bytes_per_s(config.server_power_w / len(device_ids), "downlink")
+    uplink = rate_bytes_per_s(config.device_power_w, "uplink")
+    return np.minimum(downlink, own_downlink), np.minimum(uplink, own_uplink)
+
+
+def path_gain(config: ChannelConfig, distance_m: np.ndarray) -> np.ndarray:
+    """PL(d), the share of the transmitted power that arrives on average. Shapes: (N,) -> (N,)."""
+    loss_db = config.path_loss_db_at_1km + 10 * config.path_loss_exponent * np.log10(distance_m / 1000.0)
+    return 10 ** (-loss_db / 10)
+
+
+def fading_power(config: ChannelConfig, seed: int, device_ids: np.ndarray) -> np.ndarray:
+    """|h|^2, of mean 1, one draw a device.
+
+    Rayleigh: h ~ CN(0, 1), so |h|^2 is exponential.
+    Rician, with K = rician_k: h = sqrt(K / (K + 1)) + sqrt(1 / (K + 1)) CN(0, 1).
+
+    Shapes: device_ids (N,) -> (N,).
+    """
+    if config.kind == "rayleigh":
+        return exponentials(seed, device_ids)
+    line_of_sight = math.sqrt(config.rician_k / (config.rician_k + 1))
+    scattered = math.sqrt(0.5 / (config.rician_k + 1))
+    real = line_of_sight + scattered * normals(derive_seed(seed, "real"), device_ids)
+    imaginary = scattered * normals(derive_seed(seed, "imaginary"), device_ids)
+    return real**2 + imaginary**2
+
+
+def link_ok(config: ChannelConfig, downlink: np.ndarray, uplink: np.ndarray) -> np.ndarray:
+    """True where neither direction is in outage (min_bytes_per_s). Shapes: (N,), (N,) -> (N,) bool."""
+    return np.minimum(downlink, uplink) >= config.min_bytes_per_s

@@ -1,0 +1,59 @@
+"""The simulated facts of a round: who is asked, what it costs each device, who completes and when."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedpeat_ray.config import FleetConfig
+from fedpeat_ray.fleet.availability import Availability, build_availability
+from fedpeat_ray.fleet.channel import link_ok, link_rates
+from fedpeat_ray.fleet.costs import Admission, Costs, Task, admit, spent, task_costs
+from fedpeat_ray.fleet.population import Fleet, build_fleet
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """A fleet with its availability, its links and the rules of a round. Decides; trains nothing."""
+
+    fleet: Fleet
+    config: FleetConfig
+    availability: Availability
+    seed: int
+    cohort_size: int
+    over_sample: float
+    deadline_s: float | None
+
+    def sample(self, round: int) -> np.ndarray:
+        """Device ids asked in a round, sorted: cohort_size * over_sample of them, rounded up."""
+        return self.fleet.sample(round, math.ceil(self.cohort_size * self.over_sample))
+
+    def settle(self, round: int, now_s: float, device_ids: np.ndarray, task: Task) -> tuple[Costs, Admission]:
+        """What the round costs these devices, and who completes it. Unavailable devices take no bandwidth.
+
+        A round that nobody completes and no deadline ends lasts one slot of the availability model.
+        """
+        available = self.availability.available(device_ids, now_s)
+        downlink, uplink = self.fleet.downlink_bytes_per_s[device_ids], self.fleet.uplink_bytes_per_s[device_ids]
+        downlink, uplink = downlink.astype(np.float64), uplink.astype(np.float64)
+        if available.any():
+            rates = link_rates(self.fleet, self.config.channel, device_ids[available], round, self.seed)
+            downlink[available], uplink[available] = rates
+        costs = task_costs(self.fleet, device_ids, task, downlink, uplink)
+        in_reach = link_ok(self.config.channel, downlink, uplink)
+        admission = admit(costs, available, in_reach, self.cohort_size, self.deadline_s)
+        if admission.round_s == 0.0:
+            slot_s = self.config.availability.slot_s
+            admission = Admission(admission.drop_reason, admission.completed, slot_s)
+        return spent(costs, admission), admission
+
+
+def build_conditions(
+    config: FleetConfig, seed: int, cohort_size: int, over_sample: float, deadline_s: float | None
+) -> Conditions:
+    """Draw the fleet and its surroundings. Raises ConfigError or DataError for settings that do not fit."""
+    fleet = build_fleet(config, seed)
+    availability = build_availability(config.availability, config.num_devices, seed)
+    return Conditions(fleet, config, availability, seed, cohort_size, over_sample, deadline_s)

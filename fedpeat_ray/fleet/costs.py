@@ -1,0 +1,182 @@
+"""What a round costs each device, who completes it, and when it ends. Policies as data, no training.
+
+    total_s = download_bytes / downlink + flops / flops_per_s + upload_bytes / uplink
+    energy_j = compute_power_w * compute_s + radio_power_w * (download_s + upload_s)
+
+the usual model of federated learning over wireless networks (e.g. Tran et al. 2019), with
+the power a device draws in place of kappa f^2 cycles, which would ask for figures nobody publishes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from fedpeat_ray.fleet.memory import ModelShape
+from fedpeat_ray.fleet.population import Fleet
+from fedpeat_ray.records import DEADLINE, LINK, MEMORY, NOT_NEEDED, UNAVAILABLE
+
+Figure = float | np.ndarray
+"""One number for all devices, or an array (N,) with one a device."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the devices of a round are asked to do."""
+
+    download_bytes: Figure
+    upload_bytes: Figure
+    flops: Figure
+    memory_bytes: Figure
+    """Peak training memory."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the task costs each device. Every array has shape (N,): bytes int64, the rest float64."""
+
+    download_bytes: np.ndarray
+    upload_bytes: np.ndarray
+    download_s: np.ndarray
+    compute_s: np.ndarray
+    upload_s: np.ndarray
+    compute_power_w: np.ndarray
+    radio_power_w: np.ndarray
+    memory_bytes: np.ndarray
+    memory_cap_bytes: np.ndarray
+
+    @property
+    def total_s(self) -> np.ndarray:
+        """From the start of the round to the end of the upload: the three phases follow one another."""
+        return self.download_s + self.compute_s + self.upload_s
+
+    @property
+    def energy_j(self) -> np.ndarray:
+        """Computing and radio."""
+        return self.compute_power_w * self.compute_s + self.radio_power_w * (self.download_s + self.upload_s)
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Who completes a round, and how long it lasts."""
+
+    drop_reason: np.ndarray
+    """Object array (N,): None if the device completes, else one of `records.DROP_REASONS`."""
+    completed: np.ndarray
+    """Bool array (N,): True where there is no reason to drop."""
+    round_s: float
+    """Virtual seconds from the start of the round to its end."""
+
+
+def task_costs(fleet: Fleet, device_ids: np.ndarray, task: Task, downlink: np.ndarray, uplink: np.ndarray) -> Costs:
+    """Time, energy, bytes and memory of the task on each device, were all to go through with it.
+
+    Shapes: device_ids (N,), downlink and uplink (N,) in bytes per second, above 0 -> arrays (N,).
+    """
+
+    def each(figure: Figure, dtype: type) -> np.ndarray:
+        return np.broadcast_to(figure, device_ids.shape).astype(dtype)
+
+    download_bytes, upload_bytes = each(task.download_bytes, np.int64), each(task.upload_bytes, np.int64)
+    return Costs(
+        download_bytes=download_bytes,
+        upload_bytes=upload_bytes,
+        download_s=download_bytes / downlink,
+        compute_s=each(task.flops, np.float64) / fleet.flops_per_s[device_ids],
+        upload_s=upload_bytes / uplink,
+        compute_power_w=fleet.compute_power_w[device_ids].astype(np.float64),
+        radio_power_w=fleet.radio_power_w[device_ids].astype(np.float64),
+        memory_bytes=each(task.memory_bytes, np.int64),
+        memory_cap_bytes=fleet.memory_cap_bytes[device_ids],
+    )
+
+
+def admit(
+    costs: Costs, available: np.ndarray, link_ok: np.ndarray, cohort_size: int, deadline_s: float | None
+) -> Admission:
+    """Decide a round: the first reason that applies drops a device, in the order below.
+
+    unavailable; memory (it does not fit); link (outage); deadline (it would be late). Of those left, the
+    `cohort_size` fastest complete, ties by position, hence by device id in a sorted sample; the rest are
+    not needed (over-selection, Bonawitz et al. 2019).
+
+    The round ends with the upload of the slowest device that completes. If fewer than `cohort_size` do and
+    some device asked could still have come (it was late, or nobody completed), the server waits in vain until
+    `deadline_s`. Without a deadline, a round that nobody completes takes 0 s: when to try again is the
+    caller's choice.
+
+    Shapes: available (N,) bool, link_ok (N,) bool.
+    """
+    total_s = costs.total_s
+    late = np.zeros(len(total_s), bool) if deadline_s is None else total_s > deadline_s
+    able = np.ones(len(total_s), bool)
+    drop_reason = np.full(len(total_s), None, object)
+    for reason, failed in (
+        (UNAVAILABLE, ~available),
+        (MEMORY, costs.memory_bytes > costs.memory_cap_bytes),
+        (LINK, ~link_ok),
+        (DEADLINE, late),
+    ):
+        drop_reason[able & failed] = reason
+        able &= ~failed
+    by_speed = np.flatnonzero(able)[np.argsort(total_s[able], kind="stable")]
+    drop_reason[by_speed[cohort_size:]] = NOT_NEEDED
+    completed = np.zeros(len(total_s), bool)
+    completed[by_speed[:cohort_size]] = True
+
+    round_s = float(total_s[completed].max(initial=0.0))
+    num_completed = int(completed.sum())
+    missed = num_completed == 0 or (num_completed < cohort_size and (drop_reason == DEADLINE).any())
+    if deadline_s is not None and missed:
+        round_s = deadline_s
+    return Admission(drop_reason, completed, round_s)
+
+
+def spent(costs: Costs, admission: Admission) -> Costs:
+    """What the devices really spent, as it is logged.
+
+    Completed: everything. Unavailable, memory, link: nothing, as they are told apart before anything is sent.
+    Deadline, not needed: each phase as far as it got when the round ended, the download's bytes in proportion;
+    `upload_bytes` is 0, as a part of an update is of no use, but the time and energy it took count.
+    """
+    reason = admission.drop_reason
+    worked = admission.completed | (reason == DEADLINE) | (reason == NOT_NEEDED)
+    left_s = np.where(worked, np.where(admission.completed, np.inf, admission.round_s), 0.0)
+    download_s = np.minimum(costs.download_s, left_s)
+    compute_s = np.minimum(costs.compute_s, left_s - download_s)
+    upload_s = np.minimum(costs.upload_s, left_s - download_s - compute_s)
+    part = np.divide(download_s, costs.download_s, out=worked.astype(np.float64), where=costs.download_s > 0)
+    return replace(
+        costs,
+        download_bytes=np.round(costs.download_bytes * part).astype(np.int64),
+        upload_bytes=np.where(admission.completed, costs.upload_bytes, 0),
+        download_s=download_s,
+        compute_s=compute_s,
+        upload_s=upload_s,
+    )
+
+
+def training_flops(
+    shape: ModelShape,
+    num_tokens: Figure,
+    sequence_length: int,
+    trainable: Literal["all", "lora"],
+    lora_parameters: Figure = 0,
+) -> Figure:
+    """Floating point operations of training on `num_tokens` tokens.
+
+    Per token, with N = num_blocks * block_parameters + vocabulary * width (the head; looking up an embedding
+    is free), the forward pass takes 2 N + 4 num_blocks * sequence_length * width: a multiplication and an
+    addition a weight, and the two products of attention, with no discount for the causal mask (Kaplan et
+    al. 2020, section 2.1; Chowdhery et al. 2022, appendix B). The backward pass takes twice that: once for
+    the gradients of the activations and once for those of the weights; the latter is not needed for frozen
+    weights. So all weights: 6 N + 12 L T D; LoRA: 4 N + 6 lora_parameters + 12 L T D.
+
+    Shapes: num_tokens and lora_parameters are numbers or arrays (N,), and so is the result.
+    """
+    weights = shape.num_blocks * shape.block_parameters + shape.vocabulary * shape.width
+    attention = 12 * shape.num_blocks * sequence_length * shape.width
+    per_weight = {"all": 6, "lora": 4}[trainable]
+    return num_tokens * (float(per_weight * weights + attention) + 6.0 * lora_parameters)

@@ -1,0 +1,122 @@
+"""What a run writes down: the columns of the two tables, with unit and meaning, in one place.
+
+`docs/run_log.md` is held to this schema by a test. Columns marked measured (prefix `wall_`) depend
+on the machine; all others are a function of the configuration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+COMPLETED = "completed"
+DROPPED = "dropped"
+
+UNAVAILABLE = "unavailable"
+MEMORY = "memory"
+LINK = "link"
+DEADLINE = "deadline"
+NOT_NEEDED = "not needed"
+NON_FINITE = "non_finite"
+DROP_REASONS = (UNAVAILABLE, MEMORY, LINK, DEADLINE, NOT_NEEDED, NON_FINITE)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table of the run directory."""
+
+    name: str
+    type: pa.DataType
+    unit: str
+    meaning: str
+
+    @property
+    def measured(self) -> bool:
+        """True if the value depends on the machine the run ran on."""
+        return self.name.startswith("wall_")
+
+
+CLIENT_COLUMNS = (
+    Column("round", pa.int32(), "", "round, from 1"),
+    Column("device_id", pa.int64(), "", "the device, from 0"),
+    Column("tier", pa.string(), "", "class of hardware"),
+    Column("outcome", pa.string(), "", "completed | dropped"),
+    Column("drop_reason", pa.string(), "", " | ".join(DROP_REASONS) + "; null if completed"),
+    Column("level", pa.int32(), "", "emulator level; null where the algorithm has none"),
+    Column("lora_rank", pa.int32(), "", "rank of the device's LoRA; null without LoRA"),
+    Column("num_steps", pa.int32(), "steps", "local optimizer steps of the task"),
+    Column("num_examples", pa.int64(), "sequences", "sequences in the device's share"),
+    Column("num_tokens", pa.int64(), "tokens", "tokens the task trains on, padding not counted"),
+    Column("download_bytes", pa.int64(), "bytes", "received by the device"),
+    Column("upload_bytes", pa.int64(), "bytes", "sent by the device; 0 if dropped"),
+    Column("download_s", pa.float64(), "virtual s", "time on the downlink"),
+    Column("compute_s", pa.float64(), "virtual s", "time to train"),
+    Column("upload_s", pa.float64(), "virtual s", "time on the uplink"),
+    Column("energy_j", pa.float64(), "J", "computing and radio; what was spent until it dropped"),
+    Column("memory_bytes", pa.int64(), "bytes", "peak training memory by the memory model"),
+    Column("memory_cap_bytes", pa.int64(), "bytes", "what the device has for training"),
+    Column("train_loss", pa.float64(), "nats/token", "mean loss over the local steps; null if not trained"),
+    Column("wall_train_s", pa.float64(), "s", "measured: the client's share of its batch's training time"),
+)
+
+ROUND_COLUMNS = (
+    Column("round", pa.int32(), "", "round, from 1"),
+    Column("virtual_s", pa.float64(), "virtual s", "simulated clock at the end of the round"),
+    Column("num_completed", pa.int32(), "devices", "devices whose update was used"),
+    Column("num_dropped", pa.int32(), "devices", "devices sampled and not used, whatever the reason"),
+    Column("num_tokens", pa.int64(), "tokens", "tokens trained on by completed devices"),
+    Column("download_bytes", pa.int64(), "bytes", "by all sampled devices"),
+    Column("upload_bytes", pa.int64(), "bytes", "by all sampled devices"),
+    Column("energy_j", pa.float64(), "J", "by all sampled devices"),
+    Column("train_loss", pa.float64(), "nats/token", "mean over completed devices, weighted by tokens"),
+    Column("perplexity", pa.float64(), "", "on held-out private text, after the round; null if not evaluated"),
+    Column("token_accuracy", pa.float64(), "", "share of next tokens guessed, same text; null if not evaluated"),
+    Column("wall_train_s", pa.float64(), "s", "measured: training on the hosts"),
+    Column("wall_eval_s", pa.float64(), "s", "measured: evaluation"),
+    Column("wall_s", pa.float64(), "s", "measured: the whole round"),
+)
+
+
+def arrow_schema(columns: tuple[Column, ...]) -> pa.Schema:
+    """The Arrow schema of one table."""
+    return pa.schema([(column.name, column.type) for column in columns])
+
+
+@dataclass(frozen=True)
+class ClientTask:
+    """What one device trains in one round.
+
+    Legend: S steps, B sequences a step, T tokens a sequence.
+    """
+
+    device_id: int
+    num_examples: int
+    """Sequences in the device's share: its weight in the mean."""
+    tokens_SBT: np.ndarray
+    """Token ids (S, B, T), integer."""
+    lengths_SB: np.ndarray
+    """Valid tokens of each sequence; the rest is padding and counts for nothing."""
+
+    @property
+    def num_steps(self) -> int:
+        """S."""
+        return len(self.tokens_SBT)
+
+    @property
+    def num_tokens(self) -> int:
+        """Valid tokens of all steps."""
+        return int(self.lengths_SB.sum())
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """What is known of a device's work once it is trained: the part of its row the plan could not tell."""
+
+    device_id: int
+    train_loss: float
+    """Mean loss over the local steps, nats per token."""
+    finite: bool
+    """False if the update holds a NaN or an infinity: it is left out of the aggregate."""
+    wall_train_s: float

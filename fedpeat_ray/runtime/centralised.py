@@ -1,0 +1,57 @@
+"""The upper reference: the same LoRA tuned centrally, on all private text and as many tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+
+from fedpeat_ray.aggregation.mean import WeightedMean
+from fedpeat_ray.config import SimulationConfig
+from fedpeat_ray.data.client_data import ClientData
+from fedpeat_ray.files import user_cache_dir, written_whole
+from fedpeat_ray.models.foundation import Foundation
+from fedpeat_ray.models.lora import Lora
+from fedpeat_ray.training.client_batch import TrainClientBatch
+from fedpeat_ray.training.evaluation import EvaluateLora, EvaluationTask, ScoreSum
+from fedpeat_ray.training.map_clients import MapClients
+
+BATCH_SIZE = 16  # sequences a step: small enough for many steps, large enough to be efficient
+
+
+def tune_centrally(
+    foundation: Foundation,
+    data: ClientData,
+    lora: Lora,
+    config: SimulationConfig,
+    num_tokens: int,
+    map_clients: MapClients,
+    heldout: list[EvaluationTask],
+) -> float:
+    """Held-out perplexity of one client that has everything and trains on `num_tokens` tokens.
+
+    The device's optimizer and learning rate, BATCH_SIZE sequences a step, one optimizer state
+    throughout. Cached by all it depends on.
+    """
+    key = [foundation.digest, foundation.training_dtype, data.corpus.digest, num_tokens, BATCH_SIZE]
+    parts = (config.seed, config.lora, config.local, config.evaluation)
+    key += [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    path = user_cache_dir() / f"centralised-{digest[:16]}.json"
+    if path.exists():
+        return json.loads(path.read_text())["perplexity"]
+    num_steps = max(1, math.ceil(num_tokens / (BATCH_SIZE * config.local.sequence_length)))
+    task = data.pooled_task(num_steps, BATCH_SIZE)
+    start_P = lora.init(config.seed)
+    local = dataclasses.replace(config.local, prox_mu=0.0)
+    mean, _ = map_clients(TrainClientBatch(lora, local), start_P, [task], WeightedMean())
+    delta_P = mean.result()
+    if delta_P is None:  # it diverged
+        return math.inf
+    adapter_P = (start_P.double() + delta_P).to(start_P.dtype)
+    scores, _ = map_clients(EvaluateLora(lora), adapter_P, heldout, ScoreSum())
+    (score,) = scores.result().values()
+    with written_whole(path) as part:
+        part.write_text(json.dumps({"perplexity": score.perplexity}))
+    return score.perplexity

@@ -1,0 +1,66 @@
+"""What a run needs to go on: the server's tensors, the clock, and the totals so far.
+
+A checkpoint is a directory that appears whole (written under a hidden name, then moved). Everything
+else a round depends on is a function of the configuration, the round and the virtual clock.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from fedpeat_ray.aggregation.server_optimizer import ServerState
+from fedpeat_ray.errors import RunDirError
+
+_STATE, _FACTS = "state.safetensors", "facts.json"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The small part of a checkpoint."""
+
+    round: int
+    """The last round that is in the state."""
+    virtual_s: float
+    num_tokens: int
+    """Trained by completed devices so far."""
+    zero_shot: dict[str, dict[str, float]]
+    """Scores before the first round, by group, as `Score`'s fields."""
+
+
+def save_checkpoint(run_dir: Path, state: ServerState, facts: Facts) -> Path:
+    """Write `checkpoints/<round>`; older ones stay until it is there, then go."""
+    folder = run_dir / "checkpoints"
+    final, hidden = folder / f"{facts.round:05d}", folder / f".{facts.round:05d}"
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
+    tensors = {"model": state.model_P, **{f"moment.{name}": tensor for name, tensor in state.moments.items()}}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, hidden / _STATE)
+    (hidden / _FACTS).write_text(json.dumps(asdict(facts)))
+    shutil.rmtree(final, ignore_errors=True)
+    hidden.replace(final)
+    for older in _checkpoints(run_dir)[:-1]:
+        shutil.rmtree(older)
+    return final
+
+
+def load_checkpoint(run_dir: Path) -> tuple[ServerState, Facts] | None:
+    """The last checkpoint of a run, or None if it has none yet. Raises RunDirError if it cannot be read."""
+    found = _checkpoints(run_dir)
+    if not found:
+        return None
+    try:
+        tensors = load_file(found[-1] / _STATE)
+        facts = Facts(**json.loads((found[-1] / _FACTS).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunDirError(f"{found[-1]} is no checkpoint of this version: {error}") from error
+    moments = {name.removeprefix("moment."): t for name, t in tensors.items() if name.startswith("moment.")}
+    return ServerState(tensors["model"], moments), facts
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    return sorted(path for path in (run_dir / "checkpoints").glob("[0-9]*") if path.is_dir())

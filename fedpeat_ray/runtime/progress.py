@@ -1,0 +1,170 @@
+"""What a run tells the person who started it: a line a round, and a table at the end.
+
+On a terminal a live bar stands below the lines; in a job's log there are only the lines, without
+control codes, flushed one by one.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
+from rich.progress import Progress as LiveProgress
+from rich.table import Table
+
+NO_VALUE = "-"  # ASCII: a log may have any encoding
+
+
+class Progress:
+    """A context manager around the stages and rounds of a run.
+
+        with Progress(config.rounds) as progress:
+            progress.stage("loading pydoc-base")
+            ...
+            progress.round(round_row)
+
+    Args:
+        num_rounds: rounds of the whole run.
+        first_round: the round it starts with; above 1 in a resumed run.
+        console: where to write; by default standard output.
+    """
+
+    def __init__(self, num_rounds: int, first_round: int = 1, console: Console | None = None) -> None:
+        self.num_rounds = num_rounds
+        self._console = console or _standard_output()
+        self._walls_s: list[float] = []
+        self._live: LiveProgress | None = None
+        if self._console.is_terminal:
+            bar = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            self._live = LiveProgress(*bar, TextColumn("{task.fields[eta]}"), console=self._console, transient=True)
+            self._task = self._live.add_task("starting", total=num_rounds, completed=first_round - 1, eta="")
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def stage(self, text: str) -> None:
+        """Say what is done now, e.g. "measuring zero-shot"."""
+        if self._live:
+            self._live.update(self._task, description=text)
+        else:
+            self._print(text)
+
+    def round(self, row: Mapping[str, Any]) -> None:
+        """Say how a round went; `row` is its row of the rounds table."""
+        self._walls_s.append(row["wall_s"])
+        left = self.num_rounds - row["round"]
+        eta = human_seconds(left * sum(self._walls_s) / len(self._walls_s)) + " left" if left else ""
+        line = (
+            f"round {row['round']:>{len(str(self.num_rounds))}}/{self.num_rounds}"
+            f"  perplexity {_number(row['perplexity']):>6}"
+            f"  {row['num_completed']} completed, {row['num_dropped']} dropped"
+            f"  clock {human_seconds(row['virtual_s'])}"
+            f"  down {human_bytes(row['download_bytes'])}, up {human_bytes(row['upload_bytes'])}"
+            f"  took {human_seconds(row['wall_s'])}"
+        )
+        if self._live:
+            self._print(line)
+            self._live.update(self._task, description="training", completed=row["round"], eta=eta)
+        else:
+            self._print(f"{line}  {eta}".rstrip())
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)  # a log has no width to wrap at
+        self._console.file.flush()
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """What came out of a run, from its summary.json."""
+    perplexity = summary["perplexity"]
+    table = Table(box=box.SIMPLE, show_header=False, title=f"{summary['algorithm']}, {summary['rounds']} rounds")
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("perplexity, zero-shot", _number(perplexity["zero_shot"]))
+    table.add_row("perplexity, tuned", _number(perplexity["tuned"]))
+    if perplexity.get("upper_bound") is not None:
+        table.add_row("perplexity, tuned centrally", _number(perplexity["upper_bound"]))
+        table.add_row("share of the gap closed", _percent(summary.get("gap_closed")))
+    table.add_row("token accuracy", _change(summary["token_accuracy"], _percent))
+    table.add_section()
+    for tier, values in (summary.get("perplexity_by_tier") or {}).items():
+        table.add_row(f"perplexity, {tier}", _change(values, _number))
+    table.add_section()
+    table.add_row("updates used", f"{summary['num_completed']:,}")
+    table.add_row("devices dropped", f"{summary['num_dropped']:,}")
+    for reason, count in (summary.get("drop_reasons") or {}).items():
+        table.add_row(f"  {reason}", f"{count:,}")
+    table.add_section()
+    table.add_row("virtual time", human_seconds(summary["virtual_s"]))
+    table.add_row("sent to devices", human_bytes(summary["download_bytes"]))
+    table.add_row("sent by devices", human_bytes(summary["upload_bytes"]))
+    table.add_row("energy of devices", _scaled(summary["energy_j"], ("J", "kJ", "MJ", "GJ")))
+    table.add_row("wall time", human_seconds(summary["wall_s"]))
+    return table
+
+
+def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print `summary_table`; plain text where the output is no terminal."""
+    (console or _standard_output()).print(summary_table(summary))
+
+
+def human_bytes(num_bytes: float | None) -> str:
+    """Decimal units: 950 B, 1.2 kB, 34.5 MB, 120 MB."""
+    return _scaled(num_bytes, ("B", "kB", "MB", "GB", "TB", "PB"))
+
+
+def human_seconds(seconds: float | None) -> str:
+    """0.25 s, 12.3 s, 4 min 05 s, 3 h 12 min, 2 d 05 h."""
+    if seconds is None or not math.isfinite(seconds):
+        return NO_VALUE
+    if seconds < 59.95:
+        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
+    minutes, rest_s = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest_s:02d} s"
+    hours, rest_min = divmod(round(seconds / 60), 60)
+    if hours < 24:
+        return f"{hours} h {rest_min:02d} min"
+    days, rest_h = divmod(round(seconds / 3600), 24)
+    return f"{days} d {rest_h:02d} h"
+
+
+def _standard_output() -> Console:
+    return Console(force_terminal=sys.stdout.isatty())  # whatever $FORCE_COLOR says
+
+
+def _scaled(value: float | None, units: tuple[str, ...]) -> str:
+    if value is None or not math.isfinite(value):
+        return NO_VALUE
+    if value < 999.5:
+        return f"{value:.0f} {units[0]}"
+    for unit in units[1:-1]:
+        value /= 1000
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if value >= 99.95 else f"{value:.1f} {unit}"
+    return f"{value / 1000:.1f} {units[-1]}"
+
+
+def _number(value: float | None) -> str:
+    return NO_VALUE if value is None or math.isnan(value) else f"{value:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    return NO_VALUE if value is None or math.isnan(value) else f"{value:.1%}"
+
+
+def _change(values: Mapping[str, float | None], write: Callable[[float | None], str]) -> str:
+    return f"{write(values.get('zero_shot'))} -> {write(values.get('tuned'))}"

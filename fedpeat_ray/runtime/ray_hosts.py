@@ -1,0 +1,175 @@
+"""MapClients on Ray: a few long-lived actors embody all devices.
+
+Each host holds the backbone once (a private memory map), trains one client batch at a time with a
+fixed number of threads, and returns a partial aggregate. Idle hosts take the next batch, so a slow
+one holds up nobody; partial aggregates are merged in batch order, so the result does not depend on
+who did what. A host that is lost is replaced and its batch rerun, once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayActorError
+
+from fedpeat_ray.config import HostsConfig
+from fedpeat_ray.errors import ConfigError, HostLostError
+from fedpeat_ray.files import written_whole
+from fedpeat_ray.models.foundation import Foundation, load_backbone
+from fedpeat_ray.runtime.process import keep_freed_memory
+from fedpeat_ray.runtime.serial import Serial
+from fedpeat_ray.training.map_clients import Aggregator, split
+
+_GIB = 2**30
+
+
+class Host:
+    """The actor: a backbone and the serial side of the seam around it."""
+
+    def __init__(self, foundation: Foundation, weights: bytes | None, num_threads: int):
+        keep_freed_memory()
+        torch.set_num_threads(num_threads)
+        _write_if_missing(foundation.weights, weights)
+        self._backbone = load_backbone(foundation, "cuda" if torch.cuda.is_available() else "cpu")
+
+    def run(self, train: Callable, shared: Any, batch: Sequence[Any], aggregator: Aggregator) -> tuple[Any, list[Any]]:
+        """Train one batch; returns its partial aggregate and reports."""
+        return Serial(self._backbone)(train, shared, batch, aggregator, batch_size=len(batch))
+
+    def process_id(self) -> int:
+        """For tests that kill a host."""
+        return os.getpid()
+
+
+def _write_if_missing(path: Path, weights: bytes | None) -> None:
+    """On a node that does not share the driver's disk, the weights come through the object store."""
+    if not path.exists():
+        assert weights is not None, f"{path} is missing and was not sent"
+        with written_whole(path) as part:
+            part.write_bytes(weights)
+
+
+@dataclass
+class _Batch:
+    index: int
+    tasks: Sequence[Any]
+    lost_hosts: int = 0
+
+
+class RayHosts:
+    """A pool of hosts; use as a context manager. Joins the cluster it runs in, or starts a local Ray."""
+
+    def __init__(self, config: HostsConfig, foundation: Foundation, on_event: Callable[..., None]):
+        """`on_event(kind, **facts)` hears of lost hosts. Raises ConfigError for GPUs that are not there."""
+        self._on_event = on_event
+        self._owns_ray = not ray.is_initialized()
+        if self._owns_ray:
+            _start_or_join(config)
+        resources = ray.cluster_resources()
+        num_gpus = (1.0 if resources.get("GPU") else 0.0) if config.num_gpus is None else config.num_gpus
+        if num_gpus > resources.get("GPU", 0):
+            allowed = f"at most the {resources.get('GPU', 0):g} GPUs of this cluster"
+            raise ConfigError.of("hosts.num_gpus", num_gpus, allowed)
+        slots = resources["GPU"] // num_gpus if num_gpus else resources["CPU"] // config.num_threads
+        self.num_hosts = config.num_hosts or max(1, int(slots))
+        several_nodes = len(ray.nodes()) > 1
+        self._arguments = (
+            ray.put(foundation),
+            ray.put(foundation.weights.read_bytes()) if several_nodes else None,
+            config.num_threads,
+        )
+        self._actor_class = ray.remote(
+            num_cpus=min(config.num_threads, resources["CPU"] / self.num_hosts),
+            num_gpus=num_gpus,
+            memory=int((config.memory_gib or 0) * _GIB),
+            max_restarts=0,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(config.num_threads)}},
+        )(Host)
+        self._hosts = [self._new_host() for _ in range(self.num_hosts)]
+
+    def __enter__(self) -> RayHosts:
+        try:
+            self.process_ids()  # a host that cannot start says so here
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for host in self._hosts:
+            ray.kill(host)
+        if self._owns_ray:
+            ray.shutdown()
+
+    def process_ids(self) -> list[int]:
+        """The hosts' processes; also waits until all of them are up."""
+        return ray.get([host.process_id.remote() for host in self._hosts])
+
+    def __call__(
+        self, train: Callable, shared: Any, tasks: Sequence[Any], aggregator: Aggregator, batch_size: int = 1
+    ) -> tuple[Any, list[Any]]:
+        """See MapClients. Raises HostLostError for a batch that two hosts did not survive."""
+        waiting = deque(_Batch(index, batch) for index, batch in enumerate(split(tasks, batch_size)))
+        results: list[tuple[Any, list[Any]] | None] = [None] * len(waiting)
+        train_ref, shared_ref, zero_ref = ray.put(train), ray.put(shared), ray.put(aggregator)
+        idle = deque(self._hosts)
+        running: dict[ray.ObjectRef, tuple[Any, _Batch]] = {}
+        while waiting or running:
+            while waiting and idle:
+                host, batch = idle.popleft(), waiting.popleft()
+                running[host.run.remote(train_ref, shared_ref, batch.tasks, zero_ref)] = (host, batch)
+            (done,), _ = ray.wait(list(running))
+            host, batch = running.pop(done)
+            try:
+                results[batch.index] = ray.get(done)
+            except RayActorError as error:
+                host = self._replace(host)
+                waiting.appendleft(self._lost(batch, error))
+            idle.append(host)
+        total, reports = aggregator, []
+        for result in results:
+            assert result is not None
+            total = total.merge(result[0])
+            reports += result[1]
+        return total, reports
+
+    def _new_host(self) -> Any:
+        return self._actor_class.remote(*self._arguments)
+
+    def _replace(self, lost: Any) -> Any:
+        new = self._new_host()
+        self._hosts[self._hosts.index(lost)] = new
+        return new
+
+    def _lost(self, batch: _Batch, error: RayActorError) -> _Batch:
+        """The batch to run again. A lost host is not a dropped device."""
+        device_ids = [getattr(task, "device_id", None) for task in batch.tasks]
+        reason = str(error).splitlines()[0]
+        self._on_event("host_lost", batch=batch.index, device_ids=device_ids, error=reason)
+        if batch.lost_hosts:
+            raise HostLostError(
+                f"batch {batch.index} ended two hosts; its devices are {device_ids}: {reason}"
+            ) from error
+        return _Batch(batch.index, batch.tasks, batch.lost_hosts + 1)
+
+
+def _start_or_join(config: HostsConfig) -> None:
+    """Join the cluster this process was submitted to ($RAY_ADDRESS), or start a Ray of our own."""
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False)
+        return
+    num_cores = len(os.sched_getaffinity(0))
+    ray.init(
+        address="local",  # without it, a stale cluster file would be tried first
+        num_cpus=max(num_cores, (config.num_hosts or 1) * config.num_threads),
+        include_dashboard=False,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+    )

@@ -1,0 +1,237 @@
+"""Many clients' LoRA trained at once on one frozen backbone.
+
+The clients of a batch share every product with a frozen weight; their factors are stacked and
+multiplied by `bmm`. Losses are per client and summed, so each client's gradient is the one it would
+have alone, and AdamW acts element by element: the updates are those of training one after another.
+
+Legend: K clients, S steps, B sequences a step, T tokens, N = B T rows of a client, I input width,
+O output width, R rank, P trained elements a client, V vocabulary, D model width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fedpeat_ray.config import LocalConfig
+from fedpeat_ray.models.foundation import Backbone, head_weight
+from fedpeat_ray.models.lora import Lora
+from fedpeat_ray.records import ClientReport, ClientTask
+
+IGNORED = -100  # label of padding
+HEAD_LOGITS = {"cpu": 2**20, "cuda": 2**26}  # logits that exist at one time: on a CPU, what its cache holds
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What a client sends: its trained tensors minus those it was given."""
+
+    report: ClientReport
+    weight: float
+    delta_P: Tensor
+    """float64, so that start + delta is exactly what the client had."""
+
+
+@dataclass(frozen=True)
+class TrainClientBatch:
+    """`train(backbone, start_P, tasks)`: local training of all clients of one batch."""
+
+    lora: Lora
+    local: LocalConfig
+
+    def __call__(self, backbone: Backbone, start_P: Tensor, tasks: Sequence[ClientTask]) -> list[ClientUpdate]:
+        started = time.perf_counter()
+        order = sorted(range(len(tasks)), key=lambda i: -tasks[i].num_steps)  # those done early are at the end
+        theta_KP, losses_K = train_stacked(backbone.training, self.lora, self.local, start_P, [tasks[i] for i in order])
+        wall_s = (time.perf_counter() - started) / len(tasks)
+        delta_KP = theta_KP.double() - start_P.to(theta_KP.device).double()
+        finite_K = delta_KP.isfinite().all(dim=1)
+        updates: dict[int, ClientUpdate] = {}
+        for row, i in enumerate(order):
+            report = ClientReport(tasks[i].device_id, float(losses_K[row]), bool(finite_K[row]), wall_s)
+            updates[i] = ClientUpdate(report, float(tasks[i].num_examples), delta_KP[row].cpu())
+        return [updates[i] for i in range(len(tasks))]
+
+
+def train_stacked(
+    backbone: PreTrainedModel, lora: Lora, local: LocalConfig, start_P: Tensor, tasks: Sequence[ClientTask]
+) -> tuple[Tensor, Tensor]:
+    """Train clients sorted by falling number of steps; returns theta (K, P) and mean losses (K,).
+
+    At step s only the clients that have a step s are in the batch: a prefix of all.
+    """
+    device = next(backbone.parameters()).device
+    dtype = torch.float64 if next(backbone.parameters()).dtype == torch.float64 else torch.float32
+    start_P = start_P.to(device, dtype)
+    theta_KP = start_P.repeat(len(tasks), 1)
+    losses_K = torch.zeros(len(tasks), dtype=torch.float64, device=device)
+    num_steps_K = np.array([task.num_steps for task in tasks])
+    optimizer, num_active = None, -1
+    head_VD = head_weight(backbone)
+    with stacked_lora(backbone, lora) as hidden_states:
+        for step in range(num_steps_K.max()):
+            if (active := int((num_steps_K > step).sum())) != num_active:
+                num_active = active
+                optimizer = _next_optimizer(local, theta_KP[:num_active], optimizer)
+            assert optimizer is not None
+            theta = optimizer.param_groups[0]["params"][0]
+            tokens_KBT = _stack([task.tokens_SBT[step] for task in tasks[:num_active]], device)
+            lengths_KB = _stack([task.lengths_SB[step] for task in tasks[:num_active]], device)
+            labels_KN = next_token_labels(tokens_KBT, lengths_KB).flatten(1)
+            loss_K = _FrozenHeadLoss.apply(hidden_states(theta, tokens_KBT), head_VD, labels_KN)
+            loss_K = loss_K / (labels_KN != IGNORED).sum(dim=1).clamp(min=1)
+            loss_K.sum().backward()
+            if local.prox_mu:
+                theta.grad.add_(theta.detach() - start_P, alpha=local.prox_mu)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses_K[:num_active] += loss_K.detach()
+    return theta_KP, losses_K / torch.from_numpy(num_steps_K).to(device)
+
+
+def _stack(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.stack(arrays).astype(np.int64)).to(device)
+
+
+def _next_optimizer(local: LocalConfig, theta: Tensor, previous: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
+    """An optimizer over the first rows of theta, going on with the state of the one before."""
+    parameter = nn.Parameter(theta)  # the same memory
+    optimizer = build_optimizer(local, [parameter])
+    if previous is not None:
+        for name, value in previous.state[previous.param_groups[0]["params"][0]].items():
+            per_client = torch.is_tensor(value) and value.ndim == 2
+            optimizer.state[parameter][name] = value[: len(theta)] if per_client else value
+    return optimizer
+
+
+def build_optimizer(local: LocalConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """The device's optimizer, as the configuration says."""
+    if local.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=local.learning_rate, weight_decay=local.weight_decay, fused=True)
+    return torch.optim.SGD(parameters, lr=local.learning_rate, weight_decay=local.weight_decay)
+
+
+class StackedLoraLinear(nn.Module):
+    """A frozen linear layer in which every client of the batch has its own low-rank update."""
+
+    def __init__(self, frozen: nn.Module, scaling: float):
+        super().__init__()
+        self.weight_IO = frozen.weight if isinstance(frozen, Conv1D) else frozen.weight.T
+        self.bias_O = frozen.bias
+        self.scaling = scaling
+        self.factors: tuple[Tensor, Tensor] | None = None  # A (K, R, I), B (K, O, R): set before a forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.factors is not None
+        a_KRI, b_KOR = self.factors
+        x_KNI = x.reshape(len(a_KRI), -1, x.shape[-1])
+        y_KNO = _StackedLora.apply(x_KNI, self.weight_IO, self.bias_O, a_KRI, b_KOR, self.scaling)
+        return y_KNO.view(*x.shape[:-1], -1)
+
+
+class _StackedLora(torch.autograd.Function):
+    """y = x W + b + scaling * x A^T B^T, written out: the low-rank part is added in place, both ways."""
+
+    @staticmethod
+    def forward(ctx, x_KNI, weight_IO, bias_O, a_KRI, b_KOR, scaling):
+        rows = x_KNI.flatten(0, 1)
+        y = rows @ weight_IO if bias_O is None else torch.addmm(bias_O, rows, weight_IO)
+        y_KNO = y.view(*x_KNI.shape[:2], -1)
+        h_KNR = torch.bmm(x_KNI, a_KRI.transpose(1, 2))
+        y_KNO.baddbmm_(h_KNR, b_KOR.transpose(1, 2), alpha=scaling)
+        ctx.save_for_backward(x_KNI, weight_IO, a_KRI, b_KOR, h_KNR)
+        ctx.scaling = scaling
+        return y_KNO
+
+    @staticmethod
+    def backward(ctx, grad_KNO):
+        x_KNI, weight_IO, a_KRI, b_KOR, h_KNR = ctx.saved_tensors
+        grad_h_KNR = torch.bmm(grad_KNO, b_KOR).mul_(ctx.scaling)
+        grad_b_KOR = torch.bmm(grad_KNO.transpose(1, 2), h_KNR).mul_(ctx.scaling)
+        grad_a_KRI = torch.bmm(grad_h_KNR.transpose(1, 2), x_KNI)
+        grad_x_KNI = None
+        if ctx.needs_input_grad[0]:
+            grad_x_KNI = (grad_KNO.flatten(0, 1) @ weight_IO.T).view(x_KNI.shape)
+            grad_x_KNI.baddbmm_(grad_h_KNR, a_KRI)
+        return grad_x_KNI, None, None, grad_a_KRI, grad_b_KOR, None
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Summed next-token losses per client under a frozen head, a chunk of rows of logits at a time.
+
+    The gradient of the hidden states is worked out on the way, so no logits are kept: K B T V floats
+    would be most of the memory of a step.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_KND, head_VD, labels_KN):
+        hidden, labels = hidden_KND.flatten(0, 1), labels_KN.flatten()
+        loss = torch.zeros(len(hidden), dtype=_loss_dtype(hidden), device=hidden.device)
+        grad = torch.zeros_like(hidden) if hidden_KND.requires_grad else None
+        rows = torch.nonzero(labels != IGNORED).squeeze(1)
+        for chunk in rows.split(max(1, HEAD_LOGITS[hidden.device.type] // len(head_VD))):
+            logits = (hidden[chunk] @ head_VD.T).to(loss.dtype)
+            target = labels[chunk].unsqueeze(1)
+            top = logits.amax(dim=1, keepdim=True)
+            target_logit = logits.gather(1, target) - top
+            probabilities = logits.sub_(top).exp_()  # in place: fresh pages cost more than the arithmetic
+            normaliser = probabilities.sum(dim=1, keepdim=True)
+            loss[chunk] = (normaliser.log() - target_logit).squeeze(1)
+            if grad is not None:
+                probabilities.div_(normaliser)
+                probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=loss.dtype))
+                grad[chunk] = probabilities.to(hidden.dtype) @ head_VD
+        if grad is not None:
+            ctx.save_for_backward(grad.view_as(hidden_KND))
+        return loss.view(labels_KN.shape).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx, grad_K):
+        (grad_KND,) = ctx.saved_tensors
+        return grad_KND * grad_K.to(grad_KND.dtype)[:, None, None], None, None
+
+
+def _loss_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def next_token_labels(tokens_KBT: Tensor, lengths_KB: Tensor) -> Tensor:
+    """Labels (K, B, T): the token after each position, IGNORED at the last valid one and in padding."""
+    positions = torch.arange(tokens_KBT.shape[-1], device=tokens_KBT.device)
+    shifted = tokens_KBT.roll(-1, dims=-1)
+    return shifted.masked_fill(positions >= lengths_KB.unsqueeze(-1) - 1, IGNORED)
+
+
+@contextlib.contextmanager
+def stacked_lora(backbone: PreTrainedModel, lora: Lora) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    """Put stacked LoRA into the backbone's linear layers, and take it out again at the end.
+
+    Gives `hidden_states(theta_KP, tokens_KBT) -> (K, B T, D)`. Rows are padded on the right and
+    attention is causal, so padding needs no mask. Autograd reaches theta only.
+    """
+    layers = {name: StackedLoraLinear(backbone.get_submodule(name), lora.scaling) for name, _, _ in lora.modules}
+    frozen = {name: backbone.get_submodule(name) for name in layers}
+    decoder, dtype = backbone.base_model, head_weight(backbone).dtype
+
+    def hidden_states(theta_KP: Tensor, tokens_KBT: Tensor) -> Tensor:
+        factors = lora.layout.unflatten(theta_KP.to(dtype))
+        for name, layer in layers.items():
+            layer.factors = (factors[f"{name}.lora_A.weight"], factors[f"{name}.lora_B.weight"])
+        hidden = decoder(input_ids=tokens_KBT.flatten(0, 1), use_cache=False).last_hidden_state
+        return hidden.view(len(tokens_KBT), -1, hidden.shape[-1])
+
+    try:
+        for name, layer in layers.items():
+            backbone.set_submodule(name, layer)
+        yield hidden_states
+    finally:
+        for name, module in frozen.items():
+            backbone.set_submodule(name, module)

@@ -1,0 +1,246 @@
+"""Reports: readable from a run directory alone, self-contained, and not upset by what a run lacks."""
+
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from analysis import __main__ as command_line
+from analysis import figures
+from analysis.load import NotARunError, load_run
+from analysis.report import SECTIONS, describe, label_runs, render, write_report
+from fedpeat_ray.config import LoraConfig, SimulationConfig
+from fedpeat_ray.records import DEADLINE, MEMORY, UNAVAILABLE
+from fedpeat_ray.runtime.run_log import RunLog
+
+TIERS = ("laptop", "phone", "sbc")
+ROOT = Path(__file__).parents[2]
+
+
+def client(round: int, device_id: int, reason: str | None) -> dict:
+    """Numbers that differ by device; a device that was never asked has no times."""
+    asked = reason not in (UNAVAILABLE, MEMORY)
+    return {
+        "round": round,
+        "device_id": device_id,
+        "tier": TIERS[device_id % 3],
+        "outcome": "dropped" if reason else "completed",
+        "drop_reason": reason,
+        "level": None,
+        "lora_rank": 8,
+        "num_steps": 4,
+        "num_examples": 8,
+        "num_tokens": 512,
+        "download_bytes": 80_000 if asked else 0,
+        "upload_bytes": 0 if reason else 80_000,
+        "download_s": 1.0 + device_id % 5 if asked else None,
+        "compute_s": 4.0 * (1 + device_id % 3) if asked else None,
+        "upload_s": 2.0 + device_id % 4 if asked else None,
+        "energy_j": 10.0 + device_id if asked else 0.0,
+        "memory_bytes": 70_000_000,
+        "memory_cap_bytes": 60_000_000 * (1 + (2 - device_id) % 3),
+        "train_loss": None if reason else 3.0,
+        "wall_train_s": None if reason else 0.2,
+    }
+
+
+def write_run(
+    directory: Path,
+    *,
+    config: SimulationConfig | None = None,
+    rounds: int = 3,
+    dropouts: bool = True,
+    empty_round: int | None = None,
+    finished: bool = True,
+    **summary,
+) -> Path:
+    log = RunLog.create(directory, (config or SimulationConfig(rounds=rounds)).to_dict(), data_digest="abc")
+    for round in range(1, rounds + 1):
+        reasons = [(None, DEADLINE, None, UNAVAILABLE, None, MEMORY)[id % 6] if dropouts else None for id in range(9)]
+        clients = [client(round, id, UNAVAILABLE if round == empty_round else reasons[id]) for id in range(9)]
+        completed = sum(row["outcome"] == "completed" for row in clients)
+        row = {"round": round, "virtual_s": 20.0 * round, "num_completed": completed, "num_dropped": 9 - completed}
+        row |= {"num_tokens": 512 * completed, "train_loss": 3.0 if completed else math.nan, "token_accuracy": 0.3}
+        row |= {name: sum(row[name] for row in clients) for name in ("download_bytes", "upload_bytes", "energy_j")}
+        row |= {"perplexity": 60.0 - 5 * round if completed else None}
+        log.write_round(round, row | {"wall_train_s": 1.0, "wall_eval_s": 0.5, "wall_s": 1.6}, clients)
+    if finished:
+        perplexity = {"zero_shot": 60.0, "tuned": 60.0 - 5 * rounds, "upper_bound": 30.0}
+        by_tier = {tier: {"zero_shot": 62.0, "tuned": 50.0} for tier in TIERS}
+        written = {"algorithm": "fed-peft", "perplexity": perplexity, "gap_closed": 0.5, "wall_s": 6.0}
+        written |= {"token_accuracy": {"zero_shot": 0.25, "tuned": 0.3}, "perplexity_by_tier": by_tier}
+        log.write_summary(written | summary)
+    return directory
+
+
+ALL = {section.title for section in SECTIONS}
+
+
+@pytest.fixture(autouse=True)
+def small_images(monkeypatch):
+    monkeypatch.setitem(figures.STYLE, "savefig.dpi", 20)
+
+
+def shown(page: str) -> set[str]:
+    """Titles of the sections that have a figure."""
+    return set(re.findall(r'<img alt="([^"]*)"', page))
+
+
+class Links(HTMLParser):
+    """Collects tags and what they point to."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.targets: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.targets += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+
+
+def test_load_run(tmp_path):
+    run = load_run(write_run(tmp_path / "run"))
+    assert list(run.rounds["round"]) == [1, 2, 3]
+    assert list(run.clients["device_id"]) == list(range(9)) * 3
+    assert run.summary is not None and run.summary["gap_closed"] == 0.5
+    assert run.settings["fleet.num_devices"] == 2000
+    assert run.events.empty
+
+
+def test_a_round_without_its_row_is_not_finished(tmp_path):
+    directory = write_run(tmp_path / "run", finished=False)
+    (directory / "rounds" / "00003.parquet").unlink()
+    run = load_run(directory)
+    assert set(run.clients["round"]) == {1, 2}
+    assert run.summary is None
+
+
+def test_events_survive_a_cut_off_line(tmp_path):
+    directory = write_run(tmp_path / "run")
+    RunLog(directory).event("host lost", host=1, devices=[3, 5])
+    with open(directory / "events.jsonl", "a") as file:
+        file.write('{"time": "2026')
+    assert load_run(directory).events[["kind", "devices"]].to_dict("records") == [
+        {"kind": "host lost", "devices": [3, 5]}
+    ]
+
+
+def test_what_is_no_run(tmp_path):
+    with pytest.raises(NotARunError, match="no directory"):
+        load_run(tmp_path / "missing")
+    with pytest.raises(NotARunError, match="has no config"):
+        load_run(tmp_path)
+    broken = write_run(tmp_path / "broken")
+    (broken / "clients" / "00002.parquet").write_bytes(b"no parquet")
+    with pytest.raises(NotARunError, match="clients"):
+        load_run(broken)
+    RunLog.create(tmp_path / "fresh", {})
+    with pytest.raises(NotARunError, match="no finished round"):
+        write_report([tmp_path / "fresh"])
+
+
+def test_report_is_one_self_contained_page(tmp_path):
+    directory = write_run(tmp_path / "run", config=SimulationConfig(seed=11))
+    RunLog(directory).event("host lost", error="<script>alert(1)</script>")
+    path = write_report([directory])
+    page = path.read_text(encoding="utf-8")
+    links = Links(page)
+    assert path == directory / "report.html"
+    assert shown(page) == ALL and len(links.targets) == len(SECTIONS)
+    assert all(target.startswith("data:image/png;base64,") for target in links.targets)
+    assert not links.tags & {"script", "link", "iframe", "object"}
+    assert not re.search(r"https?://|url\(|@import", page)
+    for text in ("Perplexity went from 60.00 to 45.00", "50% of the way", "2,000 devices", "seed 11", "host lost"):
+        assert text in page
+    assert "nan" not in re.sub("<[^>]*>", " ", page).lower().split()
+
+
+@pytest.mark.parametrize(
+    ("run", "missing"),
+    [
+        ({"dropouts": False}, {"Who drops out, and why"}),
+        ({"rounds": 1, "perplexity_by_tier": {}}, {"Quality by tier"}),
+        ({"perplexity_by_tier": {"phone": {"zero_shot": 60.0, "tuned": None}}}, set()),
+        ({"perplexity": {"zero_shot": 60.0, "tuned": 50.0, "upper_bound": None}, "gap_closed": None}, set()),
+        ({"empty_round": 2, "finished": False}, {"Quality by tier"}),
+        ({"rounds": 1, "empty_round": 1, "finished": False}, ALL - {"Who drops out, and why", "Memory"}),
+    ],
+    ids=str,
+)
+def test_runs_that_lack_something(tmp_path, run, missing):
+    page = render(label_runs([load_run(write_run(tmp_path / "run", **run))]))
+    assert shown(page) == ALL - missing
+    assert all(section.nothing in page for section in SECTIONS if section.title in missing)
+
+
+def test_a_non_finite_summary_reads_as_missing(tmp_path):
+    perplexity = {"zero_shot": 60.0, "tuned": math.nan, "upper_bound": math.inf}
+    page = render(label_runs([load_run(write_run(tmp_path / "run", perplexity=perplexity, gap_closed=math.nan))]))
+    assert shown(page) == ALL
+    assert "Perplexity after the last round is 45.00." in page
+
+
+def test_several_runs_side_by_side(tmp_path):
+    first = write_run(tmp_path / "a", config=SimulationConfig(rounds=3))
+    second = write_run(tmp_path / "b", config=SimulationConfig(rounds=3, lora=LoraConfig(rank=16)), finished=False)
+    third = write_run(tmp_path / "c", config=SimulationConfig(rounds=3, lora=LoraConfig(rank=4)), dropouts=False)
+    runs = label_runs([load_run(path) for path in (first, second, third)])
+    assert list(runs) == ["rank 8", "rank 16", "rank 4"]
+    page = write_report([first, second, third], tmp_path / "new" / "out.html").read_text(encoding="utf-8")
+    assert shown(page) == ALL
+    assert "Report of 3 runs" in page and "rank 16" in page and "What differs" in page
+
+
+def test_labels(tmp_path):
+    same = [load_run(write_run(tmp_path / name / "run")) for name in ("a", "b")]
+    assert list(label_runs(same[:1])) == ["this run"]
+    assert list(label_runs(same)) == [str(run.directory) for run in same]
+    many = SimulationConfig(rounds=3, seed=1, cohort_size=8, over_sample=2.0, deadline_s=9.0)
+    other = load_run(write_run(tmp_path / "other", config=many))
+    assert list(label_runs([same[0], other])) == ["run", "other"]
+
+
+def test_a_run_is_described_in_words(tmp_path):
+    text = describe(load_run(write_run(tmp_path / "run", finished=False, config=SimulationConfig(rounds=12))))
+    assert text.startswith("fed-peft (federated LoRA")
+    assert "tuning pydoc-base on python_docs" in text
+    assert "unfinished: 3 of 12 rounds so far" in text
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    directory = write_run(tmp_path / "run", rounds=1)
+    out = tmp_path / "page.html"
+    monkeypatch.setattr(sys, "argv", ["analysis", "report", str(directory), "--out", str(out)])
+    assert command_line.main() == 0
+    assert out.exists() and capsys.readouterr().out.strip() == str(out)
+    monkeypatch.setattr(sys, "argv", ["analysis", "report", str(tmp_path)])
+    assert command_line.main() == 2
+    assert capsys.readouterr().err == f"error: {tmp_path} holds no run: it has no config.json\n"
+
+
+def test_analysis_runs_without_the_engine():
+    engine = "{name.partition('.')[0] for name in sys.modules} & {'fedpeat_ray', 'ray', 'torch'}"
+    code = f"import sys, analysis.__main__; sys.exit(bool({engine}))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_examples_of_the_docs_run(tmp_path, monkeypatch):
+    write_run(tmp_path / "runs" / "NAME")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "run_log.md").read_text(encoding="utf-8"), re.DOTALL)
+    names = {}
+    for example in examples:
+        exec(example, names)
+    assert len(examples) == 3
+    assert len(names["slowest"]) == 3
+
+
+def test_time_units_read_well():
+    assert [figures.time_unit(seconds)[1] for seconds in (0, 179, 180, 11_000, 1e6)] == ["s", "s", "min", "h", "days"]

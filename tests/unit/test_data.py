@@ -1,0 +1,398 @@
+"""Documents, shares of devices, and batches: on small tables written by the tests."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fedpeat_ray.config import DataConfig, LocalConfig, PartitionConfig
+from fedpeat_ray.data import batches, hub, python_docs
+from fedpeat_ray.data.corpus import Corpus, load_corpus
+from fedpeat_ray.data.partition import Partition
+from fedpeat_ray.errors import ConfigError, DataError, ModelError
+
+EOS = 0
+WORDS = [f"w{i}" for i in range(50)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Word wi is token i + 1; the end of a text is token 0."""
+    backend = Tokenizer(models.WordLevel({"<eos>": EOS} | {word: i + 1 for i, word in enumerate(WORDS)}, "<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+def corpus_of(lengths: list[int], groups: list[int], heldout: list[bool]) -> Corpus:
+    """Document i is the token i + 1, as often as its length says, then the end."""
+    tokens = [np.array([i + 1] * length + [EOS], dtype=np.uint16) for i, length in enumerate(lengths)]
+    return Corpus(
+        tokens=np.concatenate(tokens),
+        offsets=np.cumsum([0, *map(len, tokens)], dtype=np.int64),
+        group=np.array(groups, dtype=np.int32),
+        group_names=tuple(map(str, range(max(groups) + 1))),
+        heldout=np.array(heldout),
+        eos_id=EOS,
+        digest="",
+    )
+
+
+def write_documents(directory: Path, texts_by_source: dict[str, list[str]], **fields) -> DataConfig:
+    """A Parquet file with source, kind and text, and the configuration that reads it."""
+    rows = [(source, len(text), text) for source, texts in texts_by_source.items() for text in texts]
+    source, kind, text = map(list, zip(*rows, strict=True))
+    pq.write_table(pa.table({"source": source, "kind": kind, "text": text}), directory / "documents.parquet")
+    return dataclasses.replace(DataConfig(name=str(directory), source_column="source"), **fields)
+
+
+def test_every_local_format_is_read_and_the_file_is_the_source(tmp_path: Path):
+    pq.write_table(pa.table({"text": ["a b", "c d"], "other": [1, 2]}), tmp_path / "one.parquet")
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in ("e\nf", "g" * 2**21))
+    (tmp_path / "two.jsonl").write_text(lines)
+    (tmp_path / "three.json").write_text('{"text": "h"}\n{"text": null}\n{"text": "i"}\n')
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "four.txt").write_text("first\nparagraph\n\n \nsecond paragraph\n")
+    (tmp_path / ".hidden.txt").write_text("hidden")
+    (tmp_path / "readme.md").write_text("not data")
+
+    table = hub.load(DataConfig(name=str(tmp_path)))
+
+    assert table.schema == hub.SCHEMA
+    assert set(zip(table["source"].to_pylist(), table["text"].to_pylist(), strict=True)) == {
+        *(("one", "a b"), ("one", "c d"), ("two", "e\nf"), ("two", "g" * 2**21), ("three", "h"), ("three", "i")),
+        *(("four", "first\nparagraph"), ("four", "second paragraph\n")),
+    }
+    assert table["label"].null_count == table.num_rows
+    heldout = table.filter(table["heldout"])["source"].to_pylist()
+    assert sorted(heldout) == ["four", "one", "three", "two"]  # one of two of each
+
+
+def test_columns_are_mapped_and_repeats_and_empty_texts_left_out(tmp_path: Path):
+    body = pa.array(["x", "y", "x", " ", None, "z"]).dictionary_encode()
+    pq.write_table(pa.table({"body": body, "user": [7, 8, 7, 7, 7, None], "topic": [True] * 6}), tmp_path / "a.parquet")
+
+    config = DataConfig(name=str(tmp_path), text_column="body", source_column="user", label_column="topic")
+    with pytest.raises(DataError, match="one document a source"):
+        hub.load(config)
+    table = hub.load(dataclasses.replace(config, source_column=None))
+    assert table["text"].to_pylist() == ["x", "y", "z"]
+    assert table["label"].to_pylist() == ["true"] * 3
+
+    pq.write_table(pa.table({"body": ["p", "q"], "user": [7, 7], "topic": [False] * 2}), tmp_path / "b.parquet")
+    assert hub.load(config)["source"].to_pylist() == ["7", "8", "unknown", "7", "7"]
+
+
+def test_heldout_share_is_by_source_and_does_not_depend_on_the_order():
+    sources = ["big"] * 100 + ["small"] * 3
+    names = [str(i) for i in range(103)]
+    heldout = python_docs.mark_heldout(sources, names, 0.2)
+    assert (sum(heldout[:100]), sum(heldout[100:])) == (20, 1)
+    assert python_docs.mark_heldout(sources[::-1], names[::-1], 0.2) == heldout[::-1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"text_column": "body"}, r"data.text_column = 'body' is not a column of documents, .* source, kind, text"),
+        ({"text_column": "kind"}, r"data.text_column = 'kind' has type int64 in documents: must be string"),
+        ({"source_column": "user"}, r"data.source_column = 'user' is not a column of documents"),
+        ({"label_column": "class"}, r"data.label_column = 'class' is not a column of documents"),
+    ],
+)
+def test_bad_columns(tmp_path: Path, fields: dict[str, str], message: str):
+    config = write_documents(tmp_path, {"a": ["one", "two"]}, **fields)
+    with pytest.raises(DataError, match=message):
+        hub.load(config)
+
+
+def test_bad_directories(tmp_path: Path):
+    config = DataConfig(name=str(tmp_path))
+    with pytest.raises(DataError, match=r"without a file to read: .parquet, .jsonl, .json, .txt"):
+        hub.load(config)
+    file = tmp_path / "a.jsonl"
+    cases = {"": "is empty: a has no rows", '{"text": " "}': "has no text", "{": "cannot be read"}
+    for content, message in cases.items():
+        file.write_text(content)
+        with pytest.raises(DataError, match=message):
+            hub.load(config)
+    file.write_text('{"text": "a", "user": [1]}\n')
+    with pytest.raises(DataError, match=r"data.source_column = 'user' has type list<.*must be string, whole number"):
+        hub.load(dataclasses.replace(config, source_column="user"))
+    file.rename(tmp_path / "a.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(DataError, match=r"a.txt cannot be read: .*utf-8"):
+        hub.load(config)
+
+
+def test_hub_dataset(monkeypatch: pytest.MonkeyPatch):
+    features = datasets.Features({"text": datasets.Value("string"), "y": datasets.ClassLabel(names=["no", "yes"])})
+    dataset = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "y": [1, 0, -1]}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, split: {"train": dataset, "all": {}}[split])
+
+    table = hub.load(DataConfig(name="some/dataset", label_column="y"))
+    assert table["label"].to_pylist() == ["yes", "no", "unknown"]
+    assert set(table["source"].to_pylist()) == {"some/dataset"}
+    with pytest.raises(DataError, match=r"data.split = 'all' is not one split"):
+        hub.load(DataConfig(name="some/dataset", split="all"))
+    with pytest.raises(DataError, match=r"data.name = 'x' with data.split = 'test' is neither .*KeyError: 'test'"):
+        hub.load(DataConfig(name="x", split="test"))
+
+
+def test_docstrings_are_read_without_importing(tmp_path: Path):
+    source = f'''"""{"Module. " * 6}"""
+raise SystemExit("imported")
+if True:
+    class A:
+        """Too short."""
+        async def f(self):
+            """{"Method " * 7}
+
+                indented
+            """
+'''
+    (tmp_path / "pkg" / "sub").mkdir(parents=True)
+    for name in ("sub/__init__.py", "test_skipped.py"):
+        (tmp_path / "pkg" / name).write_text(source)
+    (tmp_path / "pkg" / "broken.py").write_text("{{ template }} =")
+    root = tmp_path / "pkg"
+    rows = python_docs._read_files([("pkg", str(root), str(path)) for path in python_docs._source_files(root)])
+    assert [(package, where, name) for package, where, name, _ in rows] == [
+        ("pkg", "pkg.sub", "pkg.sub"),
+        ("pkg", "pkg.sub", "pkg.sub.A.f"),
+    ]
+    assert rows[1][3].endswith("\n\nindented")
+
+
+# --- tokens --------------------------------------------------------------------------------------------------
+
+
+def test_corpus_holds_every_document_with_its_end(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    config = write_documents(tmp_path, {"b": ["w1 w2", "w3"], "a": ["w4 w5 w6", "w7 w8"]})
+    cache = tmp_path / "cache"
+    corpus = load_corpus(config, tokenizer, cache_dir=cache)
+    assert corpus.tokens.tolist() == [2, 3, EOS, 4, EOS, 5, 6, 7, EOS, 8, 9, EOS]
+    assert corpus.tokens.dtype == np.uint16
+    assert corpus.offsets.tolist() == [0, 3, 5, 9, 12]
+    assert corpus.num_tokens.tolist() == [3, 2, 4, 3] and corpus.num_documents == 4
+    assert corpus.group_names == ("a", "b") and corpus.group.tolist() == [1, 1, 0, 0]
+    assert corpus.heldout.sum() == 2
+
+    (cached,) = cache.iterdir()  # nothing half-written beside it
+    stamp = cached.stat().st_mtime_ns
+    tokenizer(["w1 w2", "w3"], padding=False, truncation=True, max_length=1)  # leaves state in the tokenizer
+    again = load_corpus(config, tokenizer, cache_dir=cache)
+    assert again.digest == corpus.digest and np.array_equal(again.tokens, corpus.tokens)
+    assert [path.stat().st_mtime_ns for path in cache.iterdir()] == [stamp]
+
+    other = write_documents(tmp_path, {"b": ["w1 w2", "w3"], "a": ["w4 w5 w6", "w7 w9"]})
+    assert load_corpus(other, tokenizer, cache_dir=cache).digest != corpus.digest
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_groups_are_sources_or_labels(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    config = write_documents(tmp_path, {"a": ["w1 w2", "w3"], "b": ["w5"]}, label_column="kind")
+    by_label = dataclasses.replace(config, partition=PartitionConfig(group_by="label"))
+    assert load_corpus(by_label, tokenizer, cache_dir=tmp_path / "cache").group_names == ("2", "5")
+
+    unlabelled = dataclasses.replace(by_label, label_column=None)
+    with pytest.raises(ConfigError, match=r"data.partition.group_by = 'label' is not allowed: 'source'"):
+        load_corpus(unlabelled, tokenizer, cache_dir=tmp_path / "cache")
+    iid = dataclasses.replace(unlabelled, partition=PartitionConfig(kind="iid", group_by="label"))
+    assert load_corpus(iid, tokenizer, cache_dir=tmp_path / "cache").group_names == ("a", "b")
+
+
+def test_embedded_text_has_two_sides(tmp_path, monkeypatch, tokenizer: PreTrainedTokenizerFast):
+    rows = [
+        ("scipy", "scipy.a", "n1", False, False, "w1"),
+        ("torch", "torch.a", "n2", True, False, "w2 w3"),
+        ("sympy", "sympy.a", "n3", False, True, "w4"),
+    ]
+    table = pa.table(list(map(list, zip(*rows, strict=True))), schema=python_docs.SCHEMA)
+    monkeypatch.setattr(python_docs, "load", lambda: table)
+    private = load_corpus(DataConfig(), tokenizer, cache_dir=tmp_path)
+    assert private.tokens.tolist() == [2, EOS, 5, EOS] and private.heldout.tolist() == [False, True]
+    packages = DataConfig(partition=PartitionConfig(group_by="label"))
+    assert load_corpus(packages, tokenizer, cache_dir=tmp_path).group_names == ("scipy", "sympy")
+    assert load_corpus(DataConfig(), tokenizer, public=True, cache_dir=tmp_path).tokens.tolist() == [3, 4, EOS]
+    with pytest.raises(DataError, match=r"data.name = '.*' has no public part"):
+        load_corpus(DataConfig(name=str(tmp_path)), tokenizer, public=True)
+    with pytest.raises(ModelError, match="must be a fast one with an end-of-text token"):
+        load_corpus(DataConfig(), PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer))
+
+
+# --- shares of devices ---------------------------------------------------------------------------------------
+
+GROUP_D = np.repeat(np.arange(20), 50)
+HELDOUT_D = np.arange(1000) % 10 == 0
+TRAIN = np.flatnonzero(~HELDOUT_D)
+KINDS = ("iid", "dirichlet", "by_source", "shards")
+
+
+def partition(seed: int = 0, **fields) -> Partition:
+    return Partition(dataclasses.replace(PartitionConfig(num_shards=40), **fields), GROUP_D, HELDOUT_D, seed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_share_is_a_function_of_seed_and_device(kind):
+    shares = [partition(kind=kind).documents(device_id) for device_id in range(30)]
+    asked_backwards = partition(kind=kind)
+    for device_id in reversed(range(30)):
+        assert np.array_equal(asked_backwards.documents(device_id), shares[device_id])
+    for share in shares:
+        assert share.dtype == np.int64 and len(share) >= 1
+        assert np.array_equal(share, np.unique(share)) and not HELDOUT_D[share].any()
+    assert len({share.tobytes() for share in shares}) == 30
+    assert not np.array_equal(partition(seed=1, kind=kind).documents(0), shares[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heldout_documents_follow_the_mixture(kind):
+    shares = partition(kind=kind, quantity_sigma=0.0)
+    for device_id in range(10):
+        heldout = shares.heldout_documents(device_id)
+        assert heldout.dtype == np.int64 and len(set(heldout)) == len(heldout) >= 1 and HELDOUT_D[heldout].all()
+        mixture_G = shares.mixture(device_id)
+        assert mixture_G.sum() == pytest.approx(1.0)
+        assert set(GROUP_D[heldout]) <= set(np.flatnonzero(mixture_G))
+        assert set(GROUP_D[shares.documents(device_id)]) <= set(np.flatnonzero(mixture_G))
+    first = [partition(seed=i, kind=kind, alpha=2.0).heldout_documents(0)[0] for i in range(400)]
+    assert np.bincount(GROUP_D[first], minlength=20).max() < 45  # 20 expected: over devices, every group has its share
+
+
+def test_device_whose_groups_have_nothing_held_out_is_evaluated_on_all():
+    shares = Partition(PartitionConfig(kind="by_source"), np.array([0, 1, 2, 3]), np.arange(4) >= 2, 0)
+    assert sorted(shares.heldout_documents(0)) == [2, 3]
+
+
+def test_dirichlet_is_concentrated_or_like_the_prior():
+    def largest_share(alpha):
+        return np.mean([partition(alpha=alpha).mixture(device_id).max() for device_id in range(100)])
+
+    assert largest_share(1e-300) == 1.0
+    assert largest_share(0.1) > 0.9 > 0.4 > largest_share(10.0)
+    assert largest_share(1e6) == pytest.approx(1 / 20, rel=0.02)
+    counts = np.bincount(GROUP_D[partition(alpha=1e6, documents_per_device=450, quantity_sigma=0).documents(0)])
+    assert counts.sum() == 450 and counts.min() > 10
+    mean_G = np.mean([partition(alpha=1.0).mixture(device_id) for device_id in range(2000)], axis=0)
+    assert mean_G == pytest.approx(np.full(20, 1 / 20), abs=0.02)
+
+
+def test_dirichlet_fills_up_from_other_groups_when_one_is_full():
+    share = partition(alpha=1.0, documents_per_device=800, quantity_sigma=0.0).documents(0)
+    assert len(share) == 800 and np.bincount(GROUP_D[share]).max() == 45
+
+
+def test_by_source_gives_one_group_in_proportion_to_its_size():
+    group_D = np.repeat([0, 1], [100, 300])
+    shares = Partition(PartitionConfig(kind="by_source"), group_D, np.arange(400) % 10 == 0, 0)
+    groups = [set(group_D[shares.documents(device_id)]) for device_id in range(400)]
+    assert all(len(group) == 1 for group in groups)
+    assert np.mean([group == {1} for group in groups]) == pytest.approx(0.75, abs=0.07)
+
+
+def test_shards_are_pieces_of_the_documents_sorted_by_group():
+    shares = partition(kind="shards", documents_per_device=math.inf)
+    pieces = [set(piece) for piece in np.split(TRAIN, [i * 900 // 40 for i in range(1, 40)])]
+    for device_id in range(20):
+        share = set(shares.documents(device_id))
+        held = [piece for piece in pieces if piece & share]
+        assert len(held) == 2 and set.union(*held) == share
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet"])
+def test_one_device_may_hold_all_there_is(kind):
+    assert np.array_equal(partition(kind=kind, documents_per_device=math.inf).documents(0), TRAIN)
+
+
+def test_number_of_documents_is_log_normal():
+    counts = np.array([len(partition(kind="iid").documents(device_id)) for device_id in range(1000)])
+    assert np.median(counts) == pytest.approx(24, abs=2)
+    assert np.log(counts).std() == pytest.approx(0.6, abs=0.05)
+    assert {len(partition(kind="iid", quantity_sigma=0.0).documents(i)) for i in range(20)} == {24}
+    assert {len(partition(kind="iid", quantity_sigma=1e9).documents(i)) for i in range(20)} == {1, 900}
+
+
+def test_bad_partitions():
+    with pytest.raises(ConfigError, match=r"data.partition.num_shards = 901 is not allowed: at most .* 900"):
+        partition(kind="shards", num_shards=901)
+    with pytest.raises(ConfigError, match=r"data.partition.shards_per_device = 41 is not allowed"):
+        partition(kind="shards", shards_per_device=41)
+    with pytest.raises(DataError, match="0 to train on and 1000 held out"):
+        Partition(PartitionConfig(), GROUP_D, np.ones(1000, bool), 0)
+    with pytest.warns(UserWarning, match=r"data.partition.kind = 'dirichlet' has no effect: .*source_column"):
+        Partition(PartitionConfig(), np.zeros(9, int), np.arange(9) < 3, 0)
+
+
+# --- batches -------------------------------------------------------------------------------------------------
+
+
+def test_documents_are_packed_into_sequences():
+    corpus = corpus_of([3, 2, 4], [0, 0, 0], [False] * 3)
+    tokens_NT, lengths_N = batches.client_sequences(corpus, np.array([0, 2]), 5)
+    assert tokens_NT.tolist() == [[1, 1, 1, EOS, 3], [3, 3, 3, EOS, EOS]] and tokens_NT.dtype == np.int64
+    assert lengths_N.tolist() == [5, 4]
+    tokens_NT, lengths_N = batches.client_sequences(corpus, np.array([0, 2]), 4)  # the ninth token predicts nothing
+    assert lengths_N.tolist() == [4, 4]
+    assert batches.client_sequences(corpus, np.array([1]), 8)[1].tolist() == [3]
+    assert batches.client_sequences(corpus, np.array([], dtype=np.int64), 8)[1].tolist() == [0]
+
+
+def test_num_steps():
+    local = LocalConfig(batch_size=2, max_steps=8, epochs=1.0)
+    assert [batches.num_steps(n, local) for n in (1, 2, 3, 16, 100)] == [1, 1, 2, 8, 8]
+    assert batches.num_steps(30, dataclasses.replace(local, batch_size=1, epochs=0.1)) == 3
+    assert batches.num_steps(30, dataclasses.replace(local, epochs=1e-9)) == 1
+    assert batches.num_steps(30, dataclasses.replace(local, epochs=1e300)) == 8
+
+
+@pytest.mark.parametrize(("num_sequences", "batch_size"), [(7, 3), (6, 3), (3, 3), (2, 3), (1, 3), (5, 4)])
+def test_every_pass_has_every_sequence_once(num_sequences, batch_size):
+    tokens_NT = np.arange(1, num_sequences + 1)[:, None].repeat(4, axis=1)
+    lengths_N = np.full(num_sequences, 4)
+    rows = min(num_sequences, batch_size)
+    passes = 6
+    steps = passes * num_sequences // rows
+    tokens_SBT, lengths_SB = batches.client_batches(tokens_NT, lengths_N, steps, batch_size, np.random.default_rng(0))
+    assert tokens_SBT.shape == (steps, batch_size, 4) and lengths_SB.shape == (steps, batch_size)
+    assert (lengths_SB[:, :rows] == 4).all() and not lengths_SB[:, rows:].any() and not tokens_SBT[:, rows:].any()
+    order = tokens_SBT[:, :rows, 0]
+    assert all(len(set(step)) == rows for step in order.tolist())
+    complete = order.ravel()[: order.size // num_sequences * num_sequences].reshape(-1, num_sequences)
+    assert (np.sort(complete, axis=1) == np.arange(1, num_sequences + 1)).all()
+    if num_sequences > 3:
+        assert len({tuple(one) for one in complete}) > 1  # in a new order
+    repeated = batches.client_batches(tokens_NT, lengths_N, steps, batch_size, np.random.default_rng(0))
+    assert np.array_equal(repeated[0], tokens_SBT)
+
+
+def test_heldout_sequences_are_proportional_over_groups():
+    groups = [0] * 300 + [1] * 100
+    corpus = corpus_of([3] * 400, groups, [i % 2 == 0 for i in range(400)])
+    tokens_NT, lengths_N = batches.heldout_sequences(corpus, 10, 8, seed=1)
+    assert tokens_NT.shape == (10, 8) and (lengths_N == 8).all()
+    documents = tokens_NT[:, [0, 4]].ravel() - 1
+    assert (documents % 2 == 0).all() and len(set(documents)) == 20
+    assert (documents < 300).sum() == 15
+    assert np.array_equal(batches.heldout_sequences(corpus, 10, 8, seed=1)[0], tokens_NT)
+    assert not np.array_equal(batches.heldout_sequences(corpus, 10, 8, seed=2)[0], tokens_NT)
+    tokens_NT, lengths_N = batches.heldout_sequences(corpus, 1000, 7, seed=1)  # all there is
+    assert lengths_N.sum() == 800 and len(tokens_NT) == 115
+    with pytest.raises(DataError, match="no document is held out"):
+        batches.heldout_sequences(corpus_of([3], [0], [False]), 1, 8, seed=0)
+
+
+def test_device_heldout_sequences_are_of_its_groups():
+    corpus = corpus_of([3] * 100, [i // 50 for i in range(100)], [i % 5 == 0 for i in range(100)])
+    shares = Partition(PartitionConfig(kind="by_source"), corpus.group, corpus.heldout, seed=0)
+    tokens_NT, lengths_N = batches.device_heldout_sequences(corpus, shares, 3, 2, 8)
+    assert tokens_NT.shape == (2, 8) and lengths_N.tolist() == [8, 8]
+    documents = tokens_NT[:, [0, 4]].ravel() - 1
+    assert corpus.heldout[documents].all()
+    assert set(corpus.group[documents]) == set(np.flatnonzero(shares.mixture(3)))

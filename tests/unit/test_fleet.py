@@ -1,0 +1,349 @@
+"""The simulated fleet: who is in it, when it can be reached, over which link, at what cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fedpeat_ray.config import AvailabilityConfig, ChannelConfig, FleetConfig
+from fedpeat_ray.errors import ConfigError, DataError
+from fedpeat_ray.fleet.availability import Availability, build_availability
+from fedpeat_ray.fleet.channel import fading_power, link_ok, link_rates
+from fedpeat_ray.fleet.costs import Admission, Costs, Task, admit, spent, task_costs, training_flops
+from fedpeat_ray.fleet.memory import ModelShape
+from fedpeat_ray.fleet.population import Fleet, build_fleet
+from fedpeat_ray.fleet.tiers import TIERS
+
+ARRAYS = (
+    "tier",
+    "flops_per_s",
+    "memory_cap_bytes",
+    "downlink_bytes_per_s",
+    "uplink_bytes_per_s",
+    "compute_power_w",
+    "radio_power_w",
+    "distance_m",
+)
+IDS = np.arange(20_000)
+
+
+def fleet_of(num_devices: int, **settings) -> Fleet:
+    return build_fleet(FleetConfig(num_devices=num_devices, **settings), seed=7)
+
+
+def availability_of(num_devices: int = len(IDS), **settings) -> Availability:
+    return build_availability(AvailabilityConfig(**settings), num_devices, seed=7)
+
+
+# Tiers and population
+
+
+def test_tiers_are_complete():
+    assert len({tier.name for tier in TIERS}) == len(TIERS) >= 6
+    assert sum(tier.share for tier in TIERS) == pytest.approx(1.0)
+    for tier in TIERS:
+        assert tier.sources and tier.description
+        assert 0 < tier.gpu_fraction <= 1
+        assert tier.float16_flops_per_s >= tier.float32_flops_per_s > 0
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_a_device_does_not_depend_on_the_size_of_the_fleet(name: str):
+    np.testing.assert_array_equal(getattr(fleet_of(100), name), getattr(fleet_of(5000), name)[:100])
+
+
+def test_shares_and_medians_are_those_of_the_tiers():
+    fleet = fleet_of(len(IDS))
+    for index, tier in enumerate(TIERS):
+        members = fleet.tier == index
+        assert members.mean() == pytest.approx(tier.share, abs=0.01)
+        assert np.median(fleet.flops_per_s[members]) == pytest.approx(tier.float32_flops_per_s, rel=0.08)
+        assert np.median(fleet.memory_cap_bytes[members]) == pytest.approx(tier.memory_cap_bytes, rel=0.08)
+        assert np.median(fleet.downlink_bytes_per_s[members]) == pytest.approx(tier.downlink_bytes_per_s, rel=0.08)
+        assert np.median(fleet.uplink_bytes_per_s[members]) == pytest.approx(tier.uplink_bytes_per_s, rel=0.08)
+    assert np.log(fleet.flops_per_s[fleet.tier == 1]).std() == pytest.approx(0.25, rel=0.05)
+
+
+def test_settings_of_the_fleet_have_their_effect():
+    only_laptops = tuple(float(tier.name == "laptop") for tier in TIERS)
+    fleet = fleet_of(50, tier_shares=only_laptops, spread=0.0, memory_scale=0.5, precision="float16")
+    laptop = next(tier for tier in TIERS if tier.name == "laptop")
+    assert {fleet.tier_names[index] for index in fleet.tier} == {"laptop"}
+    assert set(fleet.memory_cap_bytes) == {laptop.memory_cap_bytes // 2}
+    np.testing.assert_allclose(fleet.flops_per_s, laptop.float16_flops_per_s, rtol=1e-6)
+
+
+def test_devices_are_spread_evenly_over_the_cell():
+    distance_m = fleet_of(len(IDS)).distance_m
+    assert distance_m.min() >= 10 and distance_m.max() <= 500
+    assert np.median(distance_m) == pytest.approx(500 / math.sqrt(2), rel=0.02)
+
+
+@pytest.mark.parametrize("shares", [(1.0,), (-1.0,) * len(TIERS), (0.0,) * len(TIERS), (math.nan,) * len(TIERS)])
+def test_shares_that_do_not_fit_are_refused(shares: tuple[float, ...]):
+    with pytest.raises(ConfigError, match="fleet.tier_shares"):
+        fleet_of(10, tier_shares=shares)
+
+
+def test_a_sample_is_sorted_without_repeats_and_reproducible():
+    fleet = fleet_of(100)
+    sample = fleet.sample(round=3, size=40)
+    assert len(set(sample)) == 40 and (np.diff(sample) > 0).all()
+    np.testing.assert_array_equal(sample, fleet_of(100).sample(3, 40))
+    assert not np.array_equal(sample, fleet.sample(4, 40))
+    assert len(fleet.sample(1, 1000)) == 100
+    drawn = np.concatenate([fleet.sample(round, 40) for round in range(500)])
+    assert np.bincount(drawn).min() > 150 and np.bincount(drawn).max() < 250
+
+
+def test_a_round_of_a_million_devices():
+    fleet = fleet_of(1_000_000)
+    assert sum(getattr(fleet, name).nbytes for name in ARRAYS) < 50e6
+    ids = fleet.sample(round=1, size=64)
+    availability = availability_of(fleet.num_devices, kind="markov")
+    downlink, uplink = link_rates(fleet, ChannelConfig(), ids, round=1, seed=7)
+    costs = task_costs(fleet, ids, Task(1e6, 1e6, 1e12, 1e9), downlink, uplink)
+    available = availability.available(ids, now_s=1e6)
+    admission = admit(costs, available, link_ok(ChannelConfig(), downlink, uplink), cohort_size=32, deadline_s=None)
+    assert admission.completed.sum() == 32
+
+
+# Availability
+
+
+def test_availability_of_a_device_does_not_depend_on_who_else_is_asked():
+    assert availability_of(kind="always").available(IDS, 5.0).all()
+    for kind in ("markov", "diurnal"):
+        available = availability_of(kind=kind).available(IDS, 12_345.0)
+        np.testing.assert_array_equal(available[100:200], availability_of(kind=kind).available(IDS[100:200], 12_345.0))
+
+
+@pytest.mark.parametrize("now_s", [0.0, 600.0, 1e6])
+def test_markov_is_stationary_from_the_start(now_s: float):
+    available = availability_of(kind="markov").available(IDS, now_s)
+    assert available.mean() == pytest.approx(7200 / (7200 + 1200), abs=0.01)
+
+
+def test_markov_persists_as_the_process_it_samples():
+    markov = availability_of(kind="markov")
+    before, after = (markov.available(IDS, slot * 600.0) for slot in (10, 11))
+    keep = math.exp(-600 / 7200 - 600 / 1200)
+    share_on = 7200 / 8400
+    assert after[before].mean() == pytest.approx(keep + (1 - keep) * share_on, abs=0.01)
+    assert after[~before].mean() == pytest.approx((1 - keep) * share_on, abs=0.02)
+    np.testing.assert_array_equal(after, markov.available(IDS, 11 * 600.0 + 599.0))
+    np.testing.assert_array_equal(before, markov.available(IDS, 6000.0))  # an earlier time, asked later
+
+
+def test_diurnal_swings_between_its_shares():
+    diurnal = availability_of(kind="diurnal", min_share=0.2, max_share=0.8)
+    best, worst = (diurnal.available(IDS, hour * 3600.0).mean() for hour in (6, 18))
+    assert best == pytest.approx(0.8, abs=0.03)
+    assert worst == pytest.approx(0.2, abs=0.03)
+    steady = availability_of(kind="diurnal", min_share=0.5, max_share=0.5).available(IDS, 3600.0)
+    assert steady.mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_trace_is_followed(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text("device_id,start_s,stop_s\n3,0,10\n3,5,20\n1,10,inf\n")
+    trace = availability_of(num_devices=5, kind="trace", trace=path)
+    on = [np.flatnonzero(trace.available(np.arange(5), now_s)).tolist() for now_s in (0.0, 10.0, 20.0, 1e9)]
+    assert on == [[3], [1, 3], [1], [1]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "line 1: the header"),
+        ("device,start_s,stop_s\n", "line 1: the header"),
+        ("device_id,start_s,stop_s\n", "no intervals"),
+        ("device_id,start_s,stop_s\n1,2\n", "line 2: 2 values, must be 3"),
+        ("device_id,start_s,stop_s\n1,0,1\n9,0,1\n", "line 3, device_id = '9': must be an integer from 0 to 4"),
+        ("device_id,start_s,stop_s\n-1,0,1\n", "line 2, device_id = '-1'"),
+        ("device_id,start_s,stop_s\n1,noon,1\n", "line 2, start_s = 'noon'"),
+        ("device_id,start_s,stop_s\n1,-1,1\n", "line 2, start_s = '-1'"),
+        ("device_id,start_s,stop_s\n1,2,2\n", "line 2, stop_s = '2': must be a number above start_s = 2"),
+    ],
+)
+def test_a_trace_that_cannot_be_used_says_where_and_why(tmp_path, text: str, message: str):
+    path = tmp_path / "trace.csv"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message) as caught:
+        availability_of(num_devices=5, kind="trace", trace=path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_trace_that_is_not_there_is_a_wrong_setting(tmp_path):
+    with pytest.raises(ConfigError, match="fleet.availability.trace"):
+        availability_of(kind="trace", trace=tmp_path / "missing.csv")
+
+
+# Channel
+
+
+def test_the_nominal_link_is_the_device_s_own():
+    fleet = fleet_of(100)
+    downlink, uplink = link_rates(fleet, ChannelConfig(kind="nominal"), np.array([5, 50]), round=1, seed=7)
+    np.testing.assert_array_equal(downlink, fleet.downlink_bytes_per_s[[5, 50]])
+    np.testing.assert_array_equal(uplink, fleet.uplink_bytes_per_s[[5, 50]])
+
+
+def test_shannon_rate_by_hand():
+    """At 1 km with L = 120 dB and no fading (K large): SNR = 1e-12 * 4 W / (4e-21 W/Hz * 1 MHz) = 1000."""
+    noise_dbm_per_hz = 10 * math.log10(4e-21) + 30
+    config = ChannelConfig(
+        kind="rician",
+        rician_k=1e12,
+        bandwidth_hz=2e6,
+        server_power_w=8.0,
+        device_power_w=4.0,
+        noise_dbm_per_hz=noise_dbm_per_hz,
+        path_loss_db_at_1km=120.0,
+    )
+    fleet = unlimited_links(fleet_of(2), distance_m=1000.0)
+    downlink, uplink = link_rates(fleet, config, np.arange(2), round=1, seed=7)
+    by_hand = 1e6 * math.log2(1001) / 8
+    np.testing.assert_allclose(downlink, by_hand, rtol=1e-4)
+    np.testing.assert_allclose(uplink, by_hand, rtol=1e-4)
+    _, alone = link_rates(fleet, config, np.arange(1), round=1, seed=7)
+    np.testing.assert_allclose(alone, 2e6 * math.log2(501) / 8, rtol=1e-4)  # twice the band, twice the noise
+
+
+def test_links_are_capped_and_fade_anew_each_round():
+    fleet, ids = fleet_of(1000), np.arange(40)
+    downlink, uplink = link_rates(fleet, ChannelConfig(), ids, round=1, seed=7)
+    assert (downlink <= fleet.downlink_bytes_per_s[ids]).all() and (uplink <= fleet.uplink_bytes_per_s[ids]).all()
+    free = unlimited_links(fleet, distance_m=300.0)
+    rates = [link_rates(free, ChannelConfig(), ids, round, seed=7) for round in (1, 1, 2)]
+    np.testing.assert_array_equal(rates[0], rates[1])
+    assert (rates[0][0] != rates[2][0]).all()
+    assert abs(np.corrcoef(rates[0])[0, 1]) < 0.5
+
+
+@pytest.mark.parametrize(("kind", "variance"), [("rayleigh", 1.0), ("rician", (1 + 2 * 3.0) / (1 + 3.0) ** 2)])
+def test_fading_has_unit_mean_power(kind, variance: float):
+    power = fading_power(ChannelConfig(kind=kind, rician_k=3.0), 7, IDS)
+    assert power.mean() == pytest.approx(1.0, abs=0.03)
+    assert power.var() == pytest.approx(variance, rel=0.1)
+
+
+def test_an_outage_is_a_link_below_the_least_rate():
+    config = ChannelConfig(min_bytes_per_s=10.0)
+    assert link_ok(config, np.array([10.0, 9.0, 99.0]), np.array([10.0, 99.0, 9.0])).tolist() == [True, False, False]
+
+
+def unlimited_links(fleet: Fleet, distance_m: float) -> Fleet:
+    endless = np.full(fleet.num_devices, np.inf, np.float32)
+    distances = np.full(fleet.num_devices, distance_m, np.float32)
+    return replace(fleet, downlink_bytes_per_s=endless, uplink_bytes_per_s=endless, distance_m=distances)
+
+
+# Costs and admission
+
+
+def costs_of(*total_s: float) -> Costs:
+    """Devices that spend 10 % of `total_s` on 100 bytes down, 60 % computing at 2 W, 30 % on 50 bytes up at 1 W."""
+    total = np.array(total_s)
+    count = len(total)
+    return Costs(
+        download_bytes=np.full(count, 100),
+        upload_bytes=np.full(count, 50),
+        download_s=0.1 * total,
+        compute_s=0.6 * total,
+        upload_s=0.3 * total,
+        compute_power_w=np.full(count, 2.0),
+        radio_power_w=np.full(count, 1.0),
+        memory_bytes=np.full(count, 8),
+        memory_cap_bytes=np.full(count, 8),
+    )
+
+
+def admit_all(costs: Costs, cohort_size: int, deadline_s: float | None = None) -> Admission:
+    everyone = np.ones(len(costs.total_s), bool)
+    return admit(costs, everyone, everyone, cohort_size, deadline_s)
+
+
+def test_costs_by_hand():
+    fleet = replace(
+        fleet_of(3),
+        flops_per_s=np.array([1.0, 2.0, 4.0], np.float32),
+        compute_power_w=np.array([5.0, 5.0, 3.0], np.float32),
+        radio_power_w=np.array([1.0, 1.0, 2.0], np.float32),
+    )
+    task = Task(download_bytes=100, upload_bytes=np.array([30, 60]), flops=8.0, memory_bytes=7)
+    costs = task_costs(fleet, np.array([0, 2]), task, downlink=np.array([10.0, 20.0]), uplink=np.array([3.0, 4.0]))
+    assert costs.total_s.tolist() == [10 + 8 + 10, 5 + 2 + 15]
+    assert costs.energy_j.tolist() == [5 * 8 + 1 * 20, 3 * 2 + 2 * 20]
+    assert costs.upload_bytes.tolist() == [30, 60] and costs.memory_bytes.tolist() == [7, 7]
+
+
+def test_every_reason_to_drop_in_its_order():
+    costs = replace(costs_of(1, 1, 1, 9, 2, 3), memory_bytes=np.array([9, 9, 8, 8, 8, 8]))
+    available = np.array([False, True, True, True, True, True])
+    link = np.array([False, False, False, True, True, True])
+    admission = admit(costs, available, link, cohort_size=1, deadline_s=5.0)
+    assert list(admission.drop_reason) == ["unavailable", "memory", "link", "deadline", None, "not needed"]
+    assert admission.completed.tolist() == [False, False, False, False, True, False]
+    assert admission.round_s == 2.0  # enough completed: nobody waits for the late one
+
+
+def test_the_fastest_complete_and_ties_go_to_the_lower_device_id():
+    admission = admit_all(costs_of(3, 1, 2, 2, 2), cohort_size=3)
+    assert list(admission.drop_reason) == ["not needed", None, None, None, "not needed"]
+    assert admission.round_s == 2.0
+
+
+@pytest.mark.parametrize(
+    ("total_s", "deadline_s", "round_s"),
+    [
+        ((1.0, 2.0), 5.0, 2.0),  # too few were asked: nobody else can come
+        ((1.0, 9.0), 5.0, 5.0),  # the server waits for the late one
+        ((8.0, 9.0), 5.0, 5.0),  # nobody came
+        ((), 5.0, 5.0),
+        ((), None, 0.0),
+        ((1.0, 9.0), None, 9.0),
+    ],
+)
+def test_how_long_a_round_lasts(total_s, deadline_s, round_s: float):
+    assert admit_all(costs_of(*total_s), cohort_size=3, deadline_s=deadline_s).round_s == round_s
+
+
+def test_what_dropped_devices_spent():
+    """The round ends at 10 s, when the first completes; the others were to take 20 s and 200 s."""
+    costs = costs_of(10.0, 20.0, 200.0, 10.0)
+    available = np.array([True, True, True, False])
+    admission = admit(costs, available, available, cohort_size=1, deadline_s=100.0)
+    assert list(admission.drop_reason) == [None, "not needed", "deadline", "unavailable"]
+    logged = spent(costs, admission)
+    assert logged.download_bytes.tolist() == [100, 100, 50, 0]
+    assert logged.upload_bytes.tolist() == [50, 0, 0, 0]
+    np.testing.assert_allclose(logged.download_s, [1, 2, 10, 0])
+    np.testing.assert_allclose(logged.compute_s, [6, 8, 0, 0])
+    np.testing.assert_allclose(logged.upload_s, [3, 0, 0, 0])
+    np.testing.assert_allclose(logged.energy_j, [2 * 6 + 4, 2 * 8 + 2, 10, 0])
+
+
+def test_training_flops_by_hand():
+    shape = ModelShape(
+        num_blocks=2,
+        width=4,
+        num_heads=2,
+        num_kv_heads=2,
+        mlp_width=16,
+        gated_mlp=False,
+        vocabulary=10,
+        num_positions=8,
+        bias=True,
+        weight_bytes=4,
+        num_parameters=300,
+        block_parameters=100,
+    )
+    weights, attention = 2 * 100 + 10 * 4, 12 * 2 * 8 * 4
+    assert training_flops(shape, 5, 8, "all") == 5 * (6 * weights + attention)
+    assert training_flops(shape, 5, 8, "lora", 7) == 5 * (4 * weights + 6 * 7 + attention)
+    ranks = training_flops(shape, np.array([1, 2]), 8, "lora", np.array([7, 14]))
+    np.testing.assert_array_equal(ranks, [4 * weights + 42 + attention, 2 * (4 * weights + 84 + attention)])

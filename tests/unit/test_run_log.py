@@ -1,0 +1,278 @@
+"""The run directory: whole parts only, strict JSON, one run a directory, docs equal to the schema."""
+
+import io
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from fedpeat_ray.config import SimulationConfig
+from fedpeat_ray.errors import RunDirError
+from fedpeat_ray.records import CLIENT_COLUMNS, ROUND_COLUMNS, Column, arrow_schema
+from fedpeat_ray.runtime import run_log
+from fedpeat_ray.runtime.progress import Progress, human_bytes, human_seconds, print_summary
+from fedpeat_ray.runtime.run_log import RunLog, default_run_dir, read_config
+
+DOCS = Path(__file__).parents[2] / "docs" / "run_log.md"
+
+
+def round_row(round: int, **values) -> dict:
+    row = {column.name: 1 for column in ROUND_COLUMNS} | {"round": round, "perplexity": 40.0 - round, "wall_s": 2.0}
+    return row | values
+
+
+def client_row(round: int, device_id: int, **values) -> dict:
+    row = {column.name: 1 for column in CLIENT_COLUMNS} | {"round": round, "device_id": device_id}
+    return row | {"tier": "phone", "outcome": "completed", "drop_reason": None, "level": None} | values
+
+
+@pytest.fixture
+def log(tmp_path) -> RunLog:
+    return RunLog.create(tmp_path / "deep" / "run", SimulationConfig().to_dict())
+
+
+def write_rounds(log: RunLog, num_rounds: int) -> None:
+    for round in range(1, num_rounds + 1):
+        log.write_round(round, round_row(round), [client_row(round, device_id) for device_id in (3, 5)])
+
+
+def test_tables_read_back_with_the_schema(log):
+    write_rounds(log, 3)
+    for folder, columns, num_rows in (("rounds", ROUND_COLUMNS, 3), ("clients", CLIENT_COLUMNS, 6)):
+        table = pd.read_parquet(log.directory / folder, dtype_backend="pyarrow")
+        assert len(table) == num_rows
+        assert {name: dtype.pyarrow_dtype for name, dtype in table.dtypes.items()} == {
+            column.name: column.type for column in columns
+        }
+
+
+def test_rows_and_columns_of_clients_give_the_same_bytes(log, tmp_path):
+    rows = [client_row(1, 3, train_loss=2.5), client_row(1, 5, outcome="dropped", train_loss=None)]
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    columns["train_loss"] = np.array([2.5, np.nan])
+    other = RunLog.create(tmp_path / "other", {})
+    log.write_round(1, round_row(1), rows)
+    other.write_round(1, round_row(1), columns)
+    part = Path("clients", "00001.parquet")
+    assert (log.directory / part).read_bytes() == (other.directory / part).read_bytes()
+
+
+def test_nan_and_none_become_null(log):
+    log.write_round(1, round_row(1, perplexity=None, train_loss=math.nan), [])
+    rounds = pd.read_parquet(log.directory / "rounds", dtype_backend="pyarrow")
+    assert rounds[["perplexity", "train_loss"]].isna().to_numpy().all()
+    assert pd.read_parquet(log.directory / "clients").empty
+
+
+@pytest.mark.parametrize("broken", ["missing", "unknown", "other round"])
+def test_columns_are_exactly_those_of_the_schema(log, broken):
+    row = client_row(1, 3)
+    if broken == "missing":
+        del row["tier"]
+    row |= {"unknown": {"colour": "red"}, "other round": {"round": 2}}.get(broken, {})
+    with pytest.raises(AssertionError):
+        log.write_round(1, round_row(1), [row])
+    with pytest.raises(AssertionError):
+        log.write_round(1, round_row(2), [client_row(1, 3)])
+    assert not list((log.directory / "rounds").iterdir())
+
+
+def test_a_crash_before_the_move_leaves_what_was_there(log, monkeypatch):
+    write_rounds(log, 2)
+    before = pd.read_parquet(log.directory / "clients")
+
+    def crash(source, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", crash)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process tidies nothing up
+        with pytest.raises(KeyboardInterrupt):
+            log.write_round(3, round_row(3), [client_row(3, 3)])
+        with pytest.raises(KeyboardInterrupt):
+            log.write_summary({"rounds": 3})
+    assert len(list((log.directory / "clients").iterdir())) == 3, "no hidden file was left: the test tests nothing"
+    pd.testing.assert_frame_equal(pd.read_parquet(log.directory / "clients"), before)
+    assert not (log.directory / "summary.json").exists()
+    write_rounds(RunLog.resume(log.directory, {"seed": 1}), 3)
+    assert sorted(path.name for path in (log.directory / "clients").iterdir())[-1] == "00003.parquet"
+    assert len(list((log.directory / "clients").iterdir())) == 3
+
+
+def test_truncate_after_goes_back_to_a_checkpoint(log):
+    write_rounds(log, 5)
+    log.event("checkpoint", round=3)
+    log.write_summary({"rounds": 5})
+    log.truncate_after(3)
+    assert sorted(pd.read_parquet(log.directory / "rounds")["round"]) == [1, 2, 3]
+    assert set(pd.read_parquet(log.directory / "clients")["round"]) == {1, 2, 3}
+    assert not (log.directory / "summary.json").exists()
+    assert (log.directory / "events.jsonl").exists()
+
+
+def test_a_directory_holds_one_run(log, tmp_path):
+    RunLog.check_free(tmp_path / "free")
+    with pytest.raises(RunDirError, match="another run"):
+        RunLog.check_free(log.directory)
+    with pytest.raises(RunDirError, match="another run"):
+        RunLog.create(log.directory, {})
+    (tmp_path / "started" / "rounds").mkdir(parents=True)  # another run, just before its config.json
+    with pytest.raises(RunDirError, match="another run"):
+        RunLog.create(tmp_path / "started", {})
+    (tmp_path / "file").touch()
+    with pytest.raises(RunDirError, match="file"):
+        RunLog.create(tmp_path / "file" / "run", {})
+    RunLog.create(tmp_path, {})  # an existing directory with other things in it is fine
+
+
+def test_resume_and_read_config_need_a_run(tmp_path):
+    with pytest.raises(RunDirError, match="holds no run"):
+        read_config(tmp_path)
+    with pytest.raises(RunDirError, match="holds no run"):
+        RunLog.resume(tmp_path, {})
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RunDirError, match="no JSON"):
+        read_config(tmp_path)
+
+
+def test_config_is_complete_and_repeats_the_run(tmp_path):
+    config = SimulationConfig(seed=7, out=tmp_path)
+    RunLog.create(tmp_path / "run", config.to_dict(), {"num_hosts": 2}, data_digest="ab", gpus=("H200",))
+    written = read_config(tmp_path / "run")
+    assert SimulationConfig.from_dict(written["config"]) == config
+    assert written["resolved"] == {"num_hosts": 2}
+    assert written["data_digest"] == "ab"
+    assert written["hardware"]["gpus"] == ["H200"]
+    assert written["hardware"]["num_cpus"] == os.cpu_count()
+    assert set(run_log.PACKAGES) < set(written["versions"])
+    assert written["git"] is None or set(written["git"]) == {"commit", "dirty"}
+
+
+def test_json_is_strict(log):
+    log.write_summary({"perplexity": {"tuned": math.nan, "upper_bound": np.float32("inf")}, "rounds": np.int64(3)})
+    log.event("non-finite update", devices=np.array([1, 2]), loss=math.inf, path=Path("a"))
+    log.event("retry", host=1)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    summary = json.loads((log.directory / "summary.json").read_text(), parse_constant=refuse)
+    assert summary == {"perplexity": {"tuned": None, "upper_bound": None}, "rounds": 3}
+    lines = (log.directory / "events.jsonl").read_text().splitlines()
+    events = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [event.pop("time")[-6:] for event in events] == ["+00:00", "+00:00"]
+    assert events[0] == {"kind": "non-finite update", "devices": [1, 2], "loss": None, "path": "a"}
+    assert events[1] == {"kind": "retry", "host": 1}
+
+
+@pytest.fixture
+def no_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("FEDPEAT_RUNS", raising=False)
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("no_environment")
+def test_default_run_dir(monkeypatch, tmp_path):
+    home = tmp_path / "home" / "fedpeat_runs"
+    assert default_run_dir("fed-peft", 3).parent == home
+    (tmp_path / ".git").mkdir()
+    assert default_run_dir("fed-peft", 3).parent == home
+    (tmp_path / "pyproject.toml").touch()
+    assert default_run_dir("fed-peft", 3).parent == tmp_path / "runs"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert default_run_dir("fed-peft", 3).parent == home
+    monkeypatch.setenv("FEDPEAT_RUNS", "elsewhere")
+    path = default_run_dir("fed-peft", 3)
+    assert path.parent == tmp_path / "elsewhere"
+    assert pd.Series([path.name]).str.fullmatch(r"fed-peft-\d{8}-\d{6}-seed3").all()
+
+
+@pytest.mark.usefixtures("no_environment")
+def test_default_run_dir_is_free(monkeypatch):
+    class Noon(run_log.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 1, 2, 12, 0, 0, tzinfo=tz)
+
+    monkeypatch.setattr(run_log, "datetime", Noon)
+    names = []
+    for _ in range(3):
+        path = default_run_dir("fed-avg", 0)
+        path.mkdir(parents=True)
+        names.append(path.name)
+    assert names == ["fed-avg-20260102-120000-seed0" + suffix for suffix in ("", "-2", "-3")]
+
+
+def table_lines(columns: tuple[Column, ...]) -> str:
+    lines = ["| column | type | unit | meaning |", "|---|---|---|---|"]
+    for column in columns:
+        meaning = column.meaning.replace("|", "\\|")
+        lines.append(f"| `{column.name}` | {column.type} | {column.unit} | {meaning} |")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(("heading", "columns"), [("rounds", ROUND_COLUMNS), ("clients", CLIENT_COLUMNS)])
+def test_docs_equal_the_schema(heading, columns):
+    section = DOCS.read_text(encoding="utf-8").split(f"\n## `{heading}`\n")[1].split("\n## ")[0]
+    assert section.strip() == table_lines(columns)
+    assert len(arrow_schema(columns)) == len(columns)
+
+
+def test_progress_in_a_log_is_one_plain_line_a_round():
+    out = io.StringIO()
+    with Progress(12, console=Console(file=out)) as progress:
+        progress.stage("loading [pydoc-base]")
+        progress.round(round_row(1, virtual_s=125.0, download_bytes=1_500_000))
+        progress.round(round_row(12, perplexity=None))
+    stage, first, last = out.getvalue().splitlines()
+    assert stage == "loading [pydoc-base]"
+    assert first.startswith("round  1/12  perplexity  39.00")
+    assert "clock 2 min 05 s" in first and "down 1.5 MB" in first and first.endswith("22.0 s left")
+    assert "perplexity      -" in last and "left" not in last
+    assert out.getvalue().isascii() and "\x1b" not in out.getvalue()
+
+
+def test_progress_on_a_terminal_is_live():
+    out = io.StringIO()
+    with Progress(3, first_round=2, console=Console(file=out, force_terminal=True, width=200)) as progress:
+        progress.stage("measuring zero-shot")
+        progress.round(round_row(2))
+    assert "\x1b" in out.getvalue() and "round 2/3" in out.getvalue()
+
+
+@pytest.mark.parametrize("upper_bound", [28.4, None])
+def test_summary_prints_in_a_log(upper_bound):
+    summary = {"algorithm": "fed-peft", "rounds": 1, "virtual_s": 3700.0, "energy_j": 12_345.0, "wall_s": 5.0}
+    summary |= {"download_bytes": 1000, "upload_bytes": 0, "num_completed": 1234, "num_dropped": 2}
+    summary |= {"perplexity": {"zero_shot": 61.2, "tuned": 31.4, "upper_bound": upper_bound}, "gap_closed": 0.9}
+    summary |= {"token_accuracy": {"zero_shot": 0.25, "tuned": None}, "drop_reasons": {"memory": 2}}
+    summary |= {"perplexity_by_tier": {"phone": {"zero_shot": 70.0, "tuned": None}}}
+    out = io.StringIO()
+    print_summary(summary, Console(file=out, width=80))
+    text = out.getvalue()
+    assert ("28.40" in text) == ("gap" in text) == (upper_bound is not None)
+    assert "70.00 -> -" in text and "12.3 kJ" in text and "1 h 02 min" in text and "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 B"), (999, "999 B"), (999.6, "1.0 kB"), (12_345, "12.3 kB"), (999_600, "1.0 MB"), (4.2e17, "420.0 PB")],
+)
+def test_human_bytes(value, text):
+    assert human_bytes(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (math.nan, "-"), (0.25, "0.25 s"), (9.999, "10.0 s"), (59.96, "1 min 00 s"), (245, "4 min 05 s")]
+    + [(3599.7, "1 h 00 min"), (11_520, "3 h 12 min"), (86_399, "1 d 00 h"), (190_800, "2 d 05 h")],
+)
+def test_human_seconds(value, text):
+    assert human_seconds(value) == text

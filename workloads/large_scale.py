@@ -1,0 +1,47 @@
+"""Tune a language model over a fleet of simulated devices, and write a report.
+
+python workloads/large_scale.py --rounds 10 --cohort-size 32 --fleet.num-devices 2000
+python workloads/large_scale.py --resume DIR            (go on with an interrupted run)
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import tyro
+
+from analysis.report import write_report
+from fedpeat_ray import Simulation, SimulationConfig
+from fedpeat_ray.errors import FedPeatError
+from fedpeat_ray.runtime.progress import print_summary
+from fedpeat_ray.runtime.run_log import read_config
+
+
+def main(arguments: list[str]) -> int:
+    """Run the simulation that the command line describes; returns the exit status."""
+    try:
+        config = tyro.cli(SimulationConfig, args=arguments, description=__doc__, default=defaults(arguments))
+        simulation = Simulation(config)
+        summary = simulation.run()
+    except FedPeatError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    assert simulation.directory is not None
+    print_summary(summary)
+    print(f"report: {write_report([simulation.directory])}")
+    print(simulation.directory)
+    return 0
+
+
+def defaults(arguments: list[str]) -> SimulationConfig:
+    """The defaults of this workload; those of the run itself if one is resumed."""
+    for name, value in itertools.pairwise(arguments):
+        if name == "--resume":
+            return SimulationConfig.from_dict(read_config(Path(value))["config"])
+    return SimulationConfig()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
