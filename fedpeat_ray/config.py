@@ -7,6 +7,7 @@ with the field, its value and what is allowed.
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import math
 import types
@@ -259,6 +260,7 @@ class SimulationConfig:
 
     def validate(self) -> None:
         """Raise ConfigError for the first setting that cannot be used; reads no file, loads nothing."""
+        _check_kinds(self)
         for path, (low, high, allowed) in _BOUNDS.items():
             value = get(self, path)
             if value is not None and value != "auto" and not low <= value <= high:
@@ -352,6 +354,34 @@ def get(config: object, path: str) -> Any:
     for name in path.split("."):
         config = getattr(config, name)
     return config
+
+
+def _check_kinds(config: Any, prefix: str = "") -> None:
+    """Raise ConfigError for a value that is not of its field's type: from Python, anything may come."""
+    hints = typing.get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        path, value, hint = f"{prefix}{item.name}", getattr(config, item.name), hints[item.name]
+        if not _is_a(value, hint):
+            raise ConfigError.of(path, value, _BOUNDS[path][2] if path in _BOUNDS else _in_words(hint))
+        if dataclasses.is_dataclass(value):
+            _check_kinds(value, f"{path}.")
+
+
+def _is_a(value: object, hint: Any) -> bool:
+    match typing.get_origin(hint):
+        case typing.Union | types.UnionType:
+            return any(_is_a(value, option) for option in typing.get_args(hint))
+        case typing.Literal:
+            return isinstance(value, str) and value in typing.get_args(hint)
+        case builtins.tuple:
+            return isinstance(value, tuple) and all(_is_a(item, typing.get_args(hint)[0]) for item in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)
+
+
+def _in_words(hint: Any) -> str:
+    return ", ".join(typing.get_args(hint)) if typing.get_origin(hint) is Literal else f"a {hint}"
 
 
 def differences(one: object, other: object, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -115,8 +115,8 @@ class ClientReport:
     """What is known of a device's work once it is trained: the part of its row the plan could not tell."""
 
     device_id: int
-    train_loss: float
+    train_loss: float | None
     """Mean loss over the local steps, nats per token."""
-    finite: bool
-    """False if the update holds a NaN or an infinity: it is left out of the aggregate."""
+    failure: str | None
+    """NON_FINITE (the update holds a NaN or an infinity) or MEMORY (a real cap was hit): it is not used."""
     wall_train_s: float

@@ -70,8 +70,7 @@ class Simulation:
             progress.stage("starting hosts")
             with hosts(world, on_event) as (map_clients, num_hosts):
                 if world.config.client_batch_size == "auto":
-                    progress.stage("measuring client batch sizes")
-                    world = _with_measured_batch_size(world, map_clients, num_hosts)
+                    world = _with_measured_batch_size(world, map_clients, num_hosts, progress)
                 log = _open_log(world, directory, num_hosts)
                 self.directory = log.directory
                 summary = _run(world, map_clients, log, progress)
@@ -126,9 +125,13 @@ def hosts(world: World, on_event: Any) -> Iterator[tuple[MapClients, int]]:
     """The configured side of the seam, and how many hosts it has."""
     config = world.config.hosts
     if config.backend == "ray":
-        from fedpeat_ray.runtime.ray_hosts import RayHosts  # Ray is loaded only where it is used
+        from fedpeat_ray.runtime.ray_hosts import ExclusiveHosts, RayHosts  # Ray is loaded only where it is used
 
-        with RayHosts(config, world.foundation, on_event) as ray_hosts:
+        if config.exclusive:
+            ray_hosts = ExclusiveHosts(config, world.foundation, on_event, world.conditions.fleet)
+        else:
+            ray_hosts = RayHosts(config, world.foundation, on_event)
+        with ray_hosts:
             yield ray_hosts, ray_hosts.num_hosts
     else:
         with process_settings(config.num_threads):
@@ -148,7 +151,6 @@ def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress)
     log.truncate_after(facts.round)
 
     for round in range(facts.round + 1, config.rounds + 1):
-        progress.stage(f"round {round}")
         started = time.monotonic()
         state, result = algorithm.run_round(state, round, facts.virtual_s, world.conditions, world.data, map_clients)
         trained = time.monotonic()
@@ -166,8 +168,8 @@ def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress)
         }
         log.write_round(round, row, clients)
         for report in result.reports:
-            if not report.finite:
-                log.event("non_finite", round=round, device_id=report.device_id)
+            if report.failure:
+                log.event(report.failure, round=round, device_id=report.device_id)
         facts = Facts(round, row["virtual_s"], facts.num_tokens + row["num_tokens"], facts.zero_shot)
         if round % config.checkpoint_every == 0 or round == config.rounds:
             save_checkpoint(log.directory, state, facts)
@@ -235,10 +237,11 @@ def _heldout_by_tier(conditions: Conditions, data: ClientData, config: Simulatio
     return tasks
 
 
-def _with_measured_batch_size(world: World, map_clients: MapClients, num_hosts: int) -> World:
+def _with_measured_batch_size(world: World, map_clients: MapClients, num_hosts: int, progress: Progress) -> World:
     """The world with a client batch size in place of auto. FedAvg trains clients one after another."""
     config, algorithm, size = world.config, world.algorithm, 1
-    if isinstance(algorithm, FedPEFT):
+    if isinstance(algorithm, FedPEFT) and not config.hosts.exclusive:
+        progress.stage("measuring client batch sizes")
         tasks = world.data.tasks(world.conditions.sample(1), round=1)
         train = TrainClientBatch(algorithm.lora, config.local)
         start_P = algorithm.init(config.seed).model_P
@@ -265,6 +268,7 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
 
 
 _MAY_CHANGE = ("out", "resume", "rounds", "checkpoint_every", "hosts")
+_MUST_STAY = ("hosts.num_threads", "hosts.exclusive")  # the last bits depend on them
 
 
 def _with_resumed(config: SimulationConfig) -> SimulationConfig:
@@ -275,7 +279,8 @@ def _with_resumed(config: SimulationConfig) -> SimulationConfig:
     assert config.resume is not None
     stored = SimulationConfig.from_dict(read_config(config.resume)["config"])
     for path, was, now in differences(stored, config):
-        if path.split(".")[0] not in _MAY_CHANGE and now != "auto":
+        may_change = path.split(".")[0] in _MAY_CHANGE and path not in _MUST_STAY
+        if not may_change and now != "auto":
             raise ConfigError.of(path, now, f"{was!r}, as in the run that is resumed, {config.resume}")
     kept = {name: getattr(config, name) for name in _MAY_CHANGE}
     merged = dataclasses.replace(stored, **kept)

@@ -6,7 +6,8 @@ python workloads/large_scale.py --resume DIR            (go on with an interrupt
 
 from __future__ import annotations
 
-import itertools
+import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -37,10 +38,13 @@ def main(arguments: list[str]) -> int:
 
 def defaults(arguments: list[str]) -> SimulationConfig:
     """The defaults of this workload; those of the run itself if one is resumed."""
-    for name, value in itertools.pairwise(arguments):
-        if name == "--resume":
-            return SimulationConfig.from_dict(read_config(Path(value))["config"])
-    return SimulationConfig()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    directory = parser.parse_known_args(arguments)[0].resume
+    if directory is None:
+        return SimulationConfig()
+    config = SimulationConfig.from_dict(read_config(directory)["config"])
+    return dataclasses.replace(config, out=None, resume=None)  # how that run was started itself
 
 
 if __name__ == "__main__":

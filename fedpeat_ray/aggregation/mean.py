@@ -13,7 +13,7 @@ from fedpeat_ray.training.client_batch import ClientUpdate
 
 @dataclass(frozen=True)
 class WeightedMean:
-    """sum_k w_k delta_k / sum_k w_k in float64 over the finite updates (McMahan et al. 2017, algorithm 1).
+    """sum_k w_k delta_k / sum_k w_k in float64 over the updates that did not fail (McMahan et al. 2017, algorithm 1).
 
     Immutable: `add` and `merge` return a new one. The result depends on the order of merging (in the
     last bits), which is therefore always that of the client batches.
@@ -23,10 +23,10 @@ class WeightedMean:
     sum_P: Tensor | None = None
 
     def add(self, updates: Sequence[ClientUpdate]) -> WeightedMean:
-        """With these updates added; those that are not finite are left out."""
+        """With these updates added; those that failed are left out."""
         weight, sum_P = self.weight, self.sum_P
         for update in updates:
-            if update.report.finite:
+            if update.report.failure is None:
                 weight += update.weight
                 term_P = update.weight * update.delta_P
                 sum_P = term_P if sum_P is None else sum_P + term_P
@@ -39,5 +39,5 @@ class WeightedMean:
         return WeightedMean(self.weight + other.weight, self.sum_P + other.sum_P)
 
     def result(self) -> Tensor | None:
-        """The mean (P,), float64; None if no finite update was added."""
+        """The mean (P,), float64; None if there was none."""
         return None if self.sum_P is None else torch.div(self.sum_P, self.weight)

@@ -77,7 +77,7 @@ def prepare(name: str, training_dtype: str, cache_dir: Path | None = None) -> Fo
 
     Raises ConfigError for a name that is neither embedded, a directory, nor known to Hugging Face.
     """
-    config_dir = _find(name)
+    config_dir = model_dir(name)
     source = sorted(config_dir.glob("*.safetensors"))
     if not source:
         raise ModelError(f"foundation.name = {name!r}: {config_dir} holds no safetensors file")
@@ -202,7 +202,8 @@ def _position_embeddings(model: PreTrainedModel) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
 
 
-def _find(name: str) -> Path:
+def model_dir(name: str) -> Path:
+    """Where a model lies: embedded, a local directory, or downloaded from Hugging Face. Raises ConfigError."""
     if name in EMBEDDED:
         return _EMBEDDED_DIR / name
     path = Path(name).expanduser()

@@ -91,7 +91,7 @@ def linear_widths(module: nn.Module) -> tuple[int, int]:
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 
-def peft_config(lora: Lora, base_model: str, *, trainable: bool = False) -> PeftLoraConfig:
+def peft_config(lora: Lora, base_model: str | None, *, trainable: bool = False) -> PeftLoraConfig:
     """The same LoRA in PEFT's words; modules are named in full, so no other layer can match."""
     return PeftLoraConfig(
         task_type=TaskType.CAUSAL_LM,

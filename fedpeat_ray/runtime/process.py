@@ -1,10 +1,12 @@
-"""How a process that trains is set up: threads, and memory that is kept."""
+"""How a process that trains is set up: threads, memory that is kept, and memory that is capped."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import resource
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -30,3 +32,24 @@ def process_settings(num_threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def cap_memory(cap_bytes: int, device: str) -> None:
+    """From here on this process cannot allocate more than `cap_bytes`; what it has already is not counted.
+
+    On a GPU by PyTorch's allocator; on a CPU by the system's limit on private memory (Linux), which
+    also counts what PyTorch does not allocate itself. Raises RuntimeError on other systems' CPUs.
+    """
+    if device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap_bytes / total))
+        return
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    used_bytes = int(fields["VmData"].split()[0]) * 1024
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used_bytes + cap_bytes, hard))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on a GPU or a CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

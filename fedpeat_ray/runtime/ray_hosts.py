@@ -8,12 +8,14 @@ who did what. A host that is lost is replaced and its batch rerun, once.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ray
 import torch
@@ -22,8 +24,11 @@ from ray.exceptions import RayActorError
 from fedpeat_ray.config import HostsConfig
 from fedpeat_ray.errors import ConfigError, HostLostError
 from fedpeat_ray.files import written_whole
+from fedpeat_ray.fleet.population import Fleet
+from fedpeat_ray.fleet.tiers import TIERS
 from fedpeat_ray.models.foundation import Foundation, load_backbone
-from fedpeat_ray.runtime.process import keep_freed_memory
+from fedpeat_ray.records import MEMORY, ClientReport, ClientTask
+from fedpeat_ray.runtime.process import cap_memory, is_out_of_memory, keep_freed_memory
 from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.training.map_clients import Aggregator, split
 
@@ -33,15 +38,31 @@ _GIB = 2**30
 class Host:
     """The actor: a backbone and the serial side of the seam around it."""
 
-    def __init__(self, foundation: Foundation, weights: bytes | None, num_threads: int):
+    def __init__(
+        self, foundation: Foundation, weights: bytes | None, num_threads: int, memory_cap_bytes: int | None = None
+    ):
         keep_freed_memory()
         torch.set_num_threads(num_threads)
         _write_if_missing(foundation.weights, weights)
-        self._backbone = load_backbone(foundation, "cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if memory_cap_bytes is not None:
+            cap_memory(memory_cap_bytes, device)
+        self._backbone = load_backbone(foundation, device)
 
     def run(self, train: Callable, shared: Any, batch: Sequence[Any], aggregator: Aggregator) -> tuple[Any, list[Any]]:
         """Train one batch; returns its partial aggregate and reports."""
         return Serial(self._backbone)(train, shared, batch, aggregator, batch_size=len(batch))
+
+    def run_capped(
+        self, train: Callable, shared: Any, batch: Sequence[ClientTask], aggregator: Aggregator
+    ) -> tuple[Any, list[ClientReport]]:
+        """The same for devices with a memory cap: running into it is a fact about the device, not an error."""
+        try:
+            return self.run(train, shared, batch, aggregator)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return aggregator, [ClientReport(task.device_id, None, MEMORY, 0.0) for task in batch]
 
     def process_id(self) -> int:
         """For tests that kill a host."""
@@ -93,8 +114,9 @@ class RayHosts:
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(config.num_threads)}},
         )(Host)
         self._hosts = [self._new_host() for _ in range(self.num_hosts)]
+        self._idle = deque(self._hosts)
 
-    def __enter__(self) -> RayHosts:
+    def __enter__(self) -> Self:
         try:
             self.process_ids()  # a host that cannot start says so here
         except BaseException:
@@ -116,23 +138,22 @@ class RayHosts:
         self, train: Callable, shared: Any, tasks: Sequence[Any], aggregator: Aggregator, batch_size: int = 1
     ) -> tuple[Any, list[Any]]:
         """See MapClients. Raises HostLostError for a batch that two hosts did not survive."""
-        waiting = deque(_Batch(index, batch) for index, batch in enumerate(split(tasks, batch_size)))
-        results: list[tuple[Any, list[Any]] | None] = [None] * len(waiting)
-        train_ref, shared_ref, zero_ref = ray.put(train), ray.put(shared), ray.put(aggregator)
-        idle = deque(self._hosts)
+        batches = deque(_Batch(index, batch) for index, batch in enumerate(split(tasks, batch_size)))
+        results: list[tuple[Any, list[Any]] | None] = [None] * len(batches)
+        shared_refs = [ray.put(train), ray.put(shared), ray.put(aggregator)]
         running: dict[ray.ObjectRef, tuple[Any, _Batch]] = {}
-        while waiting or running:
-            while waiting and idle:
-                host, batch = idle.popleft(), waiting.popleft()
-                running[host.run.remote(train_ref, shared_ref, batch.tasks, zero_ref)] = (host, batch)
+        while batches or running:
+            while batches and (host := self._take(batches[0], len(running))) is not None:
+                batch = batches.popleft()
+                running[self._start(host, batch, *shared_refs)] = (host, batch)
             (done,), _ = ray.wait(list(running))
             host, batch = running.pop(done)
             try:
                 results[batch.index] = ray.get(done)
+                self._give_back(host)
             except RayActorError as error:
-                host = self._replace(host)
-                waiting.appendleft(self._lost(batch, error))
-            idle.append(host)
+                self._discard(host)
+                batches.appendleft(self._lost(batch, error))
         total, reports = aggregator, []
         for result in results:
             assert result is not None
@@ -140,13 +161,24 @@ class RayHosts:
             reports += result[1]
         return total, reports
 
-    def _new_host(self) -> Any:
-        return self._actor_class.remote(*self._arguments)
+    def _take(self, batch: _Batch, num_running: int) -> Any | None:
+        """A host that is free for this batch, if there is one."""
+        return self._idle.popleft() if self._idle else None
 
-    def _replace(self, lost: Any) -> Any:
+    def _start(self, host: Any, batch: _Batch, train: Any, shared: Any, aggregator: Any) -> ray.ObjectRef:
+        return host.run.remote(train, shared, batch.tasks, aggregator)
+
+    def _give_back(self, host: Any) -> None:
+        self._idle.append(host)
+
+    def _discard(self, lost: Any) -> None:
+        """A new host in place of a lost one."""
         new = self._new_host()
         self._hosts[self._hosts.index(lost)] = new
-        return new
+        self._idle.append(new)
+
+    def _new_host(self) -> Any:
+        return self._actor_class.remote(*self._arguments)
 
     def _lost(self, batch: _Batch, error: RayActorError) -> _Batch:
         """The batch to run again. A lost host is not a dropped device."""
@@ -154,16 +186,67 @@ class RayHosts:
         reason = str(error).splitlines()[0]
         self._on_event("host_lost", batch=batch.index, device_ids=device_ids, error=reason)
         if batch.lost_hosts:
-            raise HostLostError(
-                f"batch {batch.index} ended two hosts; its devices are {device_ids}: {reason}"
-            ) from error
+            message = f"batch {batch.index} ended two hosts; its devices are {device_ids}: {reason}"
+            raise HostLostError(message) from error
         return _Batch(batch.index, batch.tasks, batch.lost_hosts + 1)
+
+
+class ExclusiveHosts(RayHosts):
+    """An actor of its own for every device, with its tier's GPU fraction and a real cap on its memory.
+
+    For tens of devices, to hold the memory model against the real thing: starting an actor takes
+    seconds. Work that is not a device's (evaluation) runs on the ordinary hosts. Client batches are of
+    one client, so the bits are those of client_batch_size = 1.
+    """
+
+    def __init__(self, config: HostsConfig, foundation: Foundation, on_event: Callable[..., None], fleet: Fleet):
+        super().__init__(dataclasses.replace(config, num_hosts=1), foundation, on_event)
+        self._fleet = fleet
+        self._has_gpus = bool(ray.cluster_resources().get("GPU"))
+        self._num_slots = max(1, int(ray.cluster_resources()["CPU"]))
+        self._devices: set[Any] = set()
+
+    def __call__(
+        self, train: Callable, shared: Any, tasks: Sequence[Any], aggregator: Aggregator, batch_size: int = 1
+    ) -> tuple[Any, list[Any]]:
+        """See MapClients; always one client at a time in a process."""
+        return super().__call__(train, shared, tasks, aggregator, batch_size=1)
+
+    def _take(self, batch: _Batch, num_running: int) -> Any | None:
+        (task,) = batch.tasks
+        if not isinstance(task, ClientTask) or task.device_id < 0:
+            return super()._take(batch, num_running)
+        if num_running >= self._num_slots:
+            return None
+        tier = TIERS[self._fleet.tier[task.device_id]]
+        share = tier.gpu_fraction if self._has_gpus else 0
+        cap = int(self._fleet.memory_cap_bytes[task.device_id])
+        host = self._actor_class.options(num_cpus=0, num_gpus=share).remote(*self._arguments, cap)
+        self._devices.add(host)
+        return host
+
+    def _start(self, host: Any, batch: _Batch, train: Any, shared: Any, aggregator: Any) -> ray.ObjectRef:
+        run = host.run_capped if host in self._devices else host.run
+        return run.remote(train, shared, batch.tasks, aggregator)
+
+    def _give_back(self, host: Any) -> None:
+        if host in self._devices:
+            self._devices.remove(host)
+            ray.kill(host)
+        else:
+            super()._give_back(host)
+
+    def _discard(self, lost: Any) -> None:
+        if lost in self._devices:
+            self._devices.remove(lost)
+        else:
+            super()._discard(lost)
 
 
 def _start_or_join(config: HostsConfig) -> None:
     """Join the cluster this process was submitted to ($RAY_ADDRESS), or start a Ray of our own."""
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
         return
     num_cores = len(os.sched_getaffinity(0))
     ray.init(
@@ -171,5 +254,6 @@ def _start_or_join(config: HostsConfig) -> None:
         num_cpus=max(num_cores, (config.num_hosts or 1) * config.num_threads),
         include_dashboard=False,
         log_to_driver=False,
+        logging_level=logging.ERROR,
         _node_ip_address="127.0.0.1",
     )

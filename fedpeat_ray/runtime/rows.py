@@ -8,14 +8,14 @@ import numpy as np
 
 from fedpeat_ray.algorithms.round_result import RoundResult
 from fedpeat_ray.fleet.population import Fleet
-from fedpeat_ray.records import COMPLETED, DROPPED, NON_FINITE
+from fedpeat_ray.records import COMPLETED, DROPPED
 
 
 def client_columns(round: int, result: RoundResult, fleet: Fleet) -> dict[str, Any]:
     """Columns of the clients table for one round, a sampled device a position."""
     reports = {report.device_id: report for report in result.reports}
     reasons = [
-        NON_FINITE if device_id in reports and not reports[device_id].finite else reason
+        reports[device_id].failure if device_id in reports else reason
         for device_id, reason in zip(result.device_ids.tolist(), result.admission.drop_reason, strict=True)
     ]
     num_devices, costs = len(result.device_ids), result.costs

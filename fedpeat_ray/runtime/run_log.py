@@ -94,7 +94,9 @@ class RunLog:
     @staticmethod
     def check_free(directory: Path) -> None:
         """Raise RunDirError if the directory holds a run: cheap, to be asked before anything is loaded."""
-        if (directory / CONFIG).exists():
+        if directory.exists() and not directory.is_dir():
+            raise RunDirError(f"{directory.absolute()} is no directory")
+        if (directory / CONFIG).exists() or (directory / "rounds").exists():
             raise RunDirError(f"{directory.absolute()} holds another run: choose another directory, or resume it")
 
     @classmethod
@@ -165,11 +167,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises RunDirError if the directory holds no run.
     """
     try:
-        return json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        values = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     except OSError as error:
         raise RunDirError(f"{directory} holds no run: {CONFIG}: {error.strerror}") from None
     except ValueError as error:
         raise RunDirError(f"{directory / CONFIG} is no JSON: {error}") from None
+    if not (isinstance(values, dict) and isinstance(values.get("config"), dict)):
+        raise RunDirError(f"{directory} holds no run: {CONFIG} has no configuration")
+    return values
 
 
 def default_run_dir(algorithm: str, seed: int) -> Path:

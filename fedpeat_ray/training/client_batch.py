@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from fedpeat_ray.config import LocalConfig
 from fedpeat_ray.models.foundation import Backbone, head_weight
 from fedpeat_ray.models.lora import Lora
-from fedpeat_ray.records import ClientReport, ClientTask
+from fedpeat_ray.records import NON_FINITE, ClientReport, ClientTask
 
 IGNORED = -100  # label of padding
 HEAD_LOGITS = {"cpu": 2**20, "cuda": 2**26}  # logits that exist at one time: on a CPU, what its cache holds
@@ -56,7 +56,9 @@ class TrainClientBatch:
         finite_K = delta_KP.isfinite().all(dim=1)
         updates: dict[int, ClientUpdate] = {}
         for row, i in enumerate(order):
-            report = ClientReport(tasks[i].device_id, float(losses_K[row]), bool(finite_K[row]), wall_s)
+            report = ClientReport(
+                tasks[i].device_id, float(losses_K[row]), None if finite_K[row] else NON_FINITE, wall_s
+            )
             updates[i] = ClientUpdate(report, float(tasks[i].num_examples), delta_KP[row].cpu())
         return [updates[i] for i in range(len(tasks))]
 

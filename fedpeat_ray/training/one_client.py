@@ -18,7 +18,7 @@ from fedpeat_ray.config import LocalConfig
 from fedpeat_ray.models.foundation import Backbone
 from fedpeat_ray.models.layout import Layout
 from fedpeat_ray.models.lora import Lora, peft_config
-from fedpeat_ray.records import ClientReport, ClientTask
+from fedpeat_ray.records import NON_FINITE, ClientReport, ClientTask
 from fedpeat_ray.training.client_batch import IGNORED, ClientUpdate, build_optimizer, next_token_labels
 
 
@@ -51,7 +51,7 @@ class TrainWithPeft:
     local: LocalConfig
 
     def __call__(self, backbone: Backbone, start_P: Tensor, tasks: Sequence[ClientTask]) -> list[ClientUpdate]:
-        model = get_peft_model(backbone.training, peft_config(self.lora, base_model="", trainable=True))
+        model = get_peft_model(backbone.training, peft_config(self.lora, base_model=None, trainable=True))
         assert isinstance(model, PeftModel)
         try:
             factors = {
@@ -94,8 +94,8 @@ def _train_from(
         loss_sum += loss.item()
     with torch.no_grad():
         delta_P = layout.flatten({n: p.detach().double() for n, p in trained.items()}).cpu() - start_P.double()
-    finite = bool(delta_P.isfinite().all())
-    report = ClientReport(task.device_id, loss_sum / task.num_steps, finite, time.perf_counter() - started)
+    failure = None if delta_P.isfinite().all() else NON_FINITE
+    report = ClientReport(task.device_id, loss_sum / task.num_steps, failure, time.perf_counter() - started)
     return ClientUpdate(report, float(task.num_examples), delta_P)
 
 
