@@ -381,7 +381,9 @@ def _is_a(value: object, hint: Any) -> bool:
 
 
 def _in_words(hint: Any) -> str:
-    return ", ".join(typing.get_args(hint)) if typing.get_origin(hint) is Literal else f"a {hint}"
+    if typing.get_origin(hint) is Literal:
+        return ", ".join(typing.get_args(hint))
+    return f"of type {hint.__name__ if isinstance(hint, type) else hint}"
 
 
 def differences(one: object, other: object, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -64,7 +64,8 @@ class Simulation:
             if log is not None:
                 log.event(kind, **facts)
 
-        with Progress(config.rounds) as progress:
+        before = load_checkpoint(config.resume) if config.resume else None
+        with Progress(config.rounds, first_round=before[1].round + 1 if before else 1) as progress:
             progress.stage(f"loading {config.foundation.name} and {config.data.name}")
             world = prepare(config)
             progress.stage("starting hosts")
@@ -253,9 +254,9 @@ def _with_measured_batch_size(world: World, map_clients: MapClients, num_hosts: 
 
 def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
     """A new run directory, or the one to go on with."""
-    config = world.config
-    if config.resume:
-        return RunLog.resume(config.resume, config.to_dict())
+    settings = dataclasses.replace(world.config, out=None, resume=None).to_dict()  # the directory may be moved
+    if world.config.resume:
+        return RunLog.resume(world.config.resume, settings)
     resolved = {
         "num_hosts": num_hosts,
         "tiers": world.conditions.fleet.tier_names,
@@ -264,7 +265,7 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
         "payload_bytes": world.algorithm.layout.payload_bytes(),
     }
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return RunLog.create(directory, config.to_dict(), resolved, data_digest=world.data.corpus.digest, gpus=gpus)
+    return RunLog.create(directory, settings, resolved, data_digest=world.data.corpus.digest, gpus=gpus)
 
 
 _MAY_CHANGE = ("out", "resume", "rounds", "checkpoint_every", "hosts")

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import tyro
+from transformers.utils.logging import disable_progress_bar
 
 from analysis.report import write_report
 from fedpeat_ray import Simulation, SimulationConfig
@@ -22,6 +23,7 @@ from fedpeat_ray.runtime.run_log import read_config
 
 def main(arguments: list[str]) -> int:
     """Run the simulation that the command line describes; returns the exit status."""
+    disable_progress_bar()  # our own says enough
     try:
         config = tyro.cli(SimulationConfig, args=arguments, description=__doc__, default=defaults(arguments))
         simulation = Simulation(config)

@@ -16,6 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -75,7 +76,8 @@ def fast_training_dtype() -> str:
 def prepare(name: str, training_dtype: str, cache_dir: Path | None = None) -> Foundation:
     """Find the model and write its exact weights to one node-local file (once).
 
-    Raises ConfigError for a name that is neither embedded, a directory, nor known to Hugging Face.
+    Raises ConfigError for a name that is neither embedded, a directory, nor known to Hugging Face,
+    ModelError if what is found is no causal language model in safetensors files.
     """
     config_dir = model_dir(name)
     source = sorted(config_dir.glob("*.safetensors"))
@@ -87,7 +89,7 @@ def prepare(name: str, training_dtype: str, cache_dir: Path | None = None) -> Fo
         key.update(hashlib.sha256(path.read_bytes()).digest())
     weights = (cache_dir or user_cache_dir()) / f"backbone-{key.hexdigest()[:16]}.safetensors"
     if not weights.exists():
-        model = _load_pretrained(config_dir, dtype)
+        model = _load_pretrained(name, config_dir, dtype)
         first_name = {id(parameter): name for name, parameter in model.named_parameters()}  # tied weights: once
         state = {
             name: tensor.detach().contiguous()
@@ -106,7 +108,7 @@ def load_backbone(foundation: Foundation, device: torch.device | str = "cpu") ->
     exact = load(foundation, device)
     dtype = getattr(torch, foundation.training_dtype)
     same = dtype == next(exact.parameters()).dtype
-    return Backbone(exact, exact if same else load(foundation, device).to(dtype))
+    return Backbone(exact, exact if same else _with_weights_in(dtype, load(foundation, device)))
 
 
 def load(foundation: Foundation, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -145,6 +147,8 @@ def load_tokenizer(config_dir: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(config_dir, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{config_dir} holds no tokenizer: {error}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
+        raise ModelError(f"{config_dir} holds no tokenizer, or one without a vocabulary")
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer in {config_dir} has no end-of-text token")
     return tokenizer
@@ -218,8 +222,23 @@ def model_dir(name: str) -> Path:
         raise ConfigError.of("foundation.name", name, allowed) from error
 
 
-def _load_pretrained(config_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(config_dir, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+def _load_pretrained(name: str, config_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            config_dir, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"foundation.name = {name!r} is no causal language model that can be read: {reason}"
+        ) from error
+
+
+def _with_weights_in(dtype: torch.dtype, model: PreTrainedModel) -> PreTrainedModel:
+    """Rounded weights; buffers stay, as in `from_pretrained`: rotary positions need their float32 frequencies."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _has_bf16_instructions() -> bool:

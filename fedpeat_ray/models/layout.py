@@ -39,7 +39,7 @@ class Layout:
         parts = flat.split(self.sizes, dim=-1)
         lead = flat.shape[:-1]
         return {
-            name: part.view(*lead, *shape) for name, shape, part in zip(self.names, self.shapes, parts, strict=True)
+            name: part.view((*lead, *shape)) for name, shape, part in zip(self.names, self.shapes, parts, strict=True)
         }
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from fedpeat_ray.training.client_batch import TrainClientBatch
 from fedpeat_ray.training.evaluation import EvaluateLora, EvaluationTask, ScoreSum
 from fedpeat_ray.training.map_clients import MapClients
 
-BATCH_SIZE = 16  # sequences a step: small enough for many steps, large enough to be efficient
+BATCH_SIZE = 8  # sequences a step: small enough for many steps, large enough to be efficient
 
 
 def tune_centrally(

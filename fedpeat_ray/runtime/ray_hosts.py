@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import ray
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError
 
 from fedpeat_ray.config import HostsConfig
 from fedpeat_ray.errors import ConfigError, HostLostError
@@ -33,6 +33,7 @@ from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.training.map_clients import Aggregator, split
 
 _GIB = 2**30
+_HOST_LOST = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 
 
 class Host:
@@ -142,18 +143,25 @@ class RayHosts:
         results: list[tuple[Any, list[Any]] | None] = [None] * len(batches)
         shared_refs = [ray.put(train), ray.put(shared), ray.put(aggregator)]
         running: dict[ray.ObjectRef, tuple[Any, _Batch]] = {}
-        while batches or running:
-            while batches and (host := self._take(batches[0], len(running))) is not None:
-                batch = batches.popleft()
-                running[self._start(host, batch, *shared_refs)] = (host, batch)
-            (done,), _ = ray.wait(list(running))
-            host, batch = running.pop(done)
-            try:
-                results[batch.index] = ray.get(done)
+        try:
+            while batches or running:
+                while batches and (host := self._take(batches[0], len(running))) is not None:
+                    batch = batches.popleft()
+                    running[self._start(host, batch, *shared_refs)] = (host, batch)
+                (done,), _ = ray.wait(list(running))
+                host, batch = running[done]
+                try:
+                    results[batch.index] = ray.get(done)
+                except _HOST_LOST as error:
+                    del running[done]
+                    self._discard(host)
+                    batches.appendleft(self._lost(batch, error))
+                else:
+                    del running[done]
+                    self._give_back(host)
+        finally:  # after an error in the training code the pool can still be used
+            for host, _ in running.values():
                 self._give_back(host)
-            except RayActorError as error:
-                self._discard(host)
-                batches.appendleft(self._lost(batch, error))
         total, reports = aggregator, []
         for result in results:
             assert result is not None
@@ -180,7 +188,7 @@ class RayHosts:
     def _new_host(self) -> Any:
         return self._actor_class.remote(*self._arguments)
 
-    def _lost(self, batch: _Batch, error: RayActorError) -> _Batch:
+    def _lost(self, batch: _Batch, error: RayError) -> _Batch:
         """The batch to run again. A lost host is not a dropped device."""
         device_ids = [getattr(task, "device_id", None) for task in batch.tasks]
         reason = str(error).splitlines()[0]

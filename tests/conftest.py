@@ -1,0 +1,99 @@
+"""What tests share: two tiny models and a page of text, written to disk, and caches of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when the libraries are imported
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+VOCABULARY, END = 257, 256  # every byte, and the end of a text
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _caches_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing that an earlier session cached is read, and nothing is left behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GPT-2: Conv1D layers with biases, learned positions, a tied head, dropout in its configuration."""
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=END, eos_token_id=END
+    )
+    return _write_model(tmp_path_factory.mktemp("gpt2"), GPT2LMHeadModel, config)
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaMA: linear layers without biases, grouped queries, rotary positions, a head of its own."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=END,
+        eos_token_id=END,
+        tie_word_embeddings=False,
+    )
+    return _write_model(tmp_path_factory.mktemp("llama"), LlamaForCausalLM, config)
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def model_dir(request: pytest.FixtureRequest) -> Path:
+    """Each of the two."""
+    return request.getfixturevalue(f"{request.param}_dir")
+
+
+@pytest.fixture(scope="session")
+def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three files of JSON lines, 20 short documents each, every file with words of its own."""
+    directory, rng = tmp_path_factory.mktemp("text"), random.Random(0)
+    vocabularies = {
+        "harbour": "ship rope tide anchor gull mast sail wind".split(),
+        "kitchen": "pan salt bread oven knife butter onion broth".split(),
+        "workshop": "saw plane nail bench glue clamp chisel oak".split(),
+    }
+    for source, words in vocabularies.items():
+        texts = [f"{source} {i}: " + " ".join(rng.choices(words, k=rng.randint(4, 16))) for i in range(20)]
+        (directory / f"{source}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return directory
+
+
+def _write_model(directory: Path, kind: type[PreTrainedModel], config: GPT2Config | LlamaConfig) -> Path:
+    """Random weights of a size that makes every layer matter, biases and norms included, and a tokenizer of bytes."""
+    rng = torch.Generator().manual_seed(0)
+    model = kind(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            centre = 1.0 if parameter.ndim == 1 and bool((parameter == 1).all()) else 0.0
+            parameter.normal_(centre, 0.15, generator=rng)
+    model.save_pretrained(directory)
+    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE({**alphabet, "<|endoftext|>": END}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(directory)
+    return directory

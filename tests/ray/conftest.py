@@ -1,0 +1,51 @@
+"""Tests that start real processes. One Ray serves them all; a few start one of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import tiny_runs
+
+from fedpeat_ray import Simulation
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs go to a folder of this session, and no other cluster is joined."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDPEAT_RUNS", str(tmp_path_factory.mktemp("runs")))
+        patch.setenv("PYTHONPATH", f"{tiny_runs.REPOSITORY}:{Path(__file__).parent}")  # for processes that are started
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_arguments(gpt2_dir: Path, text_dir: Path) -> Callable[..., list[str]]:
+    """The command line of a tiny run, with more arguments at its end."""
+    return lambda *more: tiny_runs.arguments(gpt2_dir, text_dir, *more)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tiny_arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a tiny run on the serial side, with nothing in its way."""
+    directory = tmp_path_factory.mktemp("uninterrupted") / "run"
+    Simulation(tiny_runs.parse(tiny_arguments("--out", directory))).run()
+    return directory
+
+
+@pytest.fixture(scope="session")
+def local_ray(_own_places: None) -> Iterator[None]:
+    """A Ray of 4 cores, whatever the machine has, which every run of the session joins."""
+    ray.init(
+        address="local",
+        num_cpus=4,
+        object_store_memory=128 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+    )
+    yield
+    ray.shutdown()

@@ -1,0 +1,83 @@
+"""A run whose process is killed goes on from its last checkpoint, and ends with the same bits."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import Known, living
+from tiny_runs import assert_same_bits, events
+
+from workloads.large_scale import main
+
+DIES_AT = Path(__file__).parent / "dies_at.py"
+PATIENT = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # Ray's own: without the rest they end after a minute
+
+
+@pytest.mark.parametrize(
+    ("ending", "checkpoint", "rounds"),
+    [
+        ("checkpoints/00000", [], []),
+        ("rounds/00003.parquet", ["00002"], ["00001.parquet", "00002.parquet"]),
+        ("checkpoints/00004", ["00002"], [f"0000{round}.parquet" for round in range(1, 5)]),
+        ("summary.json", ["00004"], [f"0000{round}.parquet" for round in range(1, 5)]),
+    ],
+    ids=["before the first checkpoint", "between the parts of a round", "in a checkpoint", "before the summary"],
+)
+def test_a_killed_run_that_is_resumed_gives_the_bits_of_one_never_interrupted(
+    ending, checkpoint, rounds, tiny_arguments, uninterrupted, tmp_path
+):
+    run = tmp_path / "run"
+    _run_and_die(ending, tiny_arguments("--out", run), tmp_path / "log")
+    assert _visible(run / "checkpoints") == checkpoint and _visible(run / "rounds") == rounds
+    assert not (run / "summary.json").exists()
+    assert main(["--resume", str(run)]) == 0
+    assert_same_bits(uninterrupted, run)
+    assert len(events(run, "resumed")) == 1
+
+
+def test_a_killed_run_on_ray_leaves_no_process_and_resumes_to_the_same_bits(tiny_arguments, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    command_line = tiny_arguments("--out", run, "--hosts.backend", "ray", "--hosts.num-hosts", 1)
+    children = _run_and_die("rounds/00004.parquet", command_line, tmp_path / "log")
+    assert {"raylet", "gcs_server", "ray::Host"} <= {process.name for process in children}
+    assert not living([process for process in children if process.name not in PATIENT])
+    assert main(["--resume", str(run), "--hosts.backend", "serial"]) == 0
+    assert_same_bits(uninterrupted, run)
+
+
+def test_a_finished_run_can_be_given_more_rounds(tiny_arguments, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    assert main(tiny_arguments("--out", run, "--rounds", 2)) == 0
+    assert main(["--resume", str(run), "--rounds", "4"]) == 0
+    assert_same_bits(uninterrupted, run)
+
+
+def test_rounds_that_were_logged_after_the_checkpoint_are_taken_back(tiny_arguments, uninterrupted, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(tiny_arguments("--out", whole, "--rounds", 2)) == 0
+    shutil.copytree(whole, killed)
+    (killed / "summary.json").unlink()
+    for part in ("rounds/00003.parquet", "clients/00003.parquet", "clients/00004.parquet"):
+        shutil.copy(uninterrupted / part, killed / part)
+    assert main(["--resume", str(killed), "--rounds", "2"]) == 0
+    assert_same_bits(whole, killed)
+
+
+def _run_and_die(ending: str, arguments: list[str], log: Path) -> list[Known]:
+    """A run killed just before the file or folder appears; returns the processes it had below it."""
+    with log.open("wb") as file:  # no pipe, which a process left behind would hold open
+        command = [sys.executable, str(DIES_AT), ending, *arguments]
+        ended = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=120)
+    text = log.read_text()
+    assert ended.returncode == -signal.SIGKILL, text
+    lines = [line for line in text.splitlines() if line.startswith("child: ")]
+    return [Known.parse(line.removeprefix("child: ")) for line in lines]
+
+
+def _visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("[!.]*"))

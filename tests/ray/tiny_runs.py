@@ -1,0 +1,78 @@
+"""A run small enough for a test, four rounds of six devices, and how two of them are compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import tyro
+
+from fedpeat_ray import SimulationConfig
+
+REPOSITORY = Path(__file__).parents[2]
+CLIENT_BATCH_SIZE = 2
+
+
+def arguments(model: Path, text: Path, *more: object) -> list[str]:
+    """The command line of a tiny run on the serial side of the seam; `more` goes last and so wins."""
+    values: dict[str, Any] = {
+        "--foundation.name": model,
+        "--data.name": text,
+        "--data.partition.documents-per-device": 4,
+        "--fleet.num-devices": 50,
+        "--rounds": 4,
+        "--cohort-size": 6,
+        "--client-batch-size": CLIENT_BATCH_SIZE,
+        "--checkpoint-every": 2,
+        "--local.sequence-length": 32,
+        "--local.max-steps": 3,
+        "--lora.rank": 2,
+        "--evaluation.num-sequences": 8,
+        "--evaluation.num-sequences-per-tier": 2,
+        "--evaluation.sequence-length": 32,
+        "--hosts.backend": "serial",
+    }
+    flat = [str(part) for item in values.items() for part in item]
+    return [*flat, "--evaluation.no-upper-bound", *map(str, more)]
+
+
+def parse(command_line: list[str]) -> SimulationConfig:
+    """The configuration of a command line."""
+    return tyro.cli(SimulationConfig, args=command_line)
+
+
+def table(directory: Path, name: str) -> pd.DataFrame:
+    """The columns of `rounds` or `clients` that the machine has no say in."""
+    frame = pd.read_parquet(directory / name, dtype_backend="pyarrow")
+    return frame.drop(columns=[column for column in frame.columns if column.startswith("wall_")])
+
+
+def summary(directory: Path) -> dict[str, Any]:
+    """summary.json without what was measured."""
+    values = json.loads((directory / "summary.json").read_text())
+    return {name: value for name, value in values.items() if not name.startswith("wall_")}
+
+
+def events(directory: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of events.jsonl of one kind."""
+    path = directory / "events.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    """Adapter, summary and every deterministic column agree exactly."""
+    for name in ("rounds", "clients"):
+        pd.testing.assert_frame_equal(table(one, name), table(other, name), check_exact=True)
+    assert summary(one)["adapter_sha256"] == summary(other)["adapter_sha256"]
+    assert summary(one) == summary(other)
+
+
+def batches(directory: Path, round: int) -> list[list[int]]:
+    """The device ids of each client batch of a round, in the order in which they are handed out."""
+    clients = table(directory, "clients")
+    trained = clients.query(f"round == {round} and outcome == 'completed'")
+    ids = trained.sort_values("num_steps", ascending=False, kind="stable")["device_id"].tolist()
+    return [ids[start : start + CLIENT_BATCH_SIZE] for start in range(0, len(ids), CLIENT_BATCH_SIZE)]

@@ -1,0 +1,67 @@
+"""What holds for every module of the package, beyond the layers that import-linter checks."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+MODULES = sorted((REPOSITORY / "fedpeat_ray").rglob("*.py"))
+MAY_IMPORT_RAY = {"fedpeat_ray/runtime/ray_hosts.py"}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(REPOSITORY).as_posix()
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """First parts of the names of all modules imported anywhere, inside functions too."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_every_module_says_what_it_is(path: Path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if tree.body:  # the file that makes a folder a package is empty
+        assert ast.get_docstring(tree)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_everything_public_has_a_docstring(path: Path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    definitions = [node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    missing = [node.name for node in definitions if node.name[0] != "_" and not ast.get_docstring(node)]
+    assert not missing
+
+
+def test_ray_is_imported_by_the_hosts_alone():
+    importing = {name_of(path) for path in MODULES if "ray" in imported(ast.parse(path.read_text(encoding="utf-8")))}
+    assert importing <= MAY_IMPORT_RAY and importing
+
+
+def test_importing_the_package_imports_neither_ray_nor_what_only_some_runs_need():
+    code = "import sys, fedpeat_ray; print([m for m in ('ray', 'datasets', 'matplotlib', 'tyro') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_nothing_draws_from_a_global_generator():
+    for path in MODULES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert "random" not in imported(tree), name_of(path)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                seeded = called in ("np.random.default_rng", "np.random.Generator") and node.args
+                assert not called.startswith("np.random.") or seeded, f"{name_of(path)}, line {node.lineno}: {called}"
+                assert called not in ("torch.manual_seed", "torch.seed", "torch.rand", "torch.randn", "torch.randperm")

@@ -1,0 +1,182 @@
+"""Settings: what is refused and how it is said, and configurations as plain values and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpeat_ray.config import (
+    _BOUNDS,
+    AvailabilityConfig,
+    DataConfig,
+    FleetConfig,
+    HostsConfig,
+    LocalConfig,
+    LoraConfig,
+    PartitionConfig,
+    SimulationConfig,
+    differences,
+    get,
+)
+from fedpeat_ray.errors import ConfigError, FedPeatError
+
+
+def with_value(config: Any, path: str, value: Any) -> Any:
+    """A copy of the configuration with one field changed."""
+    name, _, rest = path.partition(".")
+    return dataclasses.replace(config, **{name: with_value(getattr(config, name), rest, value) if rest else value})
+
+
+def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every field by its path."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= leaves(value, f"{prefix}{field.name}.")
+        else:
+            found[prefix + field.name] = value
+    return found
+
+
+FULL = SimulationConfig(
+    algorithm="fed-avg",
+    deadline_s=12.5,
+    client_batch_size=7,
+    out=Path("runs") / "a",
+    local=LocalConfig(optimizer="sgd", prox_mu=0.1),
+    lora=LoraConfig(targets=("c_attn", "c_fc")),
+    data=DataConfig(subset="x", partition=PartitionConfig(kind="iid", documents_per_device=math.inf)),
+    fleet=FleetConfig(
+        tier_shares=(1, 0, 0, 0.5, 0, 0, 0),
+        availability=AvailabilityConfig(kind="trace", trace=Path("trace.csv"), slot_s=60),
+    ),
+    hosts=HostsConfig(num_gpus=0.5, memory_gib=2.0),
+)
+
+
+def test_the_defaults_and_a_full_configuration_are_valid():
+    SimulationConfig().validate()
+    FULL.validate()
+
+
+@pytest.mark.parametrize("config", [SimulationConfig(), FULL], ids=["defaults", "full"])
+def test_a_configuration_survives_json(config):
+    text = json.dumps(config.to_dict(), allow_nan=False)
+    again = SimulationConfig.from_dict(json.loads(text))
+    assert again == config
+    assert [type(value) for value in leaves(again).values()] == [type(value) for value in leaves(config).values()]
+    assert again.to_dict() == config.to_dict()
+    assert not list(differences(config, again))
+
+
+def test_what_a_file_leaves_out_is_the_default():
+    assert SimulationConfig.from_dict({}) == SimulationConfig()
+    config = SimulationConfig.from_dict({"rounds": 3, "data": {"partition": {"alpha": 2.0}}})
+    assert config.rounds == 3 and config.data.partition == PartitionConfig(alpha=2.0)
+
+
+@pytest.mark.parametrize("path", ["ruonds", "local.learningrate", "data.partition.aplha"])
+def test_a_field_that_does_not_exist_is_refused_by_its_whole_name(path):
+    *parents, name = path.split(".")
+    values: dict[str, Any] = {name: 3}
+    for parent in reversed(parents):
+        values = {parent: values}
+    with pytest.raises(ConfigError, match=re.escape(f"{path} = 3 is not allowed: one of ")):
+        SimulationConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("path", _BOUNDS)
+def test_a_value_beyond_its_bounds_is_refused_with_field_value_and_what_is_allowed(path):
+    low, high, allowed = _BOUNDS[path]
+    get(SimulationConfig(), path)  # the field exists
+    wrong: list[float] = [-1.0 if low == 0 else math.nextafter(low, -math.inf), math.nan]
+    if high < math.inf:
+        wrong.append(math.nextafter(high, math.inf) if high < 2 else 2 * high)
+    for value in wrong:
+        config = with_value(SimulationConfig(), path, value)
+        with pytest.raises(ConfigError) as caught:
+            config.validate()
+        assert str(caught.value) == f"{path} = {value!r} is not allowed: {allowed}"
+        assert isinstance(caught.value, FedPeatError) and isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("path", _BOUNDS)
+def test_the_smallest_value_allowed_is_allowed(path):
+    low = _BOUNDS[path][0]
+    value = type(low)(low)
+    config = with_value(with_value(SimulationConfig(), "cohort_size", 1), path, value)
+    if path == "fleet.availability.max_share":
+        config = with_value(config, "fleet.availability.min_share", 0)
+    config.validate()
+
+
+def test_every_number_has_its_bounds():
+    free = {"fleet.channel.noise_dbm_per_hz", "fleet.channel.path_loss_db_at_1km"}  # decibels: any sign
+    numbers = {path for path, value in leaves(SimulationConfig()).items() if type(value) in (int, float)}
+    assert numbers - set(_BOUNDS) == free
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "allowed"),
+    [
+        ("algorithm", "fed_avg", "fed-peft, fed-avg"),
+        ("local.optimizer", "adam", "adamw, sgd"),
+        ("foundation.dtype", "float16", "auto, float32, bfloat16, float64"),
+        ("data.partition.kind", "non-iid", "iid, dirichlet, by_source, shards"),
+        ("hosts.backend", None, "ray, serial"),
+        ("lora.targets", "c_attn", "tuple[str, ...]"),
+        ("lora.targets", ("c_attn", 3), "tuple[str, ...]"),
+        ("hosts.exclusive", 1, "bool"),
+        ("local", {"batch_size": 3}, "LocalConfig"),
+        ("client_batch_size", "automatic", "an integer of at least 1"),
+        ("client_batch_size", 2.0, "an integer of at least 1"),
+        ("rounds", 2.5, "an integer of at least 1"),
+        ("rounds", "3", "an integer of at least 1"),
+        ("rounds", True, "an integer of at least 1"),
+        ("local.learning_rate", "0.1", "a finite number above 0"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_before_it_means_something_else(path, value, allowed):
+    with pytest.raises(ConfigError) as caught:
+        with_value(SimulationConfig(), path, value).validate()
+    assert str(caught.value).startswith(f"{path} = {value!r} is not allowed: ")
+    assert allowed in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"cohort_size": 2001}, "cohort_size = 2001 is not allowed: at most fleet.num_devices = 2000"),
+        ({"fleet.availability.kind": "trace"}, "fleet.availability.trace = None is not allowed: a CSV file"),
+        ({"fleet.availability.min_share": 0.96}, "min_share = 0.96 is not allowed: at most fleet.availability.max"),
+        ({"out": Path("a"), "resume": Path("b")}, "out = 'a' is not allowed: unset together with resume"),
+        ({"hosts.exclusive": True, "hosts.backend": "serial"}, "hosts.exclusive = True is not allowed"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(changes, said):
+    config = SimulationConfig()
+    for path, value in changes.items():
+        config = with_value(config, path, value)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        config.validate()
+
+
+def test_differences_name_the_path_and_both_values():
+    one, other = SimulationConfig(), with_value(with_value(SimulationConfig(), "seed", 3), "data.partition.alpha", 1.0)
+    assert list(differences(one, other)) == [("seed", 0, 3), ("data.partition.alpha", 0.3, 1.0)]
+    assert not list(differences(one, SimulationConfig()))
+
+
+def test_every_field_has_its_help_text():
+    source = Path(__file__).parents[2].joinpath("fedpeat_ray", "config.py").read_text()
+    parts = {"local", "lora", "server", "foundation", "data", "fleet", "evaluation", "hosts"}
+    nested = parts | {"partition", "availability", "channel"}
+    for name in {path.rsplit(".", 1)[-1] for path in leaves(SimulationConfig())} - nested:
+        assert re.search(rf'\n    {name}: [^\n]+\n    """', source), f"{name} has none"

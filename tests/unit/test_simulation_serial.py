@@ -1,0 +1,368 @@
+"""Whole runs in this process: what they write, what is refused, and that stopping and going on leaves no trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from fedpeat_ray import Simulation, SimulationConfig
+from fedpeat_ray.config import (
+    AvailabilityConfig,
+    ChannelConfig,
+    DataConfig,
+    EvaluationConfig,
+    FleetConfig,
+    FoundationConfig,
+    HostsConfig,
+    LocalConfig,
+    LoraConfig,
+    PartitionConfig,
+    ServerConfig,
+)
+from fedpeat_ray.errors import ConfigError, RunDirError
+from fedpeat_ray.records import CLIENT_COLUMNS, DROP_REASONS, ROUND_COLUMNS
+from fedpeat_ray.runtime.run_log import RunLog, read_config
+from fedpeat_ray.simulation import gap_closed
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers will rename
+
+ALWAYS = AvailabilityConfig(kind="always")
+
+
+@pytest.fixture
+def tiny(gpt2_dir: Path, text_dir: Path) -> SimulationConfig:
+    """Four rounds of six of forty devices on a page of text: less than a second."""
+    return SimulationConfig(
+        rounds=4,
+        cohort_size=6,
+        client_batch_size=4,
+        checkpoint_every=2,
+        seed=3,
+        local=LocalConfig(sequence_length=32, max_steps=3, learning_rate=0.02),
+        lora=LoraConfig(rank=2),
+        foundation=FoundationConfig(str(gpt2_dir), dtype="float32"),
+        data=DataConfig(str(text_dir), partition=PartitionConfig(documents_per_device=4)),
+        fleet=FleetConfig(num_devices=40),
+        evaluation=EvaluationConfig(num_sequences=8, num_sequences_per_tier=2, sequence_length=32, upper_bound=False),
+        hosts=HostsConfig(backend="serial"),
+    )
+
+
+@pytest.fixture
+def run(tiny: SimulationConfig, tmp_path: Path) -> Callable[..., Path]:
+    """Runs the tiny configuration with some settings changed; returns the run directory."""
+
+    def run(name: str = "run", **changes: Any) -> Path:
+        Simulation(dataclasses.replace(tiny, out=tmp_path / name, **changes)).run()
+        return tmp_path / name
+
+    return run
+
+
+def summary(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "summary.json").read_text())
+
+
+def table(directory: Path, name: str) -> Any:
+    """The columns of `rounds` or `clients` that the machine has no say in, as a data frame."""
+    frame = pd.read_parquet(directory / name, dtype_backend="pyarrow")
+    return frame[[column for column in frame.columns if not column.startswith("wall_")]]
+
+
+def events(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def assert_same_results(one: Path, other: Path) -> None:
+    """Every bit that does not depend on the machine."""
+    for name in ("rounds", "clients"):
+        pd.testing.assert_frame_equal(table(one, name), table(other, name), check_exact=True)
+    first, second = summary(one), summary(other)
+    assert first.pop("wall_s") > 0 and second.pop("wall_s") > 0
+    assert first == second
+
+
+def test_a_run_leaves_what_is_promised(tiny, tmp_path):
+    config = dataclasses.replace(
+        tiny, out=tmp_path / "run", evaluation=dataclasses.replace(tiny.evaluation, upper_bound=True, every=3)
+    )
+    simulation = Simulation(config)
+    assert simulation.directory is None
+    returned = simulation.run()
+    directory = tmp_path / "run"
+    assert simulation.directory == directory and returned == summary(directory)
+
+    assert {"algorithm", "rounds", "adapter_sha256", "virtual_s", "energy_j", "download_bytes", "upload_bytes"} < set(
+        returned
+    )
+    assert {"wall_s", "perplexity", "gap_closed", "num_completed", "num_dropped", "drop_reasons"} < set(returned)
+    perplexity = returned["perplexity"]
+    assert set(perplexity) == {"zero_shot", "tuned", "upper_bound"}
+    assert max(perplexity["upper_bound"], perplexity["tuned"]) < perplexity["zero_shot"]
+    assert returned["gap_closed"] == pytest.approx(
+        (perplexity["zero_shot"] - perplexity["tuned"]) / (perplexity["zero_shot"] - perplexity["upper_bound"])
+    )
+
+    rounds: Any = pd.read_parquet(directory / "rounds")
+    clients: Any = pd.read_parquet(directory / "clients")
+    assert list(rounds.columns) == [column.name for column in ROUND_COLUMNS]
+    assert list(clients.columns) == [column.name for column in CLIENT_COLUMNS]
+    assert rounds["round"].tolist() == [1, 2, 3, 4] and rounds["virtual_s"].is_monotonic_increasing
+    assert rounds["perplexity"].notna().tolist() == [False, False, True, True], "every third, and the last"
+    assert rounds["perplexity"].iloc[-1] == perplexity["tuned"]
+    assert clients.groupby("round").size().tolist() == [math.ceil(6 * 1.25)] * 4
+    completed = clients[clients["outcome"] == "completed"]
+    assert completed["drop_reason"].isna().all() and completed["train_loss"].notna().all()
+    assert completed.groupby("round").size().tolist() == rounds["num_completed"].tolist()
+    dropped = clients[clients["outcome"] == "dropped"]
+    assert set(dropped["drop_reason"]) <= set(DROP_REASONS) and not dropped["upload_bytes"].any()
+    for name in ("download_bytes", "upload_bytes", "energy_j"):
+        assert returned[name] == pytest.approx(clients[name].sum()) == pytest.approx(rounds[name].sum())
+    assert returned["num_tokens"] == completed["num_tokens"].sum() == rounds["num_tokens"].sum()
+    assert returned["virtual_s"] == rounds["virtual_s"].iloc[-1]
+    assert returned["drop_reasons"] == {r: int((dropped["drop_reason"] == r).sum()) for r in DROP_REASONS}
+    resolved = read_config(directory)["resolved"]
+    assert set(returned["perplexity_by_tier"]) <= set(resolved["tiers"])
+    assert all(tier["zero_shot"] > 1 and tier["tuned"] > 1 for tier in returned["perplexity_by_tier"].values())
+    payload = resolved["payload_bytes"]
+    assert set(completed["upload_bytes"]) == set(completed["download_bytes"]) == {payload}
+    assert (directory / "adapter" / "adapter_model.safetensors").stat().st_size == pytest.approx(payload, rel=0.2)
+
+
+def test_the_saved_adapter_is_the_one_that_was_judged(run, gpt2_dir):
+    directory = run()
+    base = AutoModelForCausalLM.from_pretrained(gpt2_dir)
+    model = PeftModel.from_pretrained(base, str(directory / "adapter"))
+    assert model.peft_config["default"].base_model_name_or_path == str(gpt2_dir)
+    stored = load_file(directory / "checkpoints" / "00004" / "state.safetensors")["model"]
+    saved = load_file(directory / "adapter" / "adapter_model.safetensors")
+    assert sum(tensor.numel() for tensor in saved.values()) == stored.numel()
+    assert stored.abs().sum().item() == pytest.approx(sum(t.abs().sum().item() for t in saved.values()), rel=1e-5)
+
+
+def test_the_same_configuration_gives_the_same_bits_and_another_seed_others(run, tiny, tmp_path):
+    one, two, other = run("one"), run("two"), run("other", seed=4)
+    assert_same_results(one, two)
+    assert summary(one)["adapter_sha256"] != summary(other)["adapter_sha256"]
+    config = SimulationConfig.from_dict(read_config(one)["config"])
+    assert dataclasses.replace(config, out=None) == dataclasses.replace(tiny, out=None)
+    Simulation(dataclasses.replace(config, out=tmp_path / "again")).run()
+    assert_same_results(one, tmp_path / "again")
+
+
+def test_the_batch_size_that_was_measured_is_written_down_and_repeats_the_run(run, tmp_path):
+    one = run("one", client_batch_size="auto")
+    config = SimulationConfig.from_dict(read_config(one)["config"])
+    assert config.client_batch_size in range(1, 7)
+    Simulation(dataclasses.replace(config, out=tmp_path / "again")).run()
+    assert_same_results(one, tmp_path / "again")
+
+
+def stop_in_round(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine goes away when this round is to be written."""
+    write = RunLog.write_round
+
+    def write_or_stop(log: RunLog, round: int, *arguments: Any) -> None:
+        if round == number:
+            raise KeyboardInterrupt
+        write(log, round, *arguments)
+
+    monkeypatch.setattr(RunLog, "write_round", write_or_stop)
+
+
+@pytest.mark.parametrize("algorithm", ["fed-peft", "fed-avg"])
+@pytest.mark.parametrize(("stopped_in", "checkpoint_every"), [(1, 2), (3, 2), (4, 2), (4, 1), (4, 10)])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
+    run, tiny, tmp_path, monkeypatch, algorithm, stopped_in, checkpoint_every
+):
+    settings = {"algorithm": algorithm, "server": ServerConfig("yogi", 0.01, momentum=0.9)}
+    settings |= {"checkpoint_every": checkpoint_every}
+    whole = run("whole", **settings)
+    with monkeypatch.context() as patch:
+        stop_in_round(stopped_in, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run("stopped", **settings)
+    stopped = tmp_path / "stopped"
+    assert not (stopped / "summary.json").exists()
+    assert table(whole, "rounds")["round"].tolist() == [1, 2, 3, 4]
+    Simulation(dataclasses.replace(tiny, resume=stopped, **settings)).run()
+    assert_same_results(whole, stopped)
+    assert [event["kind"] for event in events(stopped)] == ["resumed"]
+
+
+def test_a_run_that_is_finished_can_be_given_more_rounds(run, tiny, tmp_path):
+    longer, shorter = run("longer", rounds=6), run("shorter", rounds=4)
+    Simulation(dataclasses.replace(tiny, resume=shorter, rounds=6)).run()
+    assert_same_results(longer, shorter)
+    assert read_config(shorter)["config"]["rounds"] == 6
+
+
+def test_finishing_a_finished_run_again_changes_nothing(run, tiny, tmp_path):
+    one, two = run("one"), run("two")
+    Simulation(dataclasses.replace(tiny, resume=two)).run()
+    assert_same_results(one, two)
+
+
+def test_resuming_with_a_setting_that_changes_the_results_is_refused(run, tiny, tmp_path):
+    directory = run()
+    before = summary(directory)
+    for change, path in (
+        ({"seed": 4}, "seed = 4 is not allowed: 3, as in the run that is resumed"),
+        ({"local": dataclasses.replace(tiny.local, learning_rate=0.5)}, "local.learning_rate = 0.5"),
+        ({"fleet": dataclasses.replace(tiny.fleet, num_devices=50)}, "fleet.num_devices = 50"),
+        ({"algorithm": "fed-avg"}, "algorithm = 'fed-avg'"),
+        ({"rounds": 3}, "rounds = 3 is not allowed: at least 4"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(path)):
+            Simulation(dataclasses.replace(tiny, resume=directory, **change))
+    with pytest.raises(RunDirError, match="holds no run"):
+        Simulation(dataclasses.replace(tiny, resume=tmp_path / "nothing"))
+    assert summary(directory) == before, "a refusal touches nothing"
+
+
+def test_a_directory_with_another_run_is_refused_before_anything_is_loaded(run, tiny):
+    directory = run()
+    before = summary(directory)
+    missing = FoundationConfig("no-such-model")
+    with pytest.raises(RunDirError, match="holds another run"):
+        Simulation(dataclasses.replace(tiny, out=directory, foundation=missing)).run()
+    assert summary(directory) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"cohort_size": 41}, "cohort_size = 41 is not allowed: at most fleet.num_devices = 40"),
+        ({"foundation": FoundationConfig("no-such-model")}, "foundation.name = 'no-such-model'"),
+        ({"lora": LoraConfig(targets=("q_proj",))}, "lora.targets = 'q_proj'"),
+        ({"local": LocalConfig(sequence_length=65)}, "local.sequence_length = 65 is not allowed: at most 64"),
+        ({"evaluation": EvaluationConfig(sequence_length=65)}, "evaluation.sequence_length = 65"),
+        ({"data": DataConfig("python_docs", partition=PartitionConfig(alpha=-1))}, "data.partition.alpha = -1"),
+        ({"fleet": FleetConfig(num_devices=40, tier_shares=(1.0,))}, "fleet.tier_shares = (1.0,)"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_and_nothing_is_written(run, tmp_path, change, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        run(**change)
+    assert not (tmp_path / "run").exists()
+
+
+def test_fed_avg_trains_and_saves_the_whole_model(run, gpt2_dir):
+    directory = run(algorithm="fed-avg", local=LocalConfig(sequence_length=32, max_steps=3, learning_rate=5e-3))
+    result = summary(directory)
+    assert result["algorithm"] == "fed-avg"
+    assert result["perplexity"]["tuned"] < result["perplexity"]["zero_shot"]
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (gpt2_dir, directory / "adapter"))
+    moved = [not after.get_parameter(name).equal(weight) for name, weight in before.named_parameters()]
+    assert all(moved)
+    clients = table(directory, "clients")
+    assert clients["lora_rank"].isna().all() and clients["upload_bytes"].max() > 4 * sum(
+        p.numel() for p in before.parameters()
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["fed-peft", "fed-avg"])
+def test_a_round_for_which_nobody_is_available_leaves_the_model_as_it_was_and_the_run_goes_on(run, tmp_path, algorithm):
+    trace = tmp_path / "trace.csv"
+    lines = "".join(f"{device_id},700,1e9\n" for device_id in range(40))
+    trace.write_text("device_id,start_s,stop_s\n" + lines)
+    availability = AvailabilityConfig(kind="trace", trace=trace, slot_s=600.0)
+    directory = run(fleet=FleetConfig(num_devices=40, availability=availability), algorithm=algorithm)
+    rounds, clients = table(directory, "rounds"), table(directory, "clients")
+    assert rounds["num_completed"].tolist() == [0, 0, 6, 6]
+    assert rounds["virtual_s"].tolist()[:2] == [600.0, 1200.0], "a slot each"
+    assert rounds["perplexity"].tolist()[:2] == [summary(directory)["perplexity"]["zero_shot"]] * 2
+    assert rounds["perplexity"].iloc[3] < rounds["perplexity"].iloc[1]
+    assert rounds["train_loss"].isna().tolist() == [True, True, False, False]
+    nobody = clients[clients["round"] <= 2]
+    assert set(nobody["drop_reason"]) == {"unavailable"} and nobody["train_loss"].isna().all()
+    assert not nobody[["download_bytes", "upload_bytes", "energy_j", "compute_s"]].any(axis=None)
+
+
+def test_a_run_in_which_nobody_ever_comes_ends_where_it_began(run, tiny, tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("device_id,start_s,stop_s\n0,1e8,1e9\n")
+    directory = run(
+        fleet=FleetConfig(num_devices=40, availability=AvailabilityConfig(kind="trace", trace=trace)),
+        evaluation=dataclasses.replace(tiny.evaluation, upper_bound=True),
+    )
+    result = summary(directory)
+    assert result["perplexity"]["tuned"] == result["perplexity"]["zero_shot"]
+    assert result["perplexity"]["upper_bound"] is None and result["gap_closed"] is None
+    assert result["num_completed"] == result["num_tokens"] == result["energy_j"] == 0
+
+
+def test_a_deadline_drops_the_slow_and_ends_the_round(run):
+    fleet = FleetConfig(num_devices=40, availability=ALWAYS, channel=ChannelConfig(kind="nominal"))
+    patient = table(run("patient", fleet=fleet, over_sample=1.0), "clients")
+    first = patient[patient["round"] == 1].set_index("device_id")
+    total_s = (first["download_s"] + first["compute_s"] + first["upload_s"]).sort_values()
+    assert (first["outcome"] == "completed").all()
+    deadline_s = float(total_s.iloc[2:4].mean())
+    directory = run("hurried", fleet=fleet, over_sample=1.0, deadline_s=deadline_s)
+    clients = table(directory, "clients")
+    hurried = clients[clients["round"] == 1].set_index("device_id")
+    late = hurried[hurried["outcome"] == "dropped"]
+    assert set(late.index) == set(total_s.index[3:]) and set(late["drop_reason"]) == {"deadline"}
+    assert late["train_loss"].isna().all() and not late["upload_bytes"].any() and (late["energy_j"] > 0).all()
+    assert table(directory, "rounds")["virtual_s"].iloc[0] == pytest.approx(deadline_s)
+    spent_s = hurried["download_s"] + hurried["compute_s"] + hurried["upload_s"]
+    assert (spent_s <= deadline_s * (1 + 1e-12)).all()
+
+
+def test_devices_that_are_too_small_drop_out_for_memory(run):
+    directory = run(fleet=FleetConfig(num_devices=40, availability=ALWAYS, memory_scale=1e-9))
+    clients = table(directory, "clients")
+    assert set(clients["drop_reason"]) == {"memory"}
+    assert (clients["memory_bytes"] > clients["memory_cap_bytes"]).all()
+    assert summary(directory)["drop_reasons"]["memory"] == len(clients)
+
+
+def test_updates_that_are_not_finite_are_dropped_told_of_and_leave_the_model_alone(run, tiny):
+    local = LocalConfig(sequence_length=32, max_steps=3, optimizer="sgd", learning_rate=1e30)
+    partition = PartitionConfig(documents_per_device=12.0, quantity_sigma=0.0)  # three steps for everybody
+    directory = run(local=local, data=dataclasses.replace(tiny.data, partition=partition))
+    clients, result = table(directory, "clients"), summary(directory)
+    trained = clients[clients["drop_reason"] == "non_finite"]
+    assert len(trained) >= 4 and not (clients["outcome"] == "completed").any()
+    told = [(event["round"], event["device_id"]) for event in events(directory) if event["kind"] == "non_finite"]
+    assert sorted(told) == sorted(zip(trained["round"], trained["device_id"], strict=True))
+    assert result["perplexity"]["tuned"] == result["perplexity"]["zero_shot"]
+    assert all(t.isfinite().all() for t in load_file(directory / "adapter" / "adapter_model.safetensors").values())
+
+
+def test_the_number_of_threads_is_put_back(run):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run(rounds=1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_upper_bound_is_worked_out_once(run, tiny, monkeypatch):
+    evaluation = dataclasses.replace(tiny.evaluation, upper_bound=True)
+    settings: dict[str, Any] = {"evaluation": evaluation, "rounds": 1, "seed": 11}
+    first = summary(run("one", **settings))["perplexity"]["upper_bound"]
+    monkeypatch.setattr("fedpeat_ray.data.client_data.ClientData.pooled_task", None)
+    assert summary(run("two", **settings))["perplexity"]["upper_bound"] == first
+
+
+def test_the_share_of_the_gap_is_that_of_the_way_to_centralised_tuning():
+    assert gap_closed(100.0, 80.0, 60.0) == 0.5
+    assert gap_closed(100.0, 110.0, 60.0) == -0.25
+    assert gap_closed(100.0, 80.0, None) is gap_closed(100.0, 80.0, 100.0) is gap_closed(100.0, 90.0, math.inf) is None
