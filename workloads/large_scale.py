@@ -1,7 +1,8 @@
 """Tune a language model over a fleet of simulated devices, and write a report.
 
 python workloads/large_scale.py --rounds 10 --cohort-size 32 --fleet.num-devices 2000
-python workloads/large_scale.py --resume DIR            (go on with an interrupted run)
+
+Go on with an interrupted run: python workloads/large_scale.py --resume DIR
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Train the embedded foundations, `pydoc-base` and `pydoc-small`, on the public part of python_docs.
 
-    python workloads/pretrain.py --name pydoc-base --out DIR [--minutes 90] [--num-threads 1] [--resume]
+    python workloads/pretrain.py --name pydoc-base --out DIR [--num-threads 1] [--resume]
 
 Public text only, packed into sequences with an end-of-text token after every document; bfloat16
-autocast; Muon for the blocks' matrices (it needs about half the tokens of AdamW here), AdamW for the
-rest; a learning rate that is constant and then falls to zero over the last part. DIR then holds the
-model as safetensors, the shared tokenizer, and `curve.csv` with held-out losses.
+autocast; Muon (Jordan 2024) for the blocks' matrices, AdamW for the rest; a learning rate that is
+constant and then falls to zero over the last part. DIR then holds the model as safetensors, the shared
+tokenizer, and held-out perplexities as `curve.csv` and `curve.png`. Interrupted, it goes on with
+--resume from the last evaluation and gives the same model.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -38,13 +40,13 @@ class PretrainConfig:
     """Which model: pydoc-base or pydoc-small."""
     out: Path = Path("build/pydoc-base")
     """Where the model, the tokenizer and the curve are written."""
-    num_tokens: int = 24_000_000
+    num_tokens: int = 12_000_000
     """Training tokens in all (several passes over the public text)."""
     batch_size: int = 16
     """Sequences of 256 tokens a step."""
     muon_lr: float = 5e-3
     """Peak learning rate of the blocks' matrices (an update has root mean square 0.2 times this)."""
-    adam_lr: float = 8e-3
+    adam_lr: float = 6e-3
     """Peak learning rate of embeddings, norms and biases."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices and embeddings."""
@@ -144,6 +146,27 @@ def half_middle_perplexity(model: GPT2LMHeadModel, rows: torch.Tensor, num_end_b
         model.transformer.h = blocks
 
 
+def draw_curve(folder: Path, name: str) -> None:
+    """curve.png from curve.csv: held-out perplexity over training tokens."""
+    with (folder / "curve.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    tokens = [int(row["tokens"]) / 1e6 for row in rows]
+    lines = {
+        "private_perplexity_half_middle": "private, every second middle block left out",
+        "private_perplexity": "private",
+        "public_perplexity": "public",
+    }
+    for column, label in lines.items():
+        axes.plot(tokens, [float(row[column]) for row in rows], label=label)
+    axes.set(xlabel="training tokens (million)", ylabel="held-out perplexity", yscale="log", title=name)
+    axes.set_yticks([10, 20, 50, 100, 200], ["10", "20", "50", "100", "200"])
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(folder / "curve.png", dpi=120)
+
+
 def main(config: PretrainConfig) -> None:
     torch.manual_seed(config.seed)
     torch.set_num_threads(config.num_threads)
@@ -217,6 +240,7 @@ def main(config: PretrainConfig) -> None:
             part.replace(checkpoint)
             copy.deepcopy(model).bfloat16().save_pretrained(config.out)
             tokenizer.save_pretrained(config.out)
+            draw_curve(config.out, config.name)
 
 
 if __name__ == "__main__":

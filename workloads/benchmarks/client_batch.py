@@ -18,14 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import peft
@@ -79,56 +77,34 @@ def save_model(folder: Path, shape: str) -> None:
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
 
 
-def plain_loop(folder: Path, start_P: Tensor, tasks: list[ClientTask]) -> float:
-    """The reference: seconds for training these clients one after another."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
-    lora = find_lora(model, LoraConfig())
-    start = list(lora.layout.unflatten(start_P).values())
-    model = peft.get_peft_model(model, peft_config(lora, "", trainable=True))
-    factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+class PlainLoop:
+    """The reference: one client after another, by PEFT and transformers alone."""
 
-    def train(task: ClientTask) -> None:
-        with torch.no_grad():
-            for parameter, value in zip(factors, start, strict=True):
-                parameter.copy_(value)
-        optimizer = torch.optim.AdamW(factors, lr=1e-3, weight_decay=0.0, fused=True)
-        for tokens in torch.from_numpy(task.tokens_SBT):
-            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    def __init__(self, folder: Path, start_P: Tensor, num_threads: int | None = None):
+        if num_threads:
+            torch.set_num_threads(num_threads)
+        keep_freed_memory()
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+        lora = find_lora(model, LoraConfig())
+        self.start = list(lora.layout.unflatten(start_P.clone()).values())
+        self.model = peft.get_peft_model(model, peft_config(lora, None, trainable=True))
+        self.factors = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    train(tasks[0])  # to warm up
-    started = time.perf_counter()
-    for task in tasks:
-        train(task)
-    return time.perf_counter() - started
-
-
-def _loop_process(folder: Path, start_P: Tensor, tasks: list[ClientTask], barrier: Any, results: Any) -> None:
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    plain_loop(folder, start_P, tasks[:2])
-    barrier.wait()
-    results.put(plain_loop(folder, start_P, tasks))
-
-
-def two_loops(folder: Path, start_P: Tensor, tasks: list[ClientTask]) -> float:
-    """Seconds for two processes of one thread that have half of the clients each."""
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(2), context.Queue()
-    halves = (tasks[::2], tasks[1::2])
-    processes = [
-        context.Process(target=_loop_process, args=(folder, start_P, half, barrier, results)) for half in halves
-    ]
-    for process in processes:
-        process.start()
-    seconds = max(results.get() for _ in processes)
-    for process in processes:
-        process.join()
-    return seconds
+    def train(self, tasks: list[ClientTask]) -> None:
+        """Train these clients."""
+        for task in tasks:
+            with torch.no_grad():
+                for parameter, value in zip(self.factors, self.start, strict=True):
+                    parameter.copy_(value)
+            optimizer = torch.optim.AdamW(self.factors, lr=1e-3, weight_decay=0.0, fused=True)
+            for tokens in torch.from_numpy(task.tokens_SBT):
+                self.model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
 
 
 def timed(work: Callable[[], object]) -> float:
+    """Seconds."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
@@ -153,6 +129,8 @@ def measure(config: BenchmarkConfig, shape: str, folder: Path, console: Console,
     start_P = lora.init(0)
     weights = sum(i * o for _, i, o in lora.modules) + foundations.head_weight(model).numel()
     train = TrainClientBatch(lora, LocalConfig(learning_rate=1e-3))
+    loop = PlainLoop(folder, start_P)
+    loops = [ray.remote(num_cpus=0)(PlainLoop).remote(folder, start_P, 1) for _ in range(2)]
     for dtype in config.dtypes:
         foundation, peak = foundations.prepare(str(folder), dtype), matrix_rate(getattr(torch, dtype))
         with (
@@ -166,18 +144,22 @@ def measure(config: BenchmarkConfig, shape: str, folder: Path, console: Console,
                         find_client_batch_size(hosts, n, train, start_P, tasks, config.num_clients)
                         for n, hosts in ((1, one_host), (2, two_hosts))
                     ]
-                    arms: list[Callable[[], float]] = [
-                        lambda tasks=tasks: plain_loop(folder, start_P, tasks),
-                        lambda tasks=tasks: two_loops(folder, start_P, tasks),
-                        lambda t=tasks, k=sizes[0]: timed(lambda: one_host(train, start_P, t, WeightedMean(), k)),
-                        lambda t=tasks, k=sizes[1]: timed(lambda: two_hosts(train, start_P, t, WeightedMean(), k)),
+                    arms: list[Callable[[], object]] = [
+                        lambda t=tasks: loop.train(t),
+                        lambda t=tasks: ray.get([each.train.remote(t[i::2]) for i, each in enumerate(loops)]),
+                        lambda t=tasks, k=sizes[0]: one_host(train, start_P, t, WeightedMean(), k),
+                        lambda t=tasks, k=sizes[1]: two_hosts(train, start_P, t, WeightedMean(), k),
                     ]
-                    runs = [[arm() for arm in arms] for _ in range(config.repeats)]
+                    loop.train(tasks[:2])
+                    ray.get([each.train.remote(tasks[:2]) for each in loops])
+                    runs = [[timed(arm) for arm in arms] for _ in range(config.repeats)]
                     num_tokens = sum(task.num_tokens for task in tasks)
-                    loop, loops, one, two = (num_tokens / statistics.median(arm) for arm in zip(*runs, strict=True))
+                    loop_rate, loops_rate, one, two = (
+                        num_tokens / statistics.median(arm) for arm in zip(*runs, strict=True)
+                    )
                     row = [shape, dtype, f"{batch_size}x{length}", f"{sizes[0]}, {sizes[1]}"]
-                    row += [f"{rate:,.0f}" for rate in (loop, loops, one, two)]
-                    row += [f"{two / loop:.2f}", f"{two / loops:.2f}", f"{4 * weights * two / peak:.0%}"]
+                    row += [f"{rate:,.0f}" for rate in (loop_rate, loops_rate, one, two)]
+                    row += [f"{two / loop_rate:.2f}", f"{two / loops_rate:.2f}", f"{4 * weights * two / peak:.0%}"]
                     table.add_row(*row)
                     console.print("  ".join(row), soft_wrap=True)
 
@@ -191,12 +173,12 @@ def make_tasks(config: BenchmarkConfig, batch_size: int, length: int) -> list[Cl
 
 def main(config: BenchmarkConfig) -> None:
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     console = Console(highlight=False)
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     console.print(f"{torch.__version__}, {torch.get_num_threads()} threads by default, {dataclasses.asdict(config)}")
     headers = ("shape", "backbone", "batch", "clients at once", "loop", "2 loops", "ours, 1", "ours, 2")
     table = Table(*headers, "x loop", "x 2 loops", "peak")
-    keep_freed_memory()
     for shape in config.shapes:
         with tempfile.TemporaryDirectory() as folder:
             measure(config, shape, Path(folder), console, table)

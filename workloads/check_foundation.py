@@ -1,0 +1,90 @@
+"""What the embedded foundations are worth: held-out perplexity, and whether the blocks of each matter.
+
+python workloads/check_foundation.py [--num-sequences 128]
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import tyro
+from rich import print
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from fedpeat_ray.config import DataConfig
+from fedpeat_ray.data.batches import heldout_sequences
+from fedpeat_ray.data.corpus import load_corpus
+from fedpeat_ray.models import foundation as foundations
+from fedpeat_ray.training.evaluation import EvaluateWeights, ScoreSum, evaluation_tasks
+
+NUM_END_BLOCKS = 2  # at each end, of those that are never left out
+SEQUENCE_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Held-out perplexities of one model."""
+
+    public: float
+    private: float
+    private_half_middle: float
+    """With every second middle block left out."""
+
+
+def quality(name: str, num_sequences: int) -> Quality:
+    """Measure an embedded model on held-out public and private text."""
+    foundation = foundations.prepare(name, "float32")
+    model = foundations.load(foundation)
+    tokenizer = foundations.load_tokenizer(foundation.config_dir)
+    heldout = {}
+    for public in (True, False):
+        corpus = load_corpus(DataConfig(), tokenizer, public=public)
+        heldout[public] = heldout_sequences(corpus, num_sequences, SEQUENCE_LENGTH, seed=0)
+    return Quality(
+        perplexity(model, *heldout[True]),
+        perplexity(model, *heldout[False]),
+        perplexity(half_middle(model), *heldout[False]),
+    )
+
+
+def perplexity(model: PreTrainedModel, tokens_NT: np.ndarray, lengths_N: np.ndarray) -> float:
+    layout = foundations.weights_layout(model)
+    weights_P = layout.flatten(dict(model.named_parameters()))
+    tasks = evaluation_tasks("all", tokens_NT, lengths_N)
+    scores = EvaluateWeights(layout)(foundations.Backbone(model, model), weights_P, tasks)
+    return ScoreSum().add(scores).result()["all"].perplexity
+
+
+def half_middle(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without every second block between its ends."""
+    shorter = copy.deepcopy(model)
+    name = foundations.block_list_name(shorter)
+    blocks = list(shorter.get_submodule(name).children())
+    first, last = NUM_END_BLOCKS, len(blocks) - NUM_END_BLOCKS
+    kept = [block for i, block in enumerate(blocks) if not (first <= i < last and (i - first) % 2)]
+    shorter.set_submodule(name, torch.nn.ModuleList(kept))
+    return shorter
+
+
+def main(num_sequences: int = 128) -> None:
+    """Print the table.
+
+    Args:
+        num_sequences: held-out sequences of 256 tokens a figure.
+    """
+    table = Table("model", "public", "private", "private, half of the middle left out", "ratio")
+    found = {name: quality(name, num_sequences) for name in foundations.EMBEDDED}
+    for name, q in found.items():
+        row = (q.public, q.private, q.private_half_middle, q.private_half_middle / q.private)
+        table.add_row(name, *(f"{figure:.2f}" for figure in row))
+    print(table)
+    base, small = found.values()
+    print(f"private perplexity of pydoc-base over that of pydoc-small: {base.private / small.private:.3f}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
