@@ -18,7 +18,7 @@ check: $(SETUP)
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 	$(VENV)/lint-imports --no-logo
-	$(VENV)/pyright
+	$(VENV)/pyright --pythonpath $(VENV)/python
 
 bench: $(SETUP)
 	$(VENV)/python workloads/benchmarks/client_batch.py
