@@ -12,7 +12,7 @@ from workloads.check_foundation import Quality, quality
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Quality]:
-    return {name: quality(name, num_sequences=24) for name in foundations.EMBEDDED}
+    return {name: quality(name, num_sequences=128) for name in foundations.EMBEDDED}
 
 
 def test_leaving_out_every_second_middle_block_doubles_the_perplexity(measured):
