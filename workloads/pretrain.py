@@ -6,7 +6,7 @@ Public text only, packed into sequences with an end-of-text token after every do
 autocast; Muon (Jordan 2024) for the blocks' matrices, AdamW for the rest; a learning rate that is
 constant and then falls to zero over the last part. DIR then holds the model as safetensors, the shared
 tokenizer, and held-out perplexities as `curve.csv` and `curve.png`. Interrupted, it goes on with
---resume from the last evaluation and gives the same model.
+--resume from the last evaluation.
 """
 
 from __future__ import annotations
