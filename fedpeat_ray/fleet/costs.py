@@ -162,21 +162,40 @@ def training_flops(
     shape: ModelShape,
     num_tokens: Figure,
     sequence_length: int,
-    trainable: Literal["all", "lora"],
+    trainable: Literal["all", "lora", "bias", "blocks"],
     lora_parameters: Figure = 0,
+    *,
+    num_blocks: Figure | None = None,
+    adapter_blocks: tuple[int, int] | None = None,
 ) -> Figure:
     """Floating point operations of training on `num_tokens` tokens.
 
-    Per token, with N = num_blocks * block_parameters + vocabulary * width (the head; looking up an embedding
-    is free), the forward pass takes 2 N + 4 num_blocks * sequence_length * width: a multiplication and an
-    addition a weight, and the two products of attention, with no discount for the causal mask (Kaplan et
-    al. 2020, section 2.1; Chowdhery et al. 2022, appendix B). The backward pass takes twice that: once for
-    the gradients of the activations and once for those of the weights; the latter is not needed for frozen
-    weights. So all weights: 6 N + 12 L T D; LoRA: 4 N + 6 lora_parameters + 12 L T D.
+    Per token, with N = L * block_parameters + vocabulary * width (the head; looking up an embedding is free)
+    and T = sequence_length, the forward pass through L = num_blocks (default: all) takes 2 N + 4 L T D: a
+    multiplication and an addition a weight, and the two products of attention, with no discount for the causal
+    mask (Kaplan et al. 2020, section 2.1; Chowdhery et al. 2022, appendix B). The backward pass takes
 
-    Shapes: num_tokens and lora_parameters are numbers or arrays (N,), and so is the result.
+        2 n + 8 l T D    for the gradients of the activations, n and l as N and L but of the blocks behind the
+                         first one that is trained, and it: all, or the last `adapter_blocks` if there are no first
+        2 w              for those of w trained weights: N with "all", those of the adapter blocks with "blocks",
+                         none frozen; 6 lora_parameters with "lora", forward included; a "bias" costs next to
+                         nothing, hence 0
+
+    So all weights: 6 N + 12 L T D; LoRA on all blocks: 4 N + 6 lora_parameters + 12 L T D.
+
+    Shapes: num_tokens, lora_parameters and num_blocks are numbers or arrays (N,), and so is the result.
     """
+    blocks = shape.num_blocks if num_blocks is None else num_blocks
+    first, last = (0, blocks) if adapter_blocks is None else adapter_blocks
+    head = shape.vocabulary * shape.width
+    crossed = blocks if first else last
+    trained = {"all": blocks * shape.block_parameters + head, "blocks": (first + last) * shape.block_parameters}
+    weights = (blocks + crossed) * shape.block_parameters + 2 * head + trained.get(trainable, 0)
+    attention = (4 * blocks + 8 * crossed) * sequence_length * shape.width
+    return num_tokens * (1.0 * (2 * weights + attention) + 6.0 * lora_parameters)
+
+
+def forward_flops(shape: ModelShape, sequence_length: int) -> float:
+    """Floating point operations of a forward pass a token (see `training_flops`)."""
     weights = shape.num_blocks * shape.block_parameters + shape.vocabulary * shape.width
-    attention = 12 * shape.num_blocks * sequence_length * shape.width
-    per_weight = {"all": 6, "lora": 4}[trainable]
-    return num_tokens * (float(per_weight * weights + attention) + 6.0 * lora_parameters)
+    return 2.0 * weights + 4.0 * shape.num_blocks * sequence_length * shape.width

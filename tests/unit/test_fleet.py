@@ -13,7 +13,7 @@ from fedpeat_ray.errors import ConfigError, DataError
 from fedpeat_ray.fleet.availability import Availability, build_availability
 from fedpeat_ray.fleet.channel import fading_power, link_ok, link_rates
 from fedpeat_ray.fleet.costs import Admission, Costs, Task, admit, spent, task_costs, training_flops
-from fedpeat_ray.fleet.memory import ModelShape
+from fedpeat_ray.fleet.memory import Figure, Memory, ModelShape, bias_parameters, training_memory
 from fedpeat_ray.fleet.population import Fleet, build_fleet
 from fedpeat_ray.fleet.tiers import TIERS
 
@@ -347,3 +347,117 @@ def test_training_flops_by_hand():
     assert training_flops(shape, 5, 8, "lora", 7) == 5 * (4 * weights + 6 * 7 + attention)
     ranks = training_flops(shape, np.array([1, 2]), 8, "lora", np.array([7, 14]))
     np.testing.assert_array_equal(ranks, [4 * weights + 42 + attention, 2 * (4 * weights + 84 + attention)])
+
+
+# Emulators
+
+GPT2 = ModelShape(
+    num_blocks=12,
+    width=64,
+    num_heads=4,
+    num_kv_heads=4,
+    mlp_width=256,
+    gated_mlp=False,
+    vocabulary=128,
+    num_positions=64,
+    bias=True,
+    weight_bytes=4,
+    num_parameters=12 * 49_984 + (128 + 64) * 64 + 2 * 64,
+    block_parameters=49_984,
+)
+LLAMA = replace(GPT2, gated_mlp=True, num_kv_heads=2, num_positions=0, bias=False, block_parameters=61_568)
+ADAPTED = ("lora", "bias", "blocks")
+
+
+def emulator_memory(trainable, num_blocks: Figure = 12, adapter_blocks=(2, 2), shape=GPT2, **settings) -> Memory:
+    rank = 4 if trainable == "lora" else 0
+    sizes = {"batch_size": 2, "sequence_length": 32, "num_blocks": num_blocks, "adapter_blocks": adapter_blocks}
+    return training_memory(shape, trainable=trainable, lora_rank=rank, **(sizes | settings))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("adapter_blocks", [(2, 2), (0, 1), (3, 0)])
+@pytest.mark.parametrize("trainable", ADAPTED)
+def test_memory_and_flops_grow_with_depth(trainable, adapter_blocks, optimizer):
+    depth = np.arange(4, 13)
+    memory = emulator_memory(trainable, depth, adapter_blocks, optimizer=optimizer)
+    through = adapter_blocks[0] > 0
+    assert (np.diff(memory.weights_bytes) == GPT2.block_parameters * 4).all()
+    assert (np.diff(memory.peak_bytes) >= GPT2.block_parameters * 4).all()
+    assert (np.diff(np.broadcast_to(memory.activations_bytes, depth.shape)) > 0).all() == through
+    flops = training_flops(GPT2, 10, 32, trainable, 100, num_blocks=depth, adapter_blocks=adapter_blocks)
+    assert (
+        np.diff(flops) == 10 * (4 if through else 2) * (GPT2.block_parameters + (3 if through else 2) * 32 * 64)
+    ).all()
+
+
+@pytest.mark.parametrize("shape", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("trainable", ADAPTED)
+def test_adapter_blocks_at_the_end_only_are_cheaper(trainable, shape):
+    both, end = (emulator_memory(trainable, 10, blocks, shape=shape) for blocks in ((2, 2), (0, 4)))
+    assert end.activations_bytes < both.activations_bytes and end.peak_bytes < both.peak_bytes
+    assert (end.weights_bytes, end.optimizer_bytes) == (both.weights_bytes, both.optimizer_bytes)
+    both, end = (training_flops(shape, 1, 32, trainable, 100, adapter_blocks=blocks) for blocks in ((2, 2), (0, 4)))
+    assert end < both
+
+
+@pytest.mark.parametrize("adapter_blocks", [(2, 2), (0, 2)])
+@pytest.mark.parametrize("trainable", ADAPTED)
+def test_emulators_as_an_array_are_what_each_is(trainable, adapter_blocks):
+    depth, frozen_bytes = np.array([4, 7, 12]), np.array([199_936, 60_000, 199_936])
+    together = emulator_memory(trainable, depth, adapter_blocks, frozen_block_bytes=frozen_bytes)
+    flops = training_flops(GPT2, 3, 32, trainable, 7, num_blocks=depth, adapter_blocks=adapter_blocks)
+    for i in range(3):
+        alone = emulator_memory(trainable, int(depth[i]), adapter_blocks, frozen_block_bytes=int(frozen_bytes[i]))
+        assert isinstance(alone.peak_bytes, int | np.integer)
+        assert np.asarray(together.peak_bytes)[i] == alone.peak_bytes
+        assert np.asarray(flops)[i] == training_flops(
+            GPT2, 3, 32, trainable, 7, num_blocks=int(depth[i]), adapter_blocks=adapter_blocks
+        )
+
+
+@pytest.mark.parametrize("adapter_blocks", [(6, 6), (1, 11), (0, 12), (12, 0)])
+def test_adapter_blocks_that_are_all_blocks_are_no_emulator(adapter_blocks):
+    for optimizer in ("adamw", "sgd"):
+        for shape in (GPT2, LLAMA):
+            covered, whole = (
+                emulator_memory("lora", adapter_blocks=blocks, optimizer=optimizer, shape=shape)
+                for blocks in (adapter_blocks, None)
+            )
+            assert covered == whole
+    for trainable in ADAPTED:
+        covered, whole = (
+            training_flops(GPT2, 5, 32, trainable, 7, adapter_blocks=blocks) for blocks in (adapter_blocks, None)
+        )
+        assert covered == whole
+
+
+def test_what_is_trained_of_an_emulator():
+    assert bias_parameters(GPT2, num_blocks=1) == (3 + 1 + 4 + 1 + 2) * 64  # of the four layers and two norms
+    assert bias_parameters(LLAMA) == 0
+    lora, bias, blocks = (emulator_memory(trainable, 8) for trainable in ADAPTED)
+    assert blocks.optimizer_bytes == 2 * blocks.gradients_bytes == 2 * 4 * 4 * GPT2.block_parameters
+    assert bias.gradients_bytes == 4 * 4 * 11 * 64
+    assert lora.weights_bytes == bias.weights_bytes == blocks.weights_bytes
+    assert lora.adapter_bytes == lora.gradients_bytes > 0 == bias.adapter_bytes == blocks.adapter_bytes
+
+
+@pytest.mark.parametrize("adapter_blocks", [(1, 1), (0, 2)])
+def test_frozen_blocks_in_8_bits_save_their_weights_and_unpack_one_matrix(adapter_blocks):
+    full, small = (emulator_memory("lora", 8, adapter_blocks, frozen_block_bytes=frozen) for frozen in (None, 51_000))
+    saved = 6 * (4 * GPT2.block_parameters - 51_000)
+    assert full.weights_bytes - small.weights_bytes == saved
+    assert saved - 4 * 64 * 256 <= full.peak_bytes - small.peak_bytes <= saved
+
+
+def test_flops_of_an_emulator_by_hand():
+    """Of the 5 blocks kept, 2 behind 3 frozen ones; or one on either side."""
+    head, block, attention = 128 * 64, GPT2.block_parameters, 32 * 64
+    forward = 2 * (5 * block + head) + 4 * 5 * attention
+    end = forward + 2 * (2 * block + head) + 8 * 2 * attention
+    both = forward + 2 * (5 * block + head) + 8 * 5 * attention
+    for blocks, base in (((0, 2), end), ((1, 1), both)):
+        kept = {"num_blocks": 5, "adapter_blocks": blocks}
+        assert training_flops(GPT2, 3, 32, "bias", **kept) == 3 * base
+        assert training_flops(GPT2, 3, 32, "blocks", **kept) == 3 * (base + 2 * 2 * block)
+        assert training_flops(GPT2, 3, 32, "lora", 70, **kept) == 3 * (base + 6 * 70)
