@@ -5,7 +5,8 @@ FedPeatError
 ├── DataError        text, columns or cached data cannot be used
 ├── ModelError       a model cannot be loaded or is not of a supported kind
 ├── RunDirError      a run directory cannot be written, resumed or read
-└── HostLostError    a client batch ended two hosts; names its devices
+├── HostLostError    a client batch ended two hosts; names its devices
+└── DriverLostError  a rank of the sharded foundation is gone; the run can be resumed
 """
 
 
@@ -35,3 +36,7 @@ class RunDirError(FedPeatError):
 
 class HostLostError(FedPeatError):
     """A client batch ended two hosts one after the other; the message names its devices."""
+
+
+class DriverLostError(FedPeatError):
+    """A process that holds a shard of the foundation is gone, and the others were ended with it."""

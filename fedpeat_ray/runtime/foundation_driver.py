@@ -1,0 +1,328 @@
+"""The foundation in shards: MapClients by rank actors that hold one model together, with DeepSpeed's ZeRO-3.
+
+Every rank holds a share of each tensor and runs the same training on the same tasks, gathering one
+layer at a time as it goes through the model; rank 0's result is handed back. The work is replicated,
+not divided, so the result does not depend on the number of shards. What training reads of the model
+it must read by calling its modules: a parameter outside of them is an empty tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import ray
+import torch
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch import Tensor, distributed, nn
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from fedpeat_ray.errors import ConfigError, DriverLostError
+from fedpeat_ray.files import written_whole
+from fedpeat_ray.models import weight_files
+from fedpeat_ray.models.foundation import Backbone, Foundation, empty
+from fedpeat_ray.runtime.ray_hosts import start_or_join
+from fedpeat_ray.runtime.serial import Serial
+from fedpeat_ray.training.map_clients import Aggregator, Where
+
+_RESUME = "the run can be resumed from its last checkpoint"
+_PIECE_BYTES = 64 * 2**20
+_PLACED_S = 60.0
+_STUCK_S = 20.0  # after an error of one rank; those that had it too have raised it by then
+
+
+class Rank:
+    """The actor: a share of every tensor, and the serial side of the seam around the whole."""
+
+    def __init__(self, rank: int, num_shards: int, num_threads: int):
+        torch.set_num_threads(num_threads)
+        self._rank, self._num_shards = rank, num_shards
+
+    def open_store(self) -> tuple[str, int]:
+        """Where the ranks are to meet; on rank 0."""
+        host = ray.util.get_node_ip_address()
+        self._store = TCPStore(host, 0, self._num_shards, is_master=True, wait_for_workers=False)
+        return host, self._store.port
+
+    def receive(self, path: Path, pieces: Sequence[ray.ObjectRef]) -> None:
+        """The weights, on a node that does not share the disk they lie on; for rank 0, which reads them."""
+        if not path.exists():
+            with written_whole(path) as part, part.open("wb") as file:
+                for piece in pieces:
+                    file.write(ray.get(piece))
+
+    def build(self, foundation: Foundation, host: str, port: int) -> None:
+        """Meet the others and fill the model tensor by tensor from rank 0's file."""
+        self._device, backend = ("cuda", "nccl") if ray.get_gpu_ids() else ("cpu", "gloo")
+        os.environ |= {"RANK": str(self._rank), "WORLD_SIZE": str(self._num_shards), "DS_ACCELERATOR": self._device}
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "LOCAL_SIZE": "1"}  # Ray shows a rank its GPU only
+        import deepspeed  # reads the environment
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, for half a minute
+        store = self._store if self._rank == 0 else TCPStore(host, port, self._num_shards)
+        distributed.init_process_group(backend, store=store, rank=self._rank, world_size=self._num_shards)
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        self._before_bytes = _reset_peak()
+        model = empty(foundation.config_json).eval()
+        for name, shape in [(name, parameter.shape) for name, parameter in model.named_parameters()]:
+            if self._rank == 0:
+                whole = weight_files.read(foundation.weights, name)
+            else:
+                whole = torch.empty(shape, dtype=foundation.exact_dtype)
+            parameter = nn.Parameter(whole, requires_grad=False)
+            deepspeed.zero.Init(module=nn.ParameterList([parameter]))  # rank 0's values; each keeps its share
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, parameter)
+        model.tie_weights()
+        model.to(self._device)  # type: ignore[arg-type]
+        self._state = model.state_dict(keep_vars=True)
+        for name, tensor in self._state.items():
+            if not isinstance(tensor, nn.Parameter):
+                if self._rank == 0:
+                    tensor.copy_(weight_files.read(foundation.weights, name))
+                distributed.broadcast(tensor, 0)
+        self._zero = DeepSpeedZeRoOffload(
+            model,
+            timers=None,
+            ds_config=None,
+            overlap_comm=False,
+            prefetch_bucket_size=0,
+            max_reuse_distance=0,
+            max_live_parameters=0,
+            param_persistence_threshold=0,
+        )
+        self._gathered = deepspeed.zero.GatheredParameters
+        self._backbone = Backbone(model, model)
+
+    def run(
+        self, train: Callable, shared: Any, tasks: Sequence[Any], aggregator: Aggregator, batch_size: int
+    ) -> tuple[Any, list[Any]] | None:
+        """The seam; its result on rank 0."""
+        try:
+            result = Serial(self._backbone)(train, shared, tasks, aggregator, batch_size)
+        finally:
+            self._zero.partition_all_parameters()
+        return result if self._rank == 0 else None
+
+    def export(self, path: Path, names: Sequence[str]) -> None:
+        """Gather the tensors one by one; rank 0 writes them."""
+        shapes = {}
+        for name in names:
+            tensor = self._state[name]
+            shapes[name] = (tensor.dtype, tuple(getattr(tensor, "ds_shape", tensor.shape)))
+        if self._rank == 0:
+            with written_whole(path) as part:
+                weight_files.write(part, shapes, self._whole)
+        else:
+            for name in weight_files.order(shapes):
+                self._whole(name)
+
+    def _whole(self, name: str) -> Tensor:
+        tensor = self._state[name]
+        with self._gathered([tensor]):
+            return tensor.detach().cpu().clone()
+
+    def share(self) -> float:
+        """Fraction of the parameters' elements that lie in this process."""
+        parameters: list[Any] = list(self._backbone.exact.parameters())
+        held = sum(parameter.ds_tensor.numel() + parameter.numel() for parameter in parameters)
+        return held / sum(parameter.ds_numel for parameter in parameters)
+
+    def peak_memory_bytes(self) -> int:
+        """The most that this process has held so far beyond what it held before there was a model."""
+        return torch.cuda.max_memory_allocated() if self._device == "cuda" else _peak_bytes() - self._before_bytes
+
+    def process_id(self) -> int:
+        """For tests that kill a rank."""
+        return os.getpid()
+
+
+class FoundationDriver:
+    """The actor that starts the ranks, has all of them do the same thing, and ends them when one is lost."""
+
+    def __init__(self, num_shards: int, num_gpus: float, num_threads: int):
+        # layers come and go: on a heap that keeps what is freed they would leave holes larger than the whole model
+        malloc = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TOP_PAD_": str(2**17)}
+        environment = {"OMP_NUM_THREADS": str(num_threads)} | malloc
+        # cores are not reserved: ranks and hosts take turns
+        self._actor = ray.remote(num_cpus=0, num_gpus=num_gpus, runtime_env={"env_vars": environment})(Rank)
+        self._arguments = (num_shards, num_threads)
+        self._num_gpus = num_gpus
+        self._ranks: list[Any] = []
+        self._lost: DriverLostError | None = None
+
+    def start(self, foundation: Foundation, shard_bytes: int, pieces: Sequence[ray.ObjectRef]) -> None:
+        """Start the ranks and have them fill the model, from the pieces of its file if rank 0 cannot see it.
+
+        Raises ConfigError if the cluster has no room for them.
+        """
+        bundle = {"memory": shard_bytes, "GPU": self._num_gpus}
+        num_shards, _ = self._arguments
+        group = placement_group([{name: amount for name, amount in bundle.items() if amount}] * num_shards)
+        if not group.wait(_PLACED_S):
+            allowed = f"the cluster must have {shard_bytes} bytes and {self._num_gpus:g} GPUs free for each"
+            raise ConfigError.of("foundation.num_shards", num_shards, allowed)
+        for index in range(num_shards):
+            place = PlacementGroupSchedulingStrategy(group, index)
+            self._ranks.append(self._actor.options(scheduling_strategy=place).remote(index, *self._arguments))
+        if pieces:
+            self._each(self._ranks[:1], "receive", foundation.weights, pieces)
+        (address,) = ray.get(self._each(self._ranks[:1], "open_store"))
+        self._each(self._ranks, "build", foundation, *address)
+
+    def call(self, method: str, arguments: Sequence[ray.ObjectRef] = ()) -> list[ray.ObjectRef]:
+        """What this method of every rank returns. Raises what it raises, or DriverLostError."""
+        return self._each(self._ranks, method, *arguments)
+
+    def _each(self, ranks: Sequence[Any], method: str, *arguments: Any) -> list[ray.ObjectRef]:
+        if self._lost:
+            raise self._lost
+        refs = [getattr(rank, method).remote(*arguments) for rank in ranks]
+        running, errors, timeout = refs, {}, None
+        while running:
+            done, running = ray.wait(running, timeout=timeout)
+            if not done:
+                break
+            try:
+                ray.get(done)
+            except RayActorError as error:
+                reason = str(error).splitlines()[0]
+                raise self._end(refs.index(done[0]), reason) from error
+            except RayTaskError as error:
+                errors[refs.index(done[0])], timeout = error, _STUCK_S
+        if running:  # it waits in a collective for one that failed
+            self._end(refs.index(running[0]), f"it did not come to the error of rank {min(errors)}")
+        if errors:
+            first = errors[min(errors)]
+            raise first.cause from first  # with the rank's traceback
+        return refs
+
+    def _end(self, index: int, reason: str) -> DriverLostError:
+        for rank in self._ranks:
+            ray.kill(rank)
+        self._lost = DriverLostError(
+            f"rank {index} of the {len(self._ranks)} that hold the foundation is lost ({reason.rstrip('.')}); {_RESUME}"
+        )
+        return self._lost
+
+
+class ShardedFoundation:
+    """The sharded model as the main process sees it; use as a context manager.
+
+    Joins the Ray that is there or starts one, as RayHosts does.
+    """
+
+    def __init__(
+        self,
+        foundation: Foundation,
+        num_shards: int,
+        num_gpus: float | None,
+        on_event: Callable[..., None],
+        num_threads: int = 1,
+    ):
+        """`num_gpus`: share of a shard; unset: 1 where the cluster has GPUs. `on_event(kind, **facts)` hears of a loss.
+
+        Raises ConfigError for shards that the cluster has no room for.
+        """
+        self._on_event = on_event
+        self._owns_ray = not ray.is_initialized()
+        self._driver: Any = None
+        try:
+            if self._owns_ray:
+                start_or_join(num_threads)
+            cluster_gpus = ray.cluster_resources().get("GPU", 0)
+            share = (1.0 if cluster_gpus else 0.0) if num_gpus is None else num_gpus
+            if share * num_shards > cluster_gpus:
+                allowed = f"the cluster has {cluster_gpus:g} GPUs for {num_shards} shards"
+                raise ConfigError.of("foundation.num_gpus", num_gpus, allowed)
+            if num_shards > 1 and 0 < share <= 0.5:
+                raise ConfigError.of("foundation.num_gpus", num_gpus, "above 0.5, as NCCL wants a GPU for each shard")
+            shard_bytes = -(-foundation.weights.stat().st_size // num_shards)
+            self._driver = ray.remote(num_cpus=0)(FoundationDriver).remote(num_shards, share, num_threads)
+            self._get(self._driver.start.remote(foundation, shard_bytes, _pieces(foundation.weights)))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the actors, and Ray if it was started here."""
+        if self._driver:
+            ray.kill(self._driver)  # the ranks are its own and end with it
+        if self._owns_ray and ray.is_initialized():
+            ray.shutdown()
+
+    def __call__(
+        self,
+        train: Callable,
+        shared: Any,
+        tasks: Sequence[Any],
+        aggregator: Aggregator,
+        batch_size: int = 1,
+        where: Where = "hosts",
+    ) -> tuple[Any, list[Any]]:
+        """See MapClients. Raises DriverLostError once a rank is lost."""
+        return self._call("run", train, shared, tasks, aggregator, batch_size)[0]
+
+    def export(self, path: Path, names: Sequence[str]) -> None:
+        """Write these tensors, by the names of the model's state dict, to a safetensors file on rank 0's machine."""
+        self._call("export", path, names)
+
+    def shares(self) -> list[float]:
+        """Fraction of the model's elements that each rank holds."""
+        return self._call("share")
+
+    def peak_memory_bytes(self) -> list[int]:
+        """The most that each rank has held because of the model."""
+        return self._call("peak_memory_bytes")
+
+    def process_ids(self) -> list[int]:
+        """The ranks' processes."""
+        return self._call("process_id")
+
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        return ray.get(self._get(self._driver.call.remote(method, [ray.put(value) for value in arguments])))
+
+    def _get(self, ref: ray.ObjectRef) -> Any:
+        try:
+            return ray.get(ref)
+        except RayTaskError as error:
+            raised, cause = error.cause, error
+        except RayActorError as error:
+            raised, cause = DriverLostError(f"the process that drives the ranks is lost; {_RESUME}"), error
+        if isinstance(raised, DriverLostError):
+            self._on_event("driver_lost", error=str(raised))
+        raise raised from cause
+
+
+def _pieces(path: Path) -> list[ray.ObjectRef]:
+    """The file in the object store, if the cluster has nodes that may not see it."""
+    if len(ray.nodes()) == 1:
+        return []
+    with path.open("rb") as file:
+        return [ray.put(piece) for piece in iter(lambda: file.read(_PIECE_BYTES), b"")]
+
+
+def _reset_peak() -> int:
+    """Count this process's peak anew, where that is possible (Linux); returns it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _peak_bytes()
+
+
+def _peak_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
