@@ -15,6 +15,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -62,22 +63,97 @@ STYLE: dict[Any, Any] = {
 WIDTH = 8.4  # inches
 ZERO_SHOT: dict[str, Any] = {"linewidth": 1.2, "linestyle": ":"}
 UPPER_BOUND: dict[str, Any] = {"linewidth": 1.2, "linestyle": "--", "alpha": 0.8}
+ON_DEVICES: dict[str, Any] = {"linewidth": 1.4, "linestyle": (0, (3, 1.5)), "marker": "o", "markersize": 3.5}
+BYTES_COLOURS = {"emulators, down": "#CC79A7", "adapters, down and up": "#0072B2"}
+
+FOUNDATION_LINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "zero_shot": ("foundation, zero-shot", {"color": GREY, **ZERO_SHOT}),
+    "plug_in": ("foundation with the adapter: plug-in", {"color": RUN_COLOURS[0], "linewidth": 1.2}),
+    "upper_bound": ("upper bound: tuned centrally", {"color": RUN_COLOURS[1], **UPPER_BOUND}),
+}
 
 
 def perplexity_over_rounds(runs: Runs) -> Figure | None:
-    return _perplexity(runs, {"round": lambda rounds: rounds["round"]}, 3.2)
+    return _perplexity(runs, {"round": lambda rounds: rounds["round"]}, 3.2, on_devices=True)
 
 
 def perplexity_over_costs(runs: Runs) -> Figure | None:
     unit_s, time_name = time_unit(max(run.rounds["virtual_s"].max() for run in runs.values()))
-    unit_bytes, bytes_name = (
-        (1e9, "GB") if max(_traffic(run.rounds).max() for run in runs.values()) > 3e9 else (1e6, "MB")
-    )
+    unit_bytes, bytes_name = byte_unit(max(_traffic(run.rounds).max() for run in runs.values()))
     costs: dict[str, Cost] = {
         f"virtual time ({time_name})": lambda rounds: rounds["virtual_s"] / unit_s,
         f"down and up, all devices ({bytes_name})": lambda rounds: _traffic(rounds) / unit_bytes,
     }
     return _perplexity(runs, costs, 2.9)
+
+
+def perplexity_by_level(runs: Runs) -> Figure | None:
+    """Emulators before and after tuning, by the blocks they keep, between what the foundation does."""
+    runs = {label: run for label, run in runs.items() if run.levels and "emulator_tuned" in run.perplexity}
+    if not runs:
+        return None
+    figure, panels = _grid(len(runs), min(2, len(runs)), 3.1)
+    emulators = (("emulator_zero_shot", GREY, "white"), ("emulator_tuned", RUN_COLOURS[0], RUN_COLOURS[0]))
+    for axes, (label, run) in zip(panels, runs.items(), strict=True):
+        for name, colour, face in emulators:
+            points = pd.Series(
+                {int(level): value for level, value in run.perplexity[name].items()}, dtype=float
+            ).dropna()
+            blocks = [run.levels[level] for level in points.index]
+            axes.plot(blocks, points, color=colour, marker="o", markersize=5, markerfacecolor=face, zorder=3)
+        for name, (_, style) in FOUNDATION_LINES.items():
+            if (value := run.perplexity.get(name)) is not None:
+                axes.axhline(value, **style)
+        given = {int(level): run.levels[int(level)] for level in run.perplexity["emulator_tuned"]}
+        axes.set_xticks(list(given.values()), [f"{blocks}\nlevel {level}" for level, blocks in given.items()])
+        axes.margins(x=0.12)
+        axes.grid(axis="y")
+        axes.set_xlabel(f"blocks of the foundation's {max(run.levels.values())} that an emulator keeps")
+        _log_if_wide(axes, 4)
+        if len(runs) > 1:
+            axes.set_title(label)
+    panels[0].set_ylabel("perplexity")
+    marks = (("emulator, zero-shot", GREY, "white"), ("emulator, tuned", RUN_COLOURS[0], RUN_COLOURS[0]))
+    key = [Line2D([], [], color=c, marker="o", markersize=5, markerfacecolor=f, label=label) for label, c, f in marks]
+    key += [
+        Line2D([], [], label=label, **style)
+        for name, (label, style) in FOUNDATION_LINES.items()
+        if any(run.perplexity.get(name) is not None for run in runs.values())
+    ]
+    figure.legend(handles=key, loc="outside upper left", ncols=3)
+    return figure
+
+
+def levels_in_use(runs: Runs) -> Figure | None:
+    """A row a run: who completed on which emulator, and what was sent for it, round by round."""
+    runs = {label: run for label, run in runs.items() if run.levels and not _completed(run).empty}
+    if not runs:
+        return None
+    figure = Figure((WIDTH, 2.3 * len(runs) + 0.6), layout="constrained")
+    rows = figure.subplots(len(runs), 2, squeeze=False)
+    top = max(max(run.levels) for run in runs.values())
+    unit, unit_name = byte_unit(
+        max((run.rounds["download_bytes"] + run.rounds["upload_bytes"]).max() for run in runs.values())
+    )
+    used = sorted({int(level) for run in runs.values() for level in _completed(run)["level"].dropna()})
+    level_colours = {f"level {level}": _shade(level / top) for level in used}
+    for (left, right), (label, run) in zip(rows, runs.items(), strict=True):
+        completed, rounds = _completed(run), run.rounds.set_index("round")
+        shares = pd.crosstab(completed["round"], completed["level"], normalize="index") * 100
+        shares = shares.rename(columns=lambda level: f"level {level:.0f}").reindex(index=rounds.index)
+        _stacked_over_rounds(left, shares, level_colours)
+        left.set_ylim(0, 100)
+        left.set_ylabel("completed devices (%)")
+        adapters = rounds["download_bytes"] - rounds["emulator_bytes"] + rounds["upload_bytes"]
+        columns = zip(BYTES_COLOURS, (rounds["emulator_bytes"], adapters), strict=True)
+        _stacked_over_rounds(right, pd.DataFrame(dict(columns)) / unit, BYTES_COLOURS)
+        right.set_ylabel(f"sent, all devices ({unit_name})")
+        if len(runs) > 1:
+            left.set_title(label)
+    for axes in rows[-1]:
+        axes.set_xlabel("round")
+    _legend_above(figure, level_colours | BYTES_COLOURS)
+    return figure
 
 
 def time_by_tier(runs: Runs) -> Figure | None:
@@ -234,6 +310,11 @@ def time_unit(longest_s: float) -> tuple[float, str]:
     return 1, "s"
 
 
+def byte_unit(largest: float) -> tuple[float, str]:
+    """The same for bytes."""
+    return (1e9, "GB") if largest > 3e9 else (1e6, "MB")
+
+
 def draw(plot: Callable[[Runs], Figure | None], runs: Runs, file: IO[bytes]) -> bool:
     """Draw a figure into a PNG file in the style of the report; False if there is nothing to show."""
     with rc_context(STYLE):
@@ -244,8 +325,11 @@ def draw(plot: Callable[[Runs], Figure | None], runs: Runs, file: IO[bytes]) -> 
     return True
 
 
-def _perplexity(runs: Runs, costs: Mapping[str, Cost], panel_height: float) -> Figure | None:
-    """Perplexity against each cost, from zero-shot at no cost on; reference points as lines."""
+def _perplexity(runs: Runs, costs: Mapping[str, Cost], panel_height: float, on_devices: bool = False) -> Figure | None:
+    """Perplexity against each cost, from zero-shot at no cost on; reference points as lines.
+
+    With `on_devices` also of the largest model that devices get, where that is not the foundation.
+    """
     if all(run.rounds["perplexity"].dropna().empty for run in runs.values()):
         return None
     figure, panels = _grid(len(costs), len(costs), panel_height)
@@ -259,6 +343,9 @@ def _perplexity(runs: Runs, costs: Mapping[str, Cost], panel_height: float) -> F
             if upper_bound is not None:
                 axes.axhline(upper_bound, color=colour, **UPPER_BOUND)
             marker = "o" if len(points) <= 40 else None
+            if on_devices and not (path := _path_on_devices(run, cost)).empty:
+                how = ON_DEVICES | {"marker": marker, "markerfacecolor": "white"}
+                axes.plot(path["cost"], path["perplexity"], color=colour, **how)
             axes.plot(points["cost"], points["perplexity"], color=colour, marker=marker, markersize=4)
         axes.grid(axis="y")
         axes.set_xlim(left=0)
@@ -268,6 +355,10 @@ def _perplexity(runs: Runs, costs: Mapping[str, Cost], panel_height: float) -> F
     if len(costs) == 1:
         panels[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     lines = [Line2D([], [], color=colour, label=label) for label, colour in zip(runs, _colours(runs), strict=True)]
+    if on_devices and any(not _path_on_devices(run, costs["round"]).empty for run in runs.values()):
+        lines.append(
+            Line2D([], [], color=GREY, label="largest model on devices", markerfacecolor="white", **ON_DEVICES)
+        )
     if any(_reference(run, "zero_shot") is not None for run in runs.values()):
         lines.append(Line2D([], [], color=GREY, label="zero-shot", **ZERO_SHOT))
     if any(_reference(run, "upper_bound") is not None for run in runs.values()):
@@ -309,6 +400,24 @@ def _stacked(axes: Axes, table: Frame, colours: Mapping[str, str]) -> None:
         left += width
 
 
+def _stacked_over_rounds(axes: Axes, table: Frame, colours: Mapping[str, str]) -> None:
+    """Upright bars, one a round, stacked over the columns of the table that have a colour."""
+    bottom = np.zeros(len(table))
+    for name, colour in colours.items():
+        if name in table:
+            height = table[name].fillna(0).to_numpy(float)
+            axes.bar(table.index, height, 0.8, bottom=bottom, color=colour)
+            bottom += height
+    axes.set_xlim(0.4, table.index.max() + 0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(axis="y")
+
+
+def _shade(share: float) -> str:
+    """Of one green, from pale to full."""
+    return to_hex((1 - share) * np.array(to_rgb(PALE)) + share * np.array(to_rgb("#00593f")))
+
+
 def _note(axes: Axes, x: float, row: int, text: str, **how: Any) -> None:
     axes.annotate(text, (x, row), (4, 0), textcoords="offset points", va="center", fontsize=8, color=INK, **how)
 
@@ -318,9 +427,9 @@ def _legend_above(figure: Figure, colours: Mapping[str, str]) -> None:
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), columnspacing=1.2)
 
 
-def _log_if_wide(axes: Axes) -> None:
+def _log_if_wide(axes: Axes, wide: float = 8) -> None:
     low, high = axes.dataLim.intervaly
-    if low > 0 and high / low > 8:
+    if low > 0 and high / low > wide:
         axes.set_yscale("log")
         _plain_numbers(axes.yaxis)
 
@@ -354,4 +463,16 @@ def _colours(runs: Runs) -> list[str]:
 
 
 def _reference(run: Run, name: str) -> float | None:
-    return ((run.summary or {}).get("perplexity") or {}).get(name)
+    return run.perplexity.get(name)
+
+
+def _path_on_devices(run: Run, cost: Cost) -> Frame:
+    """Perplexity of the largest model on devices against a cost, from zero-shot on; empty where there is none."""
+    if "device_perplexity" not in run.rounds:
+        return pd.DataFrame()
+    points = pd.DataFrame({"cost": cost(run.rounds), "perplexity": run.rounds["device_perplexity"]}).dropna()
+    zero_shot = run.perplexity.get("emulator_zero_shot") or {}
+    largest = zero_shot.get(max(zero_shot, key=int, default=""))
+    if points.empty or largest is None:
+        return points
+    return pd.concat([pd.DataFrame({"cost": [0.0], "perplexity": [largest]}), points])

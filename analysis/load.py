@@ -41,6 +41,17 @@ class Run:
         """The settings by dotted path, e.g. settings["fleet.num_devices"]."""
         return flatten(self.config.get("config", {}))
 
+    @property
+    def levels(self) -> dict[int, int]:
+        """Blocks that the emulator of each level has, the foundation's last; empty for a run without emulators."""
+        levels = (self.config.get("resolved") or {}).get("levels") or ()
+        return {level["level"]: len(level["blocks"]) for level in levels}
+
+    @property
+    def perplexity(self) -> dict[str, Any]:
+        """What summary.json says of it; empty while the run is unfinished."""
+        return (self.summary or {}).get("perplexity") or {}
+
 
 def load_run(directory: str | Path) -> Run:
     """Read a run directory, finished or not; raises NotARunError if it holds none."""

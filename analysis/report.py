@@ -21,6 +21,7 @@ from analysis.load import Frame, NotARunError, Run, load_run
 TEMPLATES = Path(__file__).parent / "templates"
 NO_VALUE = "–"
 ALGORITHMS = {
+    "fed-peat": "federated tuning with emulators: devices tune adapters on small emulators, which go into the foundation",
     "fed-peft": "federated LoRA: devices train and send low-rank adapters only",
     "fed-avg": "federated averaging: devices train and send all weights",
 }
@@ -35,6 +36,8 @@ class Section(NamedTuple):
     text: str
     plot: Callable[[Runs], Figure | None]
     nothing: str
+    emulators: bool = False
+    """Only for runs that have emulators."""
 
 
 SECTIONS = (
@@ -50,6 +53,23 @@ SECTIONS = (
         "The same perplexity over the simulated time it took, and over all bytes devices received and sent.",
         figures.perplexity_over_costs,
         "Perplexity was not measured.",
+    ),
+    Section(
+        "Perplexity by emulator level",
+        "Emulators that devices get, before and after, by the blocks of the foundation they keep, on the same text; "
+        "the lines are the foundation without and with the tuned adapter. What lies between an emulator and the "
+        "plug-in is the privacy gap: what only the owner of the foundation has.",
+        figures.perplexity_by_level,
+        "Emulators are measured at the end of a run, and these runs are unfinished.",
+        emulators=True,
+    ),
+    Section(
+        "Levels in use",
+        "The emulators that the completed devices of each round trained on, a higher level is a larger emulator; and "
+        "what was sent. A device that has the emulator of its level already receives the adapter only.",
+        figures.levels_in_use,
+        "No device completed a round.",
+        emulators=True,
     ),
     Section(
         "Quality by tier",
@@ -118,13 +138,14 @@ def render(runs: Runs) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    facts = {label: _key_figures(run) for label, run in runs.items()}
+    has_emulators = any(run.levels for run in runs.values())
+    facts = {label: _key_figures(run, _levels(runs)) for label, run in runs.items()}
     return environment.get_template("report.html").render(
         runs=runs,
         descriptions={label: describe(run) for label, run in runs.items()},
         outcomes={label: _outcome(run) for label, run in runs.items()},
         key_figures=_side_by_side(facts),
-        sections=[(section, _image(section, runs)) for section in SECTIONS],
+        sections=[(section, _image(section, runs)) for section in SECTIONS if has_emulators or not section.emulators],
         events={label: _events(run.events) for label, run in runs.items() if len(run.events)},
         differences=_side_by_side(_differing(runs)),
         settings=_side_by_side({label: _texts(run.settings) for label, run in runs.items()}),
@@ -174,29 +195,50 @@ def describe(run: Run) -> str:
 
 def _outcome(run: Run) -> str:
     """What came out, in a sentence or two."""
-    perplexity = (run.summary or {}).get("perplexity") or {}
+    perplexity = run.perplexity
     zero_shot, tuned = perplexity.get("zero_shot"), perplexity.get("tuned")
     if zero_shot is None or tuned is None:
         measured = run.rounds["perplexity"].dropna()
         when = "after the last round is" if run.summary else "so far is"
         return f"Perplexity {when} {measured.iloc[-1]:.2f}." if len(measured) else "Perplexity was not measured."
     text = f"Perplexity went from {zero_shot:.2f} to {tuned:.2f}"
+    if run.levels:
+        text += " with the adapter plugged into the foundation"
     gap = (run.summary or {}).get("gap_closed")
     if gap is not None and perplexity.get("upper_bound") is not None:
         text += f", which is {gap:.0%} of the way to tuning centrally ({perplexity['upper_bound']:.2f})"
+    if (privacy_gap := (run.summary or {}).get("privacy_gap")) is not None:
+        text += f". The largest emulator on devices, with the same adapter, is {_worse(privacy_gap)}"
     return text + "."
 
 
-def _key_figures(run: Run) -> dict[str, str]:
-    """The figures of a run as text; from the tables, so that an unfinished run has them too."""
+def _worse(privacy_gap: float) -> str:
+    return f"{abs(privacy_gap):.2f} {'worse' if privacy_gap >= 0 else 'better'}"
+
+
+def _levels(runs: Runs) -> list[int]:
+    """Of the emulators that devices of any run get, as far as they were measured."""
+    measured = (run.perplexity.get("emulator_tuned") or () for run in runs.values())
+    return sorted({int(level) for levels in measured for level in levels})
+
+
+def _key_figures(run: Run, levels: Sequence[int] = ()) -> dict[str, str]:
+    """The figures of a run as text; from the tables, so that an unfinished run has them too.
+
+    With a row for each of these levels of emulators.
+    """
     summary, rounds = run.summary or {}, run.rounds
-    perplexity, accuracy = summary.get("perplexity") or {}, summary.get("token_accuracy") or {}
+    perplexity, accuracy = run.perplexity, summary.get("token_accuracy") or {}
+    emulators = f" ({_scaled(rounds['emulator_bytes'].sum(), 'B')} emulators)" if run.levels else ""
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in run.clients["drop_reason"].value_counts().items())
     return {
         "Perplexity, zero-shot": _number(perplexity.get("zero_shot")),
-        "Perplexity, tuned": _number(perplexity.get("tuned", _last(rounds["perplexity"]))),
+        **{f"Perplexity, emulator of level {level}": _emulator(perplexity, str(level)) for level in levels},
+        "Perplexity, tuned": _number(perplexity.get("tuned", _last(rounds["perplexity"])))
+        + " (plug-in)" * bool(run.levels),
         "Perplexity, upper bound": _number(perplexity.get("upper_bound")),
         "Share of the gap closed": _percent(summary.get("gap_closed")),
+        **({"Privacy gap": _number(summary.get("privacy_gap"))} if levels else {}),
         "Token accuracy, zero-shot": _percent(accuracy.get("zero_shot")),
         "Token accuracy, tuned": _percent(accuracy.get("tuned", _last(rounds["token_accuracy"]))),
         "Rounds": f"{len(rounds):,}",
@@ -204,7 +246,7 @@ def _key_figures(run: Run) -> dict[str, str]:
         "Devices dropped": f"{rounds['num_dropped'].sum():,}" + (f" ({reasons})" if reasons else ""),
         "Tokens trained on": f"{rounds['num_tokens'].sum():,}",
         "Virtual time": _time(rounds["virtual_s"].max()),
-        "Sent to devices": _scaled(rounds["download_bytes"].sum(), "B"),
+        "Sent to devices": _scaled(rounds["download_bytes"].sum(), "B") + emulators,
         "Sent by devices": _scaled(rounds["upload_bytes"].sum(), "B"),
         "Energy of devices": _scaled(rounds["energy_j"].sum(), "J"),
         "Wall time (measured)": _time(summary.get("wall_s", rounds["wall_s"].sum())),
@@ -282,6 +324,11 @@ def _last(series: Any) -> float | None:
 
 def _number(value: float | None) -> str:
     return NO_VALUE if value is None else f"{value:.2f}"
+
+
+def _emulator(perplexity: Mapping[str, Any], level: str) -> str:
+    before, after = ((perplexity.get(name) or {}).get(level) for name in ("emulator_zero_shot", "emulator_tuned"))
+    return NO_VALUE if before is after is None else f"{_number(before)} → {_number(after)}"
 
 
 def _percent(value: float | None) -> str:

@@ -26,6 +26,10 @@ class FoundationConfig:
 
     name: str = "pydoc-base"
     """Embedded model (pydoc-base, pydoc-small), Hugging Face name, or local directory."""
+    num_shards: int = 1
+    """Processes that share the foundation on the driver's side (DeepSpeed ZeRO-3); above 1 no process has all of it."""
+    num_gpus: float | None = None
+    """GPU share of a shard; unset: 1 where the cluster has GPUs, else 0. With one shard, hosts hold the foundation."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Type of the frozen weights while adapters are trained; auto: bfloat16 where the hardware multiplies
     it natively. Adapters, full fine-tuning and evaluation are in float32 (float64 with float64)."""
@@ -40,7 +44,98 @@ class LoraConfig:
     alpha: float = 16.0
     """Scaling numerator: the update is alpha / rank * B A."""
     targets: tuple[str, ...] = ()
-    """Names of the modules to adapt, e.g. c_attn c_fc. Empty: every linear layer of every block."""
+    """Names of the modules to adapt, e.g. c_attn c_fc. Empty: every linear layer."""
+    blocks: tuple[int, ...] = ()
+    """Numbers of the blocks to adapt, from 0. Empty: all of them, or the adapter blocks of emulators."""
+
+
+@dataclass(frozen=True)
+class DistilConfig:
+    """How kept blocks learn, on public text, to stand in for those left out."""
+
+    steps: int = 1200
+    """Optimizer steps; every step trains the emulator of one level."""
+    batch_size: int = 16
+    """Sequences a step."""
+    sequence_length: int = 128
+    """Tokens a sequence."""
+    learning_rate: float = 3e-3
+    """Peak learning rate of AdamW; it rises over a tenth of the steps and falls to zero."""
+    output_weight: float = 30.0
+    """Weight of the error of the middle's output, beside the language model's loss of weight 1."""
+    seed: int = 0
+    """Draws text and levels; not the run's seed, so that runs of several seeds share their emulators."""
+
+
+@dataclass(frozen=True)
+class EmulatorConfig:
+    """What devices get of the foundation in FedPEAT, and what they train in it."""
+
+    first: int = 2
+    """Adapter blocks at the start of the foundation."""
+    last: int = 2
+    """Adapter blocks at its end."""
+    shares: tuple[float, ...] = (0.25, 0.5, 0.75)
+    """Share of the blocks between that level 1, 2, … keeps; the level above them is the foundation itself."""
+    give_foundation: bool = False
+    """Whether devices may get that level too."""
+    trained: Literal["lora", "bias", "blocks"] = "lora"
+    """What is trained in the adapter blocks: LoRA, the biases, or everything."""
+    choice: Literal["uniform", "influence"] = "uniform"
+    """Which blocks are kept: evenly spread, or those that change their input most (on public text)."""
+    weights: Literal["elastic", "per_level", "foundation"] = "elastic"
+    """Weights of the kept blocks: distilled once for all levels, distilled for each, or the foundation's own."""
+    eight_bit: bool = False
+    """Keep the frozen blocks in 8 bit on devices."""
+    realign_every: int = 0
+    """Rounds after which emulators are distilled again, with the current adapter plugged in; 0: never."""
+    realign_steps: int = 20
+    """Optimizer steps of a re-alignment."""
+    server_steps: int = 0
+    """Local steps of the server a round, as one more participant, on public text and the foundation; 0: none."""
+    distil: DistilConfig = field(default_factory=DistilConfig)
+
+    @property
+    def needs_public_text(self) -> bool:
+        """Whether anything that is asked for learns from the server's text."""
+        distilled = self.weights != "foundation" or self.realign_every > 0
+        return distilled or self.choice == "influence" or self.server_steps > 0
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """Which emulator a device gets in a round."""
+
+    kind: Literal["fixed", "random", "greedy"] = "greedy"
+    """fixed: one level for all; random: any that fits its memory; greedy: the largest that fits memory and deadline."""
+    level: int = 1
+    """The level of fixed."""
+
+
+@dataclass(frozen=True)
+class ProxyConfig:
+    """The small model of FedPT, how it steers the foundation, and what it learns from it."""
+
+    small: str = "pydoc-small"
+    """Embedded model, Hugging Face name, or local directory, with the vocabulary of the foundation."""
+    alpha: float = 1.0
+    """Weight of (tuned small - original small) in the foundation's logits."""
+    steps: int = 20
+    """Optimizer steps of distillation a round; 0: none."""
+    batch_size: int = 8
+    """Sequences of public text a step."""
+    sequence_length: int = 128
+    """Tokens a sequence."""
+    learning_rate: float = 1e-3
+    """Of AdamW, on the small model's LoRA."""
+    kl_weight: float = 0.5
+    """lambda: weight of the teacher, beside 1 - lambda for the text itself."""
+    temperature: float = 1.0
+    """T: both distributions are softened by it."""
+    top_k: int | None = None
+    """Tokens a position for which the teacher's logits are kept; unset: all."""
+    emulators: bool = False
+    """Whether devices get emulators of the small model (see emulator, control) instead of all of it."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +203,8 @@ class DataConfig:
     name: str = "python_docs"
     """python_docs (embedded), Hugging Face dataset name, or local directory (parquet, jsonl, txt; in a
     txt file a blank line ends a document)."""
+    public_name: str | None = None
+    """Text of the server, named like `name`; unset: python_docs has a public part, other text has none."""
     subset: str | None = None
     """Configuration of a hub dataset, e.g. wikitext-2-raw-v1."""
     text_column: str = "text"
@@ -229,8 +326,9 @@ class HostsConfig:
 class SimulationConfig:
     """A whole run."""
 
-    algorithm: Literal["fed-peft", "fed-avg"] = "fed-peft"
-    """fed-peft: federated LoRA; fed-avg: federated averaging of all weights."""
+    algorithm: Literal["fed-peat", "fed-peft", "fed-pt", "fed-avg"] = "fed-peat"
+    """fed-peat: adapters on emulators; fed-peft: LoRA on the foundation; fed-pt: LoRA on a small model that steers
+    the foundation; fed-avg: averaging of all weights."""
     rounds: int = 10
     """Rounds."""
     cohort_size: int = 32
@@ -252,6 +350,9 @@ class SimulationConfig:
     local: LocalConfig = field(default_factory=LocalConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    emulator: EmulatorConfig = field(default_factory=EmulatorConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
+    proxy: ProxyConfig = field(default_factory=ProxyConfig)
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
     data: DataConfig = field(default_factory=DataConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
@@ -278,6 +379,39 @@ class SimulationConfig:
             raise ConfigError.of("out", str(self.out), "unset together with resume, which goes on in its own directory")
         if self.hosts.exclusive and self.hosts.backend != "ray":
             raise ConfigError.of("hosts.exclusive", True, "hosts.backend = 'ray'")
+        self._validate_emulators()
+
+    def _validate_emulators(self) -> None:
+        shards, emulator = self.foundation.num_shards, self.emulator
+        if shards > 1 and self.algorithm in ("fed-peft", "fed-avg"):
+            raise ConfigError.of("foundation.num_shards", shards, f"1, as devices of {self.algorithm} hold all of it")
+        on_small = self.algorithm == "fed-pt" and self.proxy.emulators
+        if self.algorithm != "fed-peat" and not on_small:
+            return
+        for field_, only in (
+            ("weights", "foundation"),
+            ("choice", "uniform"),
+            ("server_steps", 0),
+            ("realign_every", 0),
+        ):
+            if on_small and (value := getattr(emulator, field_)) != only:
+                raise ConfigError.of(f"emulator.{field_}", value, f"{only!r} if proxy.emulators")
+        if not emulator.shares or not all(0 <= share < 1 for share in emulator.shares):
+            raise ConfigError.of("emulator.shares", emulator.shares, "at least one, each at least 0 and below 1")
+        if emulator.first + emulator.last == 0:
+            raise ConfigError.of("emulator.last", 0, "at least 1 if emulator.first = 0: there is nothing to train")
+        top = len(emulator.shares) + emulator.give_foundation
+        if self.control.kind == "fixed" and self.control.level > top:
+            allowed = f"at most {top}, the highest level that devices are given (emulator.give_foundation)"
+            raise ConfigError.of("control.level", self.control.level, allowed)
+        if on_small:
+            return
+        if shards > 1 and emulator.give_foundation:
+            raise ConfigError.of("foundation.num_shards", shards, "1 if emulator.give_foundation")
+        if shards > 1 and emulator.trained != "lora":
+            raise ConfigError.of("foundation.num_shards", shards, f"1 if emulator.trained = {emulator.trained!r}")
+        if emulator.realign_every and emulator.eight_bit:
+            raise ConfigError.of("emulator.realign_every", emulator.realign_every, "0 if emulator.eight_bit")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: paths as strings, tuples as lists, infinity as "inf"."""
@@ -338,6 +472,28 @@ _BOUNDS: dict[str, tuple[float, float, str]] = {
     "fleet.channel.min_distance_m": _POSITIVE,
     "fleet.channel.rician_k": _NOT_NEGATIVE,
     "fleet.channel.min_bytes_per_s": _NOT_NEGATIVE,
+    "foundation.num_shards": _POSITIVE_INT,
+    "foundation.num_gpus": _POSITIVE,
+    "emulator.first": (0, 2**31, "an integer of at least 0"),
+    "emulator.last": (0, 2**31, "an integer of at least 0"),
+    "emulator.realign_every": (0, 2**31, "an integer of at least 0"),
+    "emulator.realign_steps": _POSITIVE_INT,
+    "emulator.server_steps": (0, 2**31, "an integer of at least 0"),
+    "emulator.distil.steps": _POSITIVE_INT,
+    "emulator.distil.batch_size": _POSITIVE_INT,
+    "emulator.distil.sequence_length": (2, 2**31, "an integer of at least 2"),
+    "emulator.distil.learning_rate": _POSITIVE,
+    "emulator.distil.output_weight": _NOT_NEGATIVE,
+    "emulator.distil.seed": (0, 2**62, "an integer of at least 0"),
+    "control.level": _POSITIVE_INT,
+    "proxy.alpha": (-1e300, 1e300, "a finite number"),
+    "proxy.steps": (0, 2**31, "an integer of at least 0"),
+    "proxy.batch_size": _POSITIVE_INT,
+    "proxy.sequence_length": (2, 2**31, "an integer of at least 2"),
+    "proxy.learning_rate": _POSITIVE,
+    "proxy.kl_weight": _SHARE,
+    "proxy.temperature": _POSITIVE,
+    "proxy.top_k": _POSITIVE_INT,
     "evaluation.every": _POSITIVE_INT,
     "evaluation.num_sequences": _POSITIVE_INT,
     "evaluation.num_sequences_per_tier": (0, 2**31, "an integer of at least 0"),

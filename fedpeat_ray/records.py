@@ -50,11 +50,13 @@ CLIENT_COLUMNS = (
     Column("num_examples", pa.int64(), "sequences", "sequences in the device's share"),
     Column("num_tokens", pa.int64(), "tokens", "tokens the task trains on, padding not counted"),
     Column("download_bytes", pa.int64(), "bytes", "received by the device"),
+    Column("emulator_bytes", pa.int64(), "bytes", "of these the emulator; 0 if the device kept the one it had"),
     Column("upload_bytes", pa.int64(), "bytes", "sent by the device; 0 if dropped"),
     Column("download_s", pa.float64(), "virtual s", "time on the downlink"),
     Column("compute_s", pa.float64(), "virtual s", "time to train"),
     Column("upload_s", pa.float64(), "virtual s", "time on the uplink"),
     Column("energy_j", pa.float64(), "J", "computing and radio; what was spent until it dropped"),
+    Column("flops", pa.float64(), "", "floating point operations of training, as far as it got"),
     Column("memory_bytes", pa.int64(), "bytes", "peak training memory by the memory model"),
     Column("memory_cap_bytes", pa.int64(), "bytes", "what the device has for training"),
     Column("train_loss", pa.float64(), "nats/token", "mean loss over the local steps; null if not trained"),
@@ -68,10 +70,15 @@ ROUND_COLUMNS = (
     Column("num_dropped", pa.int32(), "devices", "devices sampled and not used, whatever the reason"),
     Column("num_tokens", pa.int64(), "tokens", "tokens trained on by completed devices"),
     Column("download_bytes", pa.int64(), "bytes", "by all sampled devices"),
+    Column("emulator_bytes", pa.int64(), "bytes", "of these emulators"),
     Column("upload_bytes", pa.int64(), "bytes", "by all sampled devices"),
     Column("energy_j", pa.float64(), "J", "by all sampled devices"),
+    Column("flops", pa.float64(), "", "of training on all sampled devices"),
+    Column("server_flops", pa.float64(), "", "of the server's own tuning and of distilling a small model"),
+    Column("server_memory_bytes", pa.int64(), "bytes", "peak of the same by the memory model; 0 if there is none"),
     Column("train_loss", pa.float64(), "nats/token", "mean over completed devices, weighted by tokens"),
     Column("perplexity", pa.float64(), "", "on held-out private text, after the round; null if not evaluated"),
+    Column("device_perplexity", pa.float64(), "", "same text, the largest emulator or small model on devices; or null"),
     Column("token_accuracy", pa.float64(), "", "share of next tokens guessed, same text; null if not evaluated"),
     Column("wall_train_s", pa.float64(), "s", "measured: training on the hosts"),
     Column("wall_eval_s", pa.float64(), "s", "measured: evaluation"),
@@ -98,6 +105,8 @@ class ClientTask:
     """Token ids (S, B, T), integer."""
     lengths_SB: np.ndarray
     """Valid tokens of each sequence; the rest is padding and counts for nothing."""
+    level: int | None = None
+    """The emulator to train on; None: the foundation."""
 
     @property
     def num_steps(self) -> int:
@@ -108,6 +117,16 @@ class ClientTask:
     def num_tokens(self) -> int:
         """Valid tokens of all steps."""
         return int(self.lengths_SB.sum())
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Sequences to go through a model: B sequences, T tokens a sequence."""
+
+    tokens_BT: np.ndarray
+    """Token ids, integer."""
+    lengths_B: np.ndarray
+    """Valid tokens of each sequence."""
 
 
 @dataclass(frozen=True)

@@ -5,42 +5,34 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fedpeat_ray.aggregation.server_optimizer import ServerState
-from fedpeat_ray.algorithms.fed_avg import FedAvg
-from fedpeat_ray.algorithms.fed_peft import FedPEFT
-from fedpeat_ray.algorithms.round_result import Algorithm
+from fedpeat_ray.algorithms.fed_peat import FedPEAT
+from fedpeat_ray.algorithms.fed_pt import FedPT
 from fedpeat_ray.config import SimulationConfig, differences
-from fedpeat_ray.config import get as config_get
-from fedpeat_ray.data.client_data import ClientData
-from fedpeat_ray.data.corpus import load_corpus
-from fedpeat_ray.data.partition import Partition
 from fedpeat_ray.errors import ConfigError
-from fedpeat_ray.fleet.conditions import Conditions, build_conditions
-from fedpeat_ray.models import foundation as foundations
-from fedpeat_ray.models.foundation import Foundation
-from fedpeat_ray.models.lora import Lora, find_lora
 from fedpeat_ray.runtime.centralised import tune_centrally
 from fedpeat_ray.runtime.checkpoint import Facts, load_checkpoint, save_checkpoint
-from fedpeat_ray.runtime.knee import find_client_batch_size
 from fedpeat_ray.runtime.process import process_settings
 from fedpeat_ray.runtime.progress import Progress
 from fedpeat_ray.runtime.rows import client_columns, round_row
 from fedpeat_ray.runtime.run_log import RunLog, default_run_dir, read_config
-from fedpeat_ray.runtime.serial import Serial
-from fedpeat_ray.training.client_batch import TrainClientBatch
-from fedpeat_ray.training.evaluation import EvaluationTask, Score, ScoreSum, evaluation_tasks
+from fedpeat_ray.training.evaluation import EvaluationTask, Score, ScoreSum
 from fedpeat_ray.training.map_clients import MapClients
-
-ALL = "all"  # the group of held-out text that stands for the whole fleet
-_DEVICES_PER_TIER = 8  # whose held-out text stands for their tier
+from fedpeat_ray.world import (
+    ALL,
+    World,
+    driver_of,
+    hosts,
+    level_group,
+    prepare,
+    with_emulators,
+    with_measured_batch_size,
+)
 
 
 class Simulation:
@@ -65,78 +57,25 @@ class Simulation:
                 log.event(kind, **facts)
 
         before = load_checkpoint(config.resume) if config.resume else None
-        with Progress(config.rounds, first_round=before[1].round + 1 if before else 1) as progress:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(process_settings(config.hosts.num_threads))
+            progress = stack.enter_context(Progress(config.rounds, first_round=before[1].round + 1 if before else 1))
             progress.stage(f"loading {config.foundation.name} and {config.data.name}")
-            world = prepare(config)
+            world = prepare(config, directory)
+            if config.foundation.num_shards > 1:
+                progress.stage(f"dividing {config.foundation.name} into {config.foundation.num_shards} shards")
+            driver = stack.enter_context(driver_of(world, on_event))
+            world = with_emulators(world, driver, progress)
             progress.stage("starting hosts")
-            with hosts(world, on_event) as (map_clients, num_hosts):
-                if world.config.client_batch_size == "auto":
-                    world = _with_measured_batch_size(world, map_clients, num_hosts, progress)
-                log = _open_log(world, directory, num_hosts)
-                self.directory = log.directory
-                summary = _run(world, map_clients, log, progress)
+            map_clients, num_hosts = stack.enter_context(hosts(world, on_event, driver))
+            if world.config.client_batch_size == "auto":
+                world = with_measured_batch_size(world, map_clients, num_hosts, progress)
+            log = _open_log(world, directory, num_hosts)
+            self.directory = log.directory
+            summary = _run(world, map_clients, log, progress)
         summary["wall_s"] = time.monotonic() - started
         log.write_summary(summary)
         return summary
-
-
-@dataclass(frozen=True)
-class World:
-    """All that a run is made of, checked: nothing here can be refused any more."""
-
-    config: SimulationConfig
-    foundation: Foundation
-    lora: Lora
-    algorithm: Algorithm
-    conditions: Conditions
-    data: ClientData
-    heldout: list[EvaluationTask]
-    heldout_by_tier: list[EvaluationTask]
-
-
-def prepare(config: SimulationConfig) -> World:
-    """Load and check everything. Raises ConfigError, DataError or ModelError before any process is started."""
-    if config.foundation.dtype == "auto":
-        dtype = foundations.fast_training_dtype()
-        config = dataclasses.replace(config, foundation=dataclasses.replace(config.foundation, dtype=dtype))
-    conditions = build_conditions(config.fleet, config.seed, config.cohort_size, config.over_sample, config.deadline_s)
-    foundation = foundations.prepare(config.foundation.name, config.foundation.dtype)
-    model = foundations.load(foundation)
-    for field in ("local.sequence_length", "evaluation.sequence_length"):
-        if (length := config_get(config, field)) > (most := foundations.max_positions(model)):
-            raise ConfigError.of(field, length, f"at most {most}, the positions of {config.foundation.name}")
-    corpus = load_corpus(config.data, foundations.load_tokenizer(foundation.config_dir))
-    partition = Partition(config.data.partition, corpus.group, corpus.heldout, config.seed)
-    data = ClientData(corpus, partition, config.local, config.seed)
-    lora = find_lora(model, config.lora)
-    shape = foundations.model_shape(model, weight_bytes=4 if config.fleet.precision == "float32" else 2)
-    if config.algorithm == "fed-avg":
-        layout = foundations.weights_layout(model)
-        algorithm: Algorithm = FedAvg(layout, shape, config.local, config.server, foundation)
-    else:
-        size = 1 if config.client_batch_size == "auto" else config.client_batch_size
-        algorithm = FedPEFT(lora, shape, config.local, config.server, size, config.foundation.name)
-    heldout = evaluation_tasks(ALL, *data.heldout(config.evaluation))
-    by_tier = _heldout_by_tier(conditions, data, config)
-    return World(config, foundation, lora, algorithm, conditions, data, heldout, by_tier)
-
-
-@contextlib.contextmanager
-def hosts(world: World, on_event: Any) -> Iterator[tuple[MapClients, int]]:
-    """The configured side of the seam, and how many hosts it has."""
-    config = world.config.hosts
-    if config.backend == "ray":
-        from fedpeat_ray.runtime.ray_hosts import ExclusiveHosts, RayHosts  # Ray is loaded only where it is used
-
-        if config.exclusive:
-            ray_hosts = ExclusiveHosts(config, world.foundation, on_event, world.conditions.fleet)
-        else:
-            ray_hosts = RayHosts(config, world.foundation, on_event)
-        with ray_hosts:
-            yield ray_hosts, ray_hosts.num_hosts
-    else:
-        with process_settings(config.num_threads):
-            yield Serial(foundations.load_backbone(world.foundation)), 1
 
 
 def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress) -> dict[str, Any]:
@@ -146,7 +85,8 @@ def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress)
     if state is None or facts is None:
         progress.stage("measuring zero-shot")
         state = algorithm.init(config.seed)
-        zero_shot = evaluate(world, map_clients, state, world.heldout + world.heldout_by_tier)
+        tasks = world.heldout + world.heldout_by_tier + world.heldout_by_level(algorithm.levels)
+        zero_shot = evaluate(world, map_clients, state, tasks)
         facts = Facts(0, 0.0, 0, {group: dataclasses.asdict(score) for group, score in zero_shot.items()})
         save_checkpoint(log.directory, state, facts)
     log.truncate_after(facts.round)
@@ -156,12 +96,18 @@ def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress)
         state, result = algorithm.run_round(state, round, facts.virtual_s, world.conditions, world.data, map_clients)
         trained = time.monotonic()
         clients = client_columns(round, result, world.conditions.fleet)
-        row = round_row(clients, facts.virtual_s + result.admission.round_s)
-        score = None
+        row = round_row(round, clients, facts.virtual_s + result.admission.round_s)
+        score = on_devices = None
         if round % config.evaluation.every == 0 or round == config.rounds:
-            score = evaluate(world, map_clients, state, world.heldout)[ALL]
+            largest = algorithm.levels[-1:]
+            scores = evaluate(world, map_clients, state, world.heldout + world.heldout_by_level(largest))
+            score = scores[ALL]
+            on_devices = scores[level_group(largest[0])].perplexity if largest else None
         row |= {
+            "server_flops": result.server.flops,
+            "server_memory_bytes": result.server.memory_bytes,
             "perplexity": score and score.perplexity,
+            "device_perplexity": on_devices,
             "token_accuracy": score and score.token_accuracy,
             "wall_train_s": trained - started,
             "wall_eval_s": time.monotonic() - trained,
@@ -185,15 +131,35 @@ def _finish(
     config = world.config
     world.algorithm.save(log.directory / "adapter", state.model_P)
     progress.stage("evaluating by tier")
-    tuned = evaluate(world, map_clients, state, world.heldout + world.heldout_by_tier)
+    levels = world.algorithm.levels
+    tasks = world.heldout + world.heldout_by_tier + world.heldout_by_level(levels)
+    tuned = evaluate(world, map_clients, state, tasks)
     zero_shot = {group: Score(**values) for group, values in facts.zero_shot.items()}
     upper_bound = None
     if config.evaluation.upper_bound and facts.num_tokens:
         progress.stage("tuning centrally, for comparison")
         upper_bound = tune_centrally(
-            world.foundation, world.data, world.lora, config, facts.num_tokens, map_clients, world.heldout
+            world.foundation, world.data, world.adapter, config, facts.num_tokens, map_clients, world.heldout
         )
     perplexity = {"zero_shot": zero_shot[ALL].perplexity, "tuned": tuned[ALL].perplexity, "upper_bound": upper_bound}
+    gap = gap_closed(**perplexity)
+    emulators = {}
+    if isinstance(world.algorithm, FedPT):
+        small = level_group(levels[0])
+        perplexity |= {
+            "small_zero_shot": zero_shot[small].perplexity,
+            "small_tuned": tuned[small].perplexity,
+            "proxy_tuned": tuned[ALL].perplexity,
+        }
+    elif levels:
+        of_level = {str(level): level_group(level) for level in levels}
+        perplexity |= {
+            "plug_in": tuned[ALL].perplexity,
+            "emulator_zero_shot": {level: zero_shot[group].perplexity for level, group in of_level.items()},
+            "emulator_tuned": {level: tuned[group].perplexity for level, group in of_level.items()},
+        }
+        privacy_gap = tuned[level_group(levels[-1])].perplexity - tuned[ALL].perplexity
+        emulators = {"privacy_gap": privacy_gap}
     return {
         "algorithm": config.algorithm,
         "rounds": config.rounds,
@@ -202,12 +168,13 @@ def _finish(
         "virtual_s": facts.virtual_s,
         "num_tokens": facts.num_tokens,
         "perplexity": perplexity,
-        "gap_closed": gap_closed(**perplexity),
+        "gap_closed": gap,
+        **emulators,
         "token_accuracy": {"zero_shot": zero_shot[ALL].token_accuracy, "tuned": tuned[ALL].token_accuracy},
         "perplexity_by_tier": {
             tier: {"zero_shot": zero_shot[tier].perplexity, "tuned": tuned[tier].perplexity}
-            for tier in tuned
-            if tier != ALL
+            for tier in world.conditions.fleet.tier_names
+            if tier in tuned
         },
     }
 
@@ -215,9 +182,15 @@ def _finish(
 def evaluate(
     world: World, map_clients: MapClients, state: ServerState, tasks: list[EvaluationTask]
 ) -> dict[str, Score]:
-    """Scores by group of the current model, worked out on the hosts."""
-    scores, _ = map_clients(world.algorithm.evaluator(), state.model_P, tasks, ScoreSum())
-    return scores.result()
+    """Scores by group of the current model: of emulators on the hosts, of the foundation where it lies."""
+    evaluator, total = world.algorithm.evaluator(state), ScoreSum()
+    on_foundation = [task for task in tasks if task.level is None]
+    on_emulators = [task for task in tasks if task.level is not None]
+    if on_foundation:
+        total = total.merge(map_clients(evaluator, state.model_P, on_foundation, ScoreSum(), where="driver")[0])
+    if on_emulators:
+        total = total.merge(map_clients(evaluator, state.model_P, on_emulators, ScoreSum())[0])
+    return total.result()
 
 
 def gap_closed(zero_shot: float, tuned: float, upper_bound: float | None) -> float | None:
@@ -225,31 +198,6 @@ def gap_closed(zero_shot: float, tuned: float, upper_bound: float | None) -> flo
     if upper_bound is None or upper_bound >= zero_shot:
         return None
     return (zero_shot - tuned) / (zero_shot - upper_bound)
-
-
-def _heldout_by_tier(conditions: Conditions, data: ClientData, config: SimulationConfig) -> list[EvaluationTask]:
-    """Held-out text of the first devices of each tier; a tier without devices has none."""
-    tasks: list[EvaluationTask] = []
-    if config.evaluation.num_sequences_per_tier:
-        for tier, name in enumerate(conditions.fleet.tier_names):
-            device_ids = np.flatnonzero(conditions.fleet.tier == tier)[:_DEVICES_PER_TIER]
-            if len(device_ids):
-                tasks += evaluation_tasks(name, *data.heldout_of(device_ids, config.evaluation))
-    return tasks
-
-
-def _with_measured_batch_size(world: World, map_clients: MapClients, num_hosts: int, progress: Progress) -> World:
-    """The world with a client batch size in place of auto. FedAvg trains clients one after another."""
-    config, algorithm, size = world.config, world.algorithm, 1
-    if isinstance(algorithm, FedPEFT) and not config.hosts.exclusive:
-        progress.stage("measuring client batch sizes")
-        tasks = world.data.tasks(world.conditions.sample(1), round=1)
-        train = TrainClientBatch(algorithm.lora, config.local)
-        start_P = algorithm.init(config.seed).model_P
-        size = find_client_batch_size(map_clients, num_hosts, train, start_P, tasks, config.cohort_size)
-        algorithm = dataclasses.replace(algorithm, client_batch_size=size)
-    config = dataclasses.replace(config, client_batch_size=size)
-    return dataclasses.replace(world, config=config, algorithm=algorithm)
 
 
 def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
@@ -264,6 +212,18 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
         "num_trained_elements": world.algorithm.layout.num_elements,
         "payload_bytes": world.algorithm.layout.payload_bytes(),
     }
+    if isinstance(world.algorithm, FedPEAT):
+        costs = world.algorithm.level_costs
+        resolved["levels"] = [
+            {
+                "level": rung.level,
+                "blocks": rung.blocks,
+                "weights": rung.weights and rung.weights.name,
+                "emulator_bytes": int(costs.emulator_bytes_L[rung.level - 1]),
+                "memory_bytes": int(costs.memory_bytes_L[rung.level - 1]),
+            }
+            for rung in world.algorithm.ladder.rungs
+        ]
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return RunLog.create(directory, settings, resolved, data_digest=world.data.corpus.digest, gpus=gpus)
 

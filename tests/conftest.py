@@ -1,4 +1,4 @@
-"""What tests share: two tiny models and a page of text, written to disk, and caches of their own."""
+"""What tests share: tiny models and a page of text, written to disk, and caches of their own."""
 
 from __future__ import annotations
 
@@ -65,6 +65,39 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model_dir(request: pytest.FixtureRequest) -> Path:
     """Each of the two."""
     return request.getfixturevalue(f"{request.param}_dir")
+
+
+@pytest.fixture(scope="session")
+def deep_gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven blocks: one at each end to tune, and five between to leave out."""
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=7, n_head=2, bos_token_id=END, eos_token_id=END
+    )
+    return _write_model(tmp_path_factory.mktemp("deep_gpt2"), GPT2LMHeadModel, config)
+
+
+@pytest.fixture(scope="session")
+def deep_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of LLaMA, its head tied."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=7,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=END,
+        eos_token_id=END,
+        tie_word_embeddings=True,
+    )
+    return _write_model(tmp_path_factory.mktemp("deep_llama"), LlamaForCausalLM, config)
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def deep_dir(request: pytest.FixtureRequest) -> Path:
+    """Each of these two."""
+    return request.getfixturevalue(f"deep_{request.param}_dir")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,9 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 MODULES = sorted((REPOSITORY / "fedpeat_ray").rglob("*.py"))
-MAY_IMPORT_RAY = {"fedpeat_ray/runtime/ray_hosts.py"}
+LATER = ("ray", "deepspeed", "datasets", "matplotlib", "tyro")  # what only some runs need
+MAY_IMPORT_RAY = {"fedpeat_ray/runtime/ray_hosts.py", "fedpeat_ray/runtime/foundation_driver.py"}
+MAY_IMPORT_DEEPSPEED = {"fedpeat_ray/runtime/foundation_driver.py"}
 
 
 def name_of(path: Path) -> str:
@@ -44,13 +46,23 @@ def test_everything_public_has_a_docstring(path: Path):
     assert not missing
 
 
-def test_ray_is_imported_by_the_hosts_alone():
-    importing = {name_of(path) for path in MODULES if "ray" in imported(ast.parse(path.read_text(encoding="utf-8")))}
-    assert importing <= MAY_IMPORT_RAY and importing
+@pytest.mark.parametrize(("library", "may"), [("ray", MAY_IMPORT_RAY), ("deepspeed", MAY_IMPORT_DEEPSPEED)])
+def test_ray_and_deepspeed_are_imported_by_hosts_and_driver_alone(library, may):
+    importing = {name_of(path) for path in MODULES if library in imported(ast.parse(path.read_text(encoding="utf-8")))}
+    assert importing == may
+
+
+def test_controllers_know_numbers_of_the_fleet_and_seeds_only():
+    allowed = ("fedpeat_ray.control", "fedpeat_ray.fleet", "fedpeat_ray.seeding")
+    for path in (REPOSITORY / "fedpeat_ray" / "control").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fedpeat_ray"):
+                assert node.module.startswith(allowed), f"{name_of(path)} imports {node.module}"
+            assert not isinstance(node, ast.Import) or ast.unparse(node) == "import numpy as np"
 
 
 def test_importing_the_package_imports_neither_ray_nor_what_only_some_runs_need():
-    code = "import sys, fedpeat_ray; print([m for m in ('ray', 'datasets', 'matplotlib', 'tyro') if m in sys.modules])"
+    code = f"import sys, fedpeat_ray; print([m for m in {LATER} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 

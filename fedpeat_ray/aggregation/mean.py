@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -41,3 +41,42 @@ class WeightedMean:
     def result(self) -> Tensor | None:
         """The mean (P,), float64; None if there was none."""
         return None if self.sum_P is None else torch.div(self.sum_P, self.weight)
+
+
+@dataclass(frozen=True)
+class MeanOverLevels:
+    """The weighted mean where devices on different emulators have trained different parts of the adapter.
+
+    Each element is the mean over the devices that trained it: sum_k w_k delta_k / sum_k w_k over those
+    whose level has it, and zero where no device has. `trained[level]` says which elements (P,) a level has;
+    an update without a level has all.
+    """
+
+    trained: Mapping[int, Tensor]
+    means: Mapping[int | None, WeightedMean] = field(default_factory=dict)
+
+    def add(self, updates: Sequence[ClientUpdate]) -> MeanOverLevels:
+        """With these updates added; those that failed are left out."""
+        means = dict(self.means)
+        for update in updates:
+            means[update.level] = means.get(update.level, WeightedMean()).add([update])
+        return replace(self, means=means)
+
+    def merge(self, other: MeanOverLevels) -> MeanOverLevels:
+        """The mean over both sides' updates."""
+        means = dict(self.means)
+        for level, mean in other.means.items():
+            means[level] = means.get(level, WeightedMean()).merge(mean)
+        return replace(self, means=means)
+
+    def result(self) -> Tensor | None:
+        """The mean (P,), float64; None if there was none."""
+        means = [(level, mean) for level, mean in self.means.items() if mean.sum_P is not None]
+        if not means:
+            return None
+        means.sort(key=lambda item: item[0] or 0)
+        sum_P = torch.stack([mean.sum_P for _, mean in means if mean.sum_P is not None]).sum(dim=0)
+        weight_P = torch.zeros_like(sum_P)
+        for level, mean in means:
+            weight_P += mean.weight * (1.0 if level is None else self.trained[level].to(torch.float64))
+        return torch.where(weight_P > 0, sum_P / weight_P, 0.0)

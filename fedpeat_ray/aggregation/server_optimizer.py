@@ -7,7 +7,7 @@ tau^2, as their theory asks). With sgd, learning rate 1 and no momentum the new 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class ServerState:
     """The trained tensors as sent to clients: float32."""
     moments: Mapping[str, Tensor]
     """float64, by name; empty without momentum."""
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    """Whatever else an algorithm remembers from round to round, by name."""
 
 
 def init_server(config: ServerConfig, model_P: Tensor) -> ServerState:
@@ -50,4 +52,4 @@ def server_step(config: ServerConfig, state: ServerState, mean_delta_P: Tensor |
         moments["momentum"] = config.momentum * moments["momentum"] + (1 - config.momentum) * mean_delta_P
         step_P = moments["momentum"] / (second_P.sqrt() + config.tau)
     model_P = state.model_P.double() + config.learning_rate * step_P
-    return ServerState(model_P.to(state.model_P.dtype), moments)
+    return replace(state, model_P=model_P.to(state.model_P.dtype), moments=moments)

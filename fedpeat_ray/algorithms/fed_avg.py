@@ -41,6 +41,7 @@ class FedAvg:
     local: LocalConfig
     server: ServerConfig
     foundation: Foundation
+    levels: tuple[int, ...] = ()
 
     @cached_property
     def payload_bytes(self) -> int:
@@ -66,7 +67,7 @@ class FedAvg:
         demand = self.demand(np.array([task.num_tokens for task in tasks]))
         costs, admission = conditions.settle(round, now_s, device_ids, demand)
 
-        train = TrainAllWeights(self.layout, self.local)
+        train = self.trainer(state)
         chosen = [task for task, completes in zip(tasks, admission.completed, strict=True) if completes]
         mean, reports = map_clients(train, state.model_P, chosen, WeightedMean())
 
@@ -86,7 +87,11 @@ class FedAvg:
         flops = training_flops(self.shape, num_tokens, sequence_length, "all")
         return Task(self.payload_bytes, self.payload_bytes, flops, memory.peak_bytes)
 
-    def evaluator(self) -> EvaluateWeights:
+    def trainer(self, state: ServerState) -> TrainAllWeights:
+        """Local training."""
+        return TrainAllWeights(self.layout, self.local)
+
+    def evaluator(self, state: ServerState) -> EvaluateWeights:
         """The model with the current weights."""
         return EvaluateWeights(self.layout)
 

@@ -44,6 +44,7 @@ class FedPEFT:
     server: ServerConfig
     client_batch_size: int
     base_model: str
+    levels: tuple[int, ...] = ()
 
     @property
     def layout(self) -> Layout:
@@ -74,7 +75,7 @@ class FedPEFT:
         demand = self.demand(np.array([task.num_tokens for task in tasks]))
         costs, admission = conditions.settle(round, now_s, device_ids, demand)
 
-        train = TrainClientBatch(self.lora, self.local)
+        train = self.trainer(state)
         chosen = [task for task, completes in zip(tasks, admission.completed, strict=True) if completes]
         chosen.sort(key=lambda task: -task.num_steps)  # batches of like lengths waste nothing
         mean, reports = map_clients(train, state.model_P, chosen, WeightedMean(), self.client_batch_size)
@@ -96,7 +97,11 @@ class FedPEFT:
         flops = training_flops(self.shape, num_tokens, sequence_length, "lora", lora_parameters)
         return Task(self.payload_bytes, self.payload_bytes, flops, memory.peak_bytes)
 
-    def evaluator(self) -> EvaluateLora:
+    def trainer(self, state: ServerState) -> TrainClientBatch:
+        """Local training."""
+        return TrainClientBatch(self.lora, self.local)
+
+    def evaluator(self, state: ServerState) -> EvaluateLora:
         """The foundation with the current adapter."""
         return EvaluateLora(self.lora)
 

@@ -20,6 +20,19 @@ from fedpeat_ray.training.map_clients import MapClients
 
 
 @dataclass(frozen=True)
+class ServerCosts:
+    """What the server's own training and distillation take in a round."""
+
+    flops: float = 0.0
+    memory_bytes: int = 0
+    """Weights, and what a step adds to them."""
+
+    def times(self, num_steps: int) -> ServerCosts:
+        """Of so many steps."""
+        return ServerCosts(num_steps * self.flops, self.memory_bytes)
+
+
+@dataclass(frozen=True)
 class RoundResult:
     """The facts of one round, a device a position; `reports` of those that trained."""
 
@@ -29,6 +42,11 @@ class RoundResult:
     admission: Admission
     reports: Sequence[ClientReport]
     lora_rank: int | None = None
+    levels: np.ndarray | None = None
+    """Of the emulators, if there are any."""
+    emulator_bytes: np.ndarray | None = None
+    """The part of what was downloaded that is emulators."""
+    server: ServerCosts = ServerCosts()
 
 
 class Algorithm(Protocol):
@@ -55,7 +73,16 @@ class Algorithm(Protocol):
         """One round, from the sampling of devices to the server's step; `round` counts from 1."""
         ...
 
-    def evaluator(self) -> Callable:
+    @property
+    def levels(self) -> Sequence[int]:
+        """Levels of the emulators that devices may get; empty without emulators."""
+        ...
+
+    def trainer(self, state: ServerState) -> Callable:
+        """`train(backbone, model_P, tasks)` of clients in the next round."""
+        ...
+
+    def evaluator(self, state: ServerState) -> Callable:
         """`train(backbone, model_P, tasks)` that scores held-out sequences with the current model."""
         ...
 

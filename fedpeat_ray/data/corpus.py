@@ -8,6 +8,7 @@ Shapes: D documents, N tokens of all documents, G groups.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
@@ -67,7 +68,8 @@ def load_corpus(
     Tokens are cached by what they depend on, the texts and the tokenizer. Documents may be longer
     than the model's context: packing cuts them (data/batches.py).
 
-    Raises DataError if there are no such documents (hub and local data are private throughout);
+    Raises DataError if there are no such documents (of hub and local data all are private, and the server
+    has the text that `config.public_name` names);
     ConfigError if the partition needs labels and there are none; ModelError if the tokenizer is not a
     fast one or has no end-of-text token.
     """
@@ -75,7 +77,7 @@ def load_corpus(
     if not tokenizer.is_fast or not isinstance(eos_id, int):
         raise ModelError(f"the tokenizer of {tokenizer.name_or_path!r} must be a fast one with an end-of-text token")
     table = _documents(config, public)
-    names = _groups(table, config)
+    names = table["source"].to_pylist() if public else _groups(table, config)
     group_names, group = np.unique(np.asarray(names, dtype=object), return_inverse=True)
     heldout = table["heldout"].to_numpy()
     texts = table["text"].to_pylist()
@@ -95,12 +97,16 @@ def load_corpus(
 
 def _documents(config: DataConfig, public: bool) -> pa.Table:
     """A table with hub.SCHEMA; the label of python_docs is the package."""
+    if public and config.public_name:
+        config, public = dataclasses.replace(config, name=config.public_name, public_name=None), False
+        if config.name != "python_docs":
+            return hub.load(config)
     if config.name == "python_docs":
         table = python_docs.load()
         table = table.filter(table["public"].to_numpy() == public)
         return table.rename_columns({"package": "label"}).select(hub.SCHEMA.names)
     if public:
-        raise DataError(f"data.name = {config.name!r} has no public part: hub and local data are the devices' own")
+        raise DataError(f"data.name = {config.name!r} has no public part: name the server's text by data.public_name")
     return hub.load(config)
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -31,10 +32,13 @@ from transformers import (
 from fedpeat_ray.errors import ConfigError, ModelError
 from fedpeat_ray.files import user_cache_dir, written_whole
 from fedpeat_ray.fleet.memory import ModelShape
+from fedpeat_ray.models import weight_files
 from fedpeat_ray.models.layout import Layout
 
 EMBEDDED = ("pydoc-base", "pydoc-small")
+_SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # in the configurations of some models
 _EMBEDDED_DIR = Path(__file__).parent / "embedded"
+_FLOATS = ("F64", "F32", "BF16", "F16")  # as safetensors names them
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,17 @@ class Foundation:
     """Type of the frozen weights while adapters are trained: a torch dtype's name."""
     digest: str
     """SHA-256 of that file."""
+    blocks: tuple[int, ...] | None = None
+    """Numbers of the blocks that the file holds; None: all of them."""
+
+    @property
+    def exact_dtype(self) -> torch.dtype:
+        """Type of the weights in the file."""
+        return torch.float64 if self.training_dtype == "float64" else torch.float32
+
+
+Blocks = dict[int, nn.Module]
+"""Transformer blocks by number."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,8 @@ class Backbone:
 
     exact: PreTrainedModel
     training: PreTrainedModel
+    stand_ins: dict[Path, tuple[Blocks, Blocks]] = field(default_factory=dict)
+    """Blocks of emulators that are not the model's own, once they were asked for: exact, and for training."""
 
 
 def fast_training_dtype() -> str:
@@ -86,20 +103,25 @@ def prepare(name: str, training_dtype: str, cache_dir: Path | None = None) -> Fo
     dtype = torch.float64 if training_dtype == "float64" else torch.float32
     key = hashlib.sha256(str(dtype).encode())
     for path in (config_dir / "config.json", *source):
-        key.update(hashlib.sha256(path.read_bytes()).digest())
+        key.update(_sha256(path).digest())
     weights = (cache_dir or user_cache_dir()) / f"backbone-{key.hexdigest()[:16]}.safetensors"
-    if not weights.exists():
-        model = _load_pretrained(name, config_dir, dtype)
-        first_name = {id(parameter): name for name, parameter in model.named_parameters()}  # tied weights: once
-        state = {
-            name: tensor.detach().contiguous()
-            for name, tensor in model.state_dict(keep_vars=True).items()
-            if first_name.get(id(tensor), name) == name
-        }
-        with written_whole(weights) as part:
-            save_file(state, part)
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     config_json = (config_dir / "config.json").read_text()
+    if not weights.exists():
+        files = _files_of_tensors(config_json, source)
+        with written_whole(weights) as part:
+            if files is None:
+                model = _load_pretrained(name, config_dir, dtype)
+                first_name = {id(parameter): name for name, parameter in model.named_parameters()}  # tied weights: once
+                state = {
+                    name: tensor.detach().contiguous()
+                    for name, tensor in model.state_dict(keep_vars=True).items()
+                    if first_name.get(id(tensor), name) == name
+                }
+                save_file(state, part)
+            else:  # one tensor at a time, for models larger than memory
+                shapes = {name: (dtype, shape) for name, (_, shape) in files.items()}
+                weight_files.write(part, shapes, lambda name: weight_files.read(files[name][0], name).to(dtype))
+    digest = _sha256(weights).hexdigest()
     return Foundation(name, config_dir, config_json, weights, training_dtype, digest)
 
 
@@ -113,17 +135,27 @@ def load_backbone(foundation: Foundation, device: torch.device | str = "cpu") ->
 
 def load(foundation: Foundation, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The frozen exact model in evaluation mode, its weights mapped from the node-local file."""
-    values = json.loads(foundation.config_json)
-    config = _tuning_config(AutoConfig.for_model(values.pop("model_type"), **values))
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = empty(foundation.config_json)
+    if foundation.blocks is not None:
+        name = block_list_name(model)
+        model.set_submodule(name, block_view(model.get_submodule(name), foundation.blocks))
     state = load_file(foundation.weights)
     _, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     if unexpected or left:
         raise ModelError(f"{foundation.weights} does not fit {type(model).__name__}: {unexpected or left}")
-    return model.to(device).requires_grad_(False).eval()
+    return model.to(device).requires_grad_(False).eval()  # type: ignore[arg-type]
+
+
+def empty(config_json: str) -> PreTrainedModel:
+    """The model with its buffers and without memory for its parameters."""
+    values = json.loads(config_json)
+    config = _tuning_config(AutoConfig.for_model(values.pop("model_type"), **values))
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model.tie_weights()
+    return model
 
 
 def weights_layout(model: PreTrainedModel) -> Layout:
@@ -163,6 +195,14 @@ def block_list_name(model: PreTrainedModel) -> str:
     return names[0]
 
 
+def block_view(blocks: nn.Module, numbers: Iterable[int], stand_ins: Blocks | None = None) -> nn.ModuleList:
+    """Some of the blocks under their own numbers, those in `stand_ins` in place of the model's."""
+    view = nn.ModuleList()
+    for number in numbers:
+        view.add_module(str(number), (stand_ins or {}).get(number) or blocks.get_submodule(str(number)))
+    return view
+
+
 def model_shape(model: PreTrainedModel, weight_bytes: int) -> ModelShape:
     """What the memory and cost models need to know about a decoder-only model, held in `weight_bytes` an element."""
     config = model.config
@@ -185,15 +225,21 @@ def model_shape(model: PreTrainedModel, weight_bytes: int) -> ModelShape:
     )
 
 
-def head_weight(model: PreTrainedModel) -> Tensor:
-    """The output layer (V, D): logits are hidden states times its transpose.
+def plain_head(model: PreTrainedModel) -> Tensor | None:
+    """The output layer (V, D) where logits are hidden states times its transpose and nothing else.
 
-    Raises ModelError for a model whose head is more than that (a bias, a soft cap).
+    None for a head that is more (a bias, a soft cap) or that this process does not hold whole.
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None or getattr(model.config, "final_logit_softcapping", 0):
-        raise ModelError(f"{type(model).__name__}: only a plain linear output layer is supported")
+    more = any(getattr(model.config, name, None) for name in _SCALED_LOGITS)
+    if not isinstance(head, nn.Linear) or head.bias is not None or more or is_sharded(model):
+        return None
     return head.weight
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the parameters are divided over processes (ZeRO-3): only calling a layer brings them together."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def max_positions(model: PreTrainedModel) -> int:
@@ -220,6 +266,30 @@ def model_dir(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         allowed = f"{', '.join(EMBEDDED)}, a local directory, or a Hugging Face model that can be reached"
         raise ConfigError.of("foundation.name", name, allowed) from error
+
+
+def _files_of_tensors(config_json: str, source: list[Path]) -> dict[str, tuple[Path, tuple[int, ...]]] | None:
+    """Where each tensor of the model lies, and its shape, if the files hold just these; otherwise None."""
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    try:
+        for path in source:
+            with safe_open(path, framework="pt") as file:
+                for name in list(file.keys()):
+                    part = file.get_slice(name)
+                    if name in found or part.get_dtype() not in _FLOATS:
+                        return None
+                    found[name] = (path, tuple(part.get_shape()))
+        model = empty(config_json)
+    except (OSError, ValueError, KeyError, SafetensorError):  # to be read, or refused, by from_pretrained
+        return None
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    has_buffers = len(model.state_dict()) > len(list(model.named_parameters(remove_duplicate=False)))
+    return found if not has_buffers and shapes == {name: shape for name, (_, shape) in found.items()} else None
+
+
+def _sha256(path: Path):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256")
 
 
 def _load_pretrained(name: str, config_dir: Path, dtype: torch.dtype) -> PreTrainedModel:

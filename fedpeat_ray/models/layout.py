@@ -7,8 +7,9 @@ optimizer needs no names at all.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -48,6 +49,14 @@ class Layout:
             if tuple(tensors[name].shape) != shape:
                 raise ValueError(f"tensor {name} has shape {tuple(tensors[name].shape)}, expected {shape}")
         return torch.cat([tensors[name].reshape(-1) for name in self.names])
+
+    def part(self, names: Container[str]) -> tuple[Layout, Tensor]:
+        """The layout of some of the tensors, and the places (Q,) of their elements in the whole vector."""
+        ends = itertools.accumulate(self.sizes)
+        kept = [i for i, name in enumerate(self.names) if name in names]
+        spans = [torch.arange(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+        places = torch.cat([spans[i] for i in kept]) if kept else torch.empty(0, dtype=torch.int64)
+        return Layout(tuple(self.names[i] for i in kept), tuple(self.shapes[i] for i in kept)), places
 
     def serialize(self, flat: Tensor) -> bytes:
         """The safetensors file of a flat vector: the real payload of a transfer."""

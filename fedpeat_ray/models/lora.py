@@ -7,7 +7,8 @@ A (R, I), B (O, R), scaling = alpha / R (Hu et al. 2022, section 4.1).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -51,6 +52,12 @@ class Lora:
             shapes += [(self.rank, width_in), (width_out, self.rank)]
         return Layout(tuple(names), tuple(shapes))
 
+    def within(self, block_list: str, blocks: Container[int]) -> Lora:
+        """The part of it that lies in some blocks."""
+        prefix = block_list + "."
+        modules = [m for m in self.modules if int(m[0].removeprefix(prefix).split(".", 1)[0]) in blocks]
+        return replace(self, modules=tuple(modules))
+
     def init(self, seed: int) -> Tensor:
         """PEFT's start, flat float32: A uniform in +-1/sqrt(I) (Kaiming with a = sqrt 5), B zero."""
         tensors = {}
@@ -65,10 +72,17 @@ class Lora:
 def find_lora(model: PreTrainedModel, config: LoraConfig) -> Lora:
     """The linear layers of the model's blocks that the configuration names (all, if it names none).
 
-    Raises ConfigError if a name fits no linear layer, ModelError if the blocks have none.
+    Raises ConfigError if a name or a block's number fits nothing, ModelError if the blocks have no linear layer.
     """
     prefix = block_list_name(model) + "."
     linears = {n: m for n, m in model.named_modules() if n.startswith(prefix) and isinstance(m, nn.Linear | Conv1D)}
+    if config.blocks:
+        numbers = range(model.config.num_hidden_layers)
+        for block in config.blocks:
+            if block not in numbers:
+                raise ConfigError.of("lora.blocks", block, f"numbers of blocks of this model, 0 to {len(numbers) - 1}")
+        within = tuple(f"{prefix}{block}." for block in config.blocks)
+        linears = {name: module for name, module in linears.items() if name.startswith(within)}
     for target in config.targets:
         if not any(_fits(name, target) for name in linears):
             known = sorted({name.rsplit(".", 1)[-1] for name in linears})
@@ -124,6 +138,13 @@ def load_adapter(directory: Path, lora: Lora) -> Tensor:
         return _peft_layout(lora).flatten(load_file(directory / "adapter_model.safetensors"))
     except (KeyError, ValueError) as error:
         raise ModelError(f"{directory} does not fit this model: {error}") from error
+
+
+def saved_lora(model: PreTrainedModel, directory: Path, config: LoraConfig) -> Lora:
+    """The LoRA of a PEFT directory, on the modules it names."""
+    lora = find_lora(model, replace(config, targets=(), blocks=()))
+    names = set(json.loads((directory / "adapter_config.json").read_text())["target_modules"])
+    return replace(lora, modules=tuple(module for module in lora.modules if module[0] in names))
 
 
 def _peft_layout(lora: Lora) -> Layout:

@@ -1,4 +1,4 @@
-"""The upper reference: the same LoRA tuned centrally, on all private text and as many tokens."""
+"""The upper reference: the same adapter tuned centrally on the foundation, on all private text and as many tokens."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from fedpeat_ray.config import SimulationConfig
 from fedpeat_ray.data.client_data import ClientData
 from fedpeat_ray.files import user_cache_dir, written_whole
 from fedpeat_ray.models.foundation import Foundation
-from fedpeat_ray.models.lora import Lora
-from fedpeat_ray.training.client_batch import TrainClientBatch
-from fedpeat_ray.training.evaluation import EvaluateLora, EvaluationTask, ScoreSum
+from fedpeat_ray.training.adapters import Adapter
+from fedpeat_ray.training.evaluation import EvaluationTask, ScoreSum
 from fedpeat_ray.training.map_clients import MapClients
 
 BATCH_SIZE = 8  # sequences a step: small enough for many steps, large enough to be efficient
@@ -23,7 +22,7 @@ BATCH_SIZE = 8  # sequences a step: small enough for many steps, large enough to
 def tune_centrally(
     foundation: Foundation,
     data: ClientData,
-    lora: Lora,
+    adapter: Adapter,
     config: SimulationConfig,
     num_tokens: int,
     map_clients: MapClients,
@@ -34,7 +33,8 @@ def tune_centrally(
     The device's optimizer and learning rate, BATCH_SIZE sequences a step, one optimizer state
     throughout. Cached by all it depends on.
     """
-    key = [foundation.digest, foundation.training_dtype, data.corpus.digest, num_tokens, BATCH_SIZE]
+    key = [adapter.kind, adapter.layout.names, foundation.digest, foundation.training_dtype, data.corpus.digest]
+    key += [num_tokens, BATCH_SIZE]
     parts = (config.seed, config.lora, config.local, config.evaluation)
     key += [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
@@ -43,14 +43,14 @@ def tune_centrally(
         return json.loads(path.read_text())["perplexity"]
     num_steps = max(1, math.ceil(num_tokens / (BATCH_SIZE * config.local.sequence_length)))
     task = data.pooled_task(num_steps, BATCH_SIZE)
-    start_P = lora.init(config.seed)
+    start_P = adapter.init(config.seed)
     local = dataclasses.replace(config.local, prox_mu=0.0)
-    mean, _ = map_clients(TrainClientBatch(lora, local), start_P, [task], WeightedMean())
+    mean, _ = map_clients(adapter.trainer(local), start_P, [task], WeightedMean(), where="driver")
     delta_P = mean.result()
     if delta_P is None:  # it diverged
         return math.inf
     adapter_P = (start_P.double() + delta_P).to(start_P.dtype)
-    scores, _ = map_clients(EvaluateLora(lora), adapter_P, heldout, ScoreSum())
+    scores, _ = map_clients(adapter.evaluator(), adapter_P, heldout, ScoreSum(), where="driver")
     (score,) = scores.result().values()
     with written_whole(path) as part:
         part.write_text(json.dumps({"perplexity": score.perplexity}))

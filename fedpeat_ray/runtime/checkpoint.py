@@ -38,7 +38,9 @@ def save_checkpoint(run_dir: Path, state: ServerState, facts: Facts) -> Path:
     final, hidden = folder / f"{facts.round:05d}", folder / f".{facts.round:05d}"
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
-    tensors = {"model": state.model_P, **{f"moment.{name}": tensor for name, tensor in state.moments.items()}}
+    tensors = {"model": state.model_P}
+    tensors |= {f"moment.{name}": tensor for name, tensor in state.moments.items()}
+    tensors |= {f"memory.{name}": tensor for name, tensor in state.memory.items()}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, hidden / _STATE)
     (hidden / _FACTS).write_text(json.dumps(asdict(facts)))
     shutil.rmtree(final, ignore_errors=True)
@@ -58,8 +60,11 @@ def load_checkpoint(run_dir: Path) -> tuple[ServerState, Facts] | None:
         facts = Facts(**json.loads((found[-1] / _FACTS).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise RunDirError(f"{found[-1]} is no checkpoint of this version: {error}") from error
-    moments = {name.removeprefix("moment."): t for name, t in tensors.items() if name.startswith("moment.")}
-    return ServerState(tensors["model"], moments), facts
+    moments, memory = (
+        {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
+        for kind in ("moment.", "memory.")
+    )
+    return ServerState(tensors["model"], moments, memory), facts
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:

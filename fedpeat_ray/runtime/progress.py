@@ -94,10 +94,17 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_column()
     table.add_column(justify="right")
     table.add_row("perplexity, zero-shot", _number(perplexity["zero_shot"]))
-    table.add_row("perplexity, tuned", _number(perplexity["tuned"]))
+    for level, before in perplexity.get("emulator_zero_shot", {}).items():
+        change = {"zero_shot": before, "tuned": perplexity["emulator_tuned"][level]}
+        table.add_row(f"perplexity, emulator of level {level}", _change(change, _number))
+    table.add_row(
+        "perplexity, plug-in" if "plug_in" in perplexity else "perplexity, tuned", _number(perplexity["tuned"])
+    )
     if perplexity.get("upper_bound") is not None:
         table.add_row("perplexity, tuned centrally", _number(perplexity["upper_bound"]))
         table.add_row("share of the gap closed", _percent(summary.get("gap_closed")))
+    if "privacy_gap" in summary:
+        table.add_row("privacy gap", _number(summary["privacy_gap"]))
     table.add_row("token accuracy", _change(summary["token_accuracy"], _percent))
     table.add_section()
     for tier, values in (summary.get("perplexity_by_tier") or {}).items():
@@ -110,6 +117,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_section()
     table.add_row("virtual time", human_seconds(summary["virtual_s"]))
     table.add_row("sent to devices", human_bytes(summary["download_bytes"]))
+    if "plug_in" in perplexity:
+        table.add_row("  of these emulators", human_bytes(summary["emulator_bytes"]))
     table.add_row("sent by devices", human_bytes(summary["upload_bytes"]))
     table.add_row("energy of devices", _scaled(summary["energy_j"], ("J", "kJ", "MJ", "GJ")))
     table.add_row("wall time", human_seconds(summary["wall_s"]))

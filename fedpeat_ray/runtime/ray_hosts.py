@@ -30,7 +30,7 @@ from fedpeat_ray.models.foundation import Foundation, load_backbone
 from fedpeat_ray.records import MEMORY, ClientReport, ClientTask
 from fedpeat_ray.runtime.process import cap_memory, is_out_of_memory, keep_freed_memory
 from fedpeat_ray.runtime.serial import Serial
-from fedpeat_ray.training.map_clients import Aggregator, split
+from fedpeat_ray.training.map_clients import Aggregator, Where, split
 
 _GIB = 2**30
 _HOST_LOST = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
@@ -40,26 +40,34 @@ class Host:
     """The actor: a backbone and the serial side of the seam around it."""
 
     def __init__(
-        self, foundation: Foundation, weights: bytes | None, num_threads: int, memory_cap_bytes: int | None = None
+        self,
+        foundation: Foundation,
+        driver: Foundation | None,
+        files: dict[Path, bytes],
+        num_threads: int,
+        memory_cap_bytes: int | None = None,
     ):
         keep_freed_memory()
         torch.set_num_threads(num_threads)
-        _write_if_missing(foundation.weights, weights)
+        for path, content in files.items():
+            _write_if_missing(path, content)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if memory_cap_bytes is not None:
             cap_memory(memory_cap_bytes, device)
-        self._backbone = load_backbone(foundation, device)
+        self._serial = Serial(load_backbone(foundation, device), driver and load_backbone(driver, device))
 
-    def run(self, train: Callable, shared: Any, batch: Sequence[Any], aggregator: Aggregator) -> tuple[Any, list[Any]]:
+    def run(
+        self, train: Callable, shared: Any, batch: Sequence[Any], aggregator: Aggregator, where: Where
+    ) -> tuple[Any, list[Any]]:
         """Train one batch; returns its partial aggregate and reports."""
-        return Serial(self._backbone)(train, shared, batch, aggregator, batch_size=len(batch))
+        return self._serial(train, shared, batch, aggregator, len(batch), where)
 
     def run_capped(
-        self, train: Callable, shared: Any, batch: Sequence[ClientTask], aggregator: Aggregator
+        self, train: Callable, shared: Any, batch: Sequence[ClientTask], aggregator: Aggregator, where: Where
     ) -> tuple[Any, list[ClientReport]]:
         """The same for devices with a memory cap: running into it is a fact about the device, not an error."""
         try:
-            return self.run(train, shared, batch, aggregator)
+            return self.run(train, shared, batch, aggregator, where)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -70,12 +78,11 @@ class Host:
         return os.getpid()
 
 
-def _write_if_missing(path: Path, weights: bytes | None) -> None:
-    """On a node that does not share the driver's disk, the weights come through the object store."""
+def _write_if_missing(path: Path, content: bytes) -> None:
+    """On a node that does not share the driver's disk, weights come through the object store."""
     if not path.exists():
-        assert weights is not None, f"{path} is missing and was not sent"
         with written_whole(path) as part:
-            part.write_bytes(weights)
+            part.write_bytes(content)
 
 
 @dataclass
@@ -88,12 +95,23 @@ class _Batch:
 class RayHosts:
     """A pool of hosts; use as a context manager. Joins the cluster it runs in, or starts a local Ray."""
 
-    def __init__(self, config: HostsConfig, foundation: Foundation, on_event: Callable[..., None]):
-        """`on_event(kind, **facts)` hears of lost hosts. Raises ConfigError for GPUs that are not there."""
+    def __init__(
+        self,
+        config: HostsConfig,
+        foundation: Foundation,
+        on_event: Callable[..., None],
+        files: Sequence[Path] = (),
+        driver: Foundation | None = None,
+    ):
+        """`on_event(kind, **facts)` hears of lost hosts; `files` are what hosts read besides the foundation, and
+        `driver` is what they do the driver's work on, if it is another model.
+
+        Raises ConfigError for GPUs that are not there.
+        """
         self._on_event = on_event
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
-            _start_or_join(config)
+            start_or_join((config.num_hosts or 1) * config.num_threads)
         resources = ray.cluster_resources()
         num_gpus = (1.0 if resources.get("GPU") else 0.0) if config.num_gpus is None else config.num_gpus
         if num_gpus > resources.get("GPU", 0):
@@ -104,7 +122,8 @@ class RayHosts:
         several_nodes = len(ray.nodes()) > 1
         self._arguments = (
             ray.put(foundation),
-            ray.put(foundation.weights.read_bytes()) if several_nodes else None,
+            driver,
+            ray.put({path: path.read_bytes() for path in (foundation.weights, *files)} if several_nodes else {}),
             config.num_threads,
         )
         self._actor_class = ray.remote(
@@ -136,12 +155,18 @@ class RayHosts:
         return ray.get([host.process_id.remote() for host in self._hosts])
 
     def __call__(
-        self, train: Callable, shared: Any, tasks: Sequence[Any], aggregator: Aggregator, batch_size: int = 1
+        self,
+        train: Callable,
+        shared: Any,
+        tasks: Sequence[Any],
+        aggregator: Aggregator,
+        batch_size: int = 1,
+        where: Where = "hosts",
     ) -> tuple[Any, list[Any]]:
         """See MapClients. Raises HostLostError for a batch that two hosts did not survive."""
         batches = deque(_Batch(index, batch) for index, batch in enumerate(split(tasks, batch_size)))
         results: list[tuple[Any, list[Any]] | None] = [None] * len(batches)
-        shared_refs = [ray.put(train), ray.put(shared), ray.put(aggregator)]
+        shared_refs = (ray.put(train), ray.put(shared), ray.put(aggregator), where)
         running: dict[ray.ObjectRef, tuple[Any, _Batch]] = {}
         try:
             while batches or running:
@@ -173,8 +198,8 @@ class RayHosts:
         """A host that is free for this batch, if there is one."""
         return self._idle.popleft() if self._idle else None
 
-    def _start(self, host: Any, batch: _Batch, train: Any, shared: Any, aggregator: Any) -> ray.ObjectRef:
-        return host.run.remote(train, shared, batch.tasks, aggregator)
+    def _start(self, host: Any, batch: _Batch, train: Any, shared: Any, aggregator: Any, where: Where) -> ray.ObjectRef:
+        return host.run.remote(train, shared, batch.tasks, aggregator, where)
 
     def _give_back(self, host: Any) -> None:
         self._idle.append(host)
@@ -207,15 +232,29 @@ class ExclusiveHosts(RayHosts):
     one client, so the bits are those of client_batch_size = 1.
     """
 
-    def __init__(self, config: HostsConfig, foundation: Foundation, on_event: Callable[..., None], fleet: Fleet):
-        super().__init__(dataclasses.replace(config, num_hosts=1), foundation, on_event)
+    def __init__(
+        self,
+        config: HostsConfig,
+        foundation: Foundation,
+        on_event: Callable[..., None],
+        fleet: Fleet,
+        files: Sequence[Path] = (),
+        driver: Foundation | None = None,
+    ):
+        super().__init__(dataclasses.replace(config, num_hosts=1), foundation, on_event, files, driver)
         self._fleet = fleet
         self._has_gpus = bool(ray.cluster_resources().get("GPU"))
         self._num_slots = max(1, int(ray.cluster_resources()["CPU"]))
         self._devices: set[Any] = set()
 
     def __call__(
-        self, train: Callable, shared: Any, tasks: Sequence[Any], aggregator: Aggregator, batch_size: int = 1
+        self,
+        train: Callable,
+        shared: Any,
+        tasks: Sequence[Any],
+        aggregator: Aggregator,
+        batch_size: int = 1,
+        where: Where = "hosts",
     ) -> tuple[Any, list[Any]]:
         """See MapClients; always one client at a time in a process."""
         return super().__call__(train, shared, tasks, aggregator, batch_size=1)
@@ -233,9 +272,9 @@ class ExclusiveHosts(RayHosts):
         self._devices.add(host)
         return host
 
-    def _start(self, host: Any, batch: _Batch, train: Any, shared: Any, aggregator: Any) -> ray.ObjectRef:
+    def _start(self, host: Any, batch: _Batch, train: Any, shared: Any, aggregator: Any, where: Where) -> ray.ObjectRef:
         run = host.run_capped if host in self._devices else host.run
-        return run.remote(train, shared, batch.tasks, aggregator)
+        return run.remote(train, shared, batch.tasks, aggregator, where)
 
     def _give_back(self, host: Any) -> None:
         if host in self._devices:
@@ -251,15 +290,15 @@ class ExclusiveHosts(RayHosts):
             super()._discard(lost)
 
 
-def _start_or_join(config: HostsConfig) -> None:
-    """Join the cluster this process was submitted to ($RAY_ADDRESS), or start a Ray of our own."""
+def start_or_join(num_cpus: int) -> None:
+    """Join the cluster this process was submitted to ($RAY_ADDRESS), or start a Ray of at least these cores."""
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
         return
     num_cores = len(os.sched_getaffinity(0))
     ray.init(
         address="local",  # without it, a stale cluster file would be tried first
-        num_cpus=max(num_cores, (config.num_hosts or 1) * config.num_threads),
+        num_cpus=max(num_cores, num_cpus),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

@@ -145,7 +145,7 @@ class RunLog:
         counted = {item["values"]: item["counts"] for item in reasons.value_counts().to_pylist()}
         sums = {
             name: sum(rounds[name].to_pylist())
-            for name in ("num_completed", "num_dropped", "download_bytes", "upload_bytes", "energy_j")
+            for name in ("num_completed", "num_dropped", "download_bytes", "emulator_bytes", "upload_bytes", "energy_j")
         }
         return {**sums, "drop_reasons": {reason: counted.get(reason, 0) for reason in DROP_REASONS}}
 

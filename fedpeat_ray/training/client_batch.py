@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedpeat_ray.config import LocalConfig
-from fedpeat_ray.models.foundation import Backbone, head_weight
+from fedpeat_ray.models.foundation import Backbone, is_sharded, plain_head
 from fedpeat_ray.models.lora import Lora
 from fedpeat_ray.records import NON_FINITE, ClientReport, ClientTask
 
@@ -38,6 +38,8 @@ class ClientUpdate:
     weight: float
     delta_P: Tensor
     """float64, so that start + delta is exactly what the client had."""
+    level: int | None = None
+    """Of the emulator it was trained on."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,7 @@ def train_stacked(
     losses_K = torch.zeros(len(tasks), dtype=torch.float64, device=device)
     num_steps_K = np.array([task.num_steps for task in tasks])
     optimizer, num_active = None, -1
-    head_VD = head_weight(backbone)
-    with stacked_lora(backbone, lora) as hidden_states:
+    with stacked_lora(backbone, lora) as set_factors:
         for step in range(num_steps_K.max()):
             if (active := int((num_steps_K > step).sum())) != num_active:
                 num_active = active
@@ -88,7 +89,8 @@ def train_stacked(
             tokens_KBT = _stack([task.tokens_SBT[step] for task in tasks[:num_active]], device)
             lengths_KB = _stack([task.lengths_SB[step] for task in tasks[:num_active]], device)
             labels_KN = next_token_labels(tokens_KBT, lengths_KB).flatten(1)
-            loss_K = _FrozenHeadLoss.apply(hidden_states(theta, tokens_KBT), head_VD, labels_KN)
+            set_factors(theta)
+            loss_K = _summed_losses(backbone, tokens_KBT, labels_KN)
             loss_K = loss_K / (labels_KN != IGNORED).sum(dim=1).clamp(min=1)
             loss_K.sum().backward()
             if local.prox_mu:
@@ -137,6 +139,23 @@ class StackedLoraLinear(nn.Module):
         x_KNI = x.reshape(len(a_KRI), -1, x.shape[-1])
         y_KNO = _StackedLora.apply(x_KNI, self.weight_IO, self.bias_O, a_KRI, b_KOR, self.scaling)
         return y_KNO.view(*x.shape[:-1], -1)
+
+
+class CalledLoraLinear(nn.Module):
+    """The same through a call of the frozen layer, for layers whose weights are only there while they are called."""
+
+    def __init__(self, frozen: nn.Module, scaling: float):
+        super().__init__()
+        self.frozen = frozen
+        self.scaling = scaling
+        self.factors: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.factors is not None
+        a_KRI, b_KOR = self.factors
+        h_KNR = torch.bmm(x.reshape(len(a_KRI), -1, x.shape[-1]), a_KRI.transpose(1, 2))
+        y_KNO = torch.bmm(h_KNR, b_KOR.transpose(1, 2)) * self.scaling
+        return self.frozen(x) + y_KNO.view(*x.shape[:-1], -1)
 
 
 class _StackedLora(torch.autograd.Function):
@@ -212,28 +231,41 @@ def next_token_labels(tokens_KBT: Tensor, lengths_KB: Tensor) -> Tensor:
     return shifted.masked_fill(positions >= lengths_KB.unsqueeze(-1) - 1, IGNORED)
 
 
+def _summed_losses(backbone: PreTrainedModel, tokens_KBT: Tensor, labels_KN: Tensor) -> Tensor:
+    """Next-token loss of each client (K,), summed. Rows are padded on the right and attention is causal, so
+    padding needs no mask."""
+    tokens, head_VD = tokens_KBT.flatten(0, 1), plain_head(backbone)
+    if head_VD is not None:
+        hidden = backbone.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        return _FrozenHeadLoss.apply(hidden.view(*labels_KN.shape, -1), head_VD, labels_KN)
+    logits = backbone(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
+    logits = logits.to(_loss_dtype(logits))
+    losses = nn.functional.cross_entropy(logits, labels_KN.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view(labels_KN.shape).sum(dim=1)
+
+
 @contextlib.contextmanager
-def stacked_lora(backbone: PreTrainedModel, lora: Lora) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+def stacked_lora(backbone: PreTrainedModel, lora: Lora, called: bool = False) -> Iterator[Callable[[Tensor], None]]:
     """Put stacked LoRA into the backbone's linear layers, and take it out again at the end.
 
-    Gives `hidden_states(theta_KP, tokens_KBT) -> (K, B T, D)`. Rows are padded on the right and
-    attention is causal, so padding needs no mask. Autograd reaches theta only.
+    Gives `set_factors(theta_KP)`: from then on the backbone's inputs are K clients' rows, one after the
+    other. Autograd reaches theta only. `called`: leave the products to the frozen layers, as sharded
+    ones always are.
     """
-    layers = {name: StackedLoraLinear(backbone.get_submodule(name), lora.scaling) for name, _, _ in lora.modules}
+    kind = CalledLoraLinear if called or is_sharded(backbone) else StackedLoraLinear
+    layers = {name: kind(backbone.get_submodule(name), lora.scaling) for name, _, _ in lora.modules}
     frozen = {name: backbone.get_submodule(name) for name in layers}
-    decoder, dtype = backbone.base_model, head_weight(backbone).dtype
+    dtype = next(backbone.parameters()).dtype
 
-    def hidden_states(theta_KP: Tensor, tokens_KBT: Tensor) -> Tensor:
+    def set_factors(theta_KP: Tensor) -> None:
         factors = lora.layout.unflatten(theta_KP.to(dtype))
         for name, layer in layers.items():
             layer.factors = (factors[f"{name}.lora_A.weight"], factors[f"{name}.lora_B.weight"])
-        hidden = decoder(input_ids=tokens_KBT.flatten(0, 1), use_cache=False).last_hidden_state
-        return hidden.view(len(tokens_KBT), -1, hidden.shape[-1])
 
     try:
         for name, layer in layers.items():
             backbone.set_submodule(name, layer)
-        yield hidden_states
+        yield set_factors
     finally:
         for name, module in frozen.items():
             backbone.set_submodule(name, module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fedpeat_ray.models.foundation import Backbone, head_weight
+from fedpeat_ray.models.foundation import Backbone, plain_head
 from fedpeat_ray.models.layout import Layout
 from fedpeat_ray.models.lora import Lora
 from fedpeat_ray.training.client_batch import IGNORED, next_token_labels, stacked_lora
@@ -27,6 +27,8 @@ class EvaluationTask:
     group: str
     tokens_NT: np.ndarray
     lengths_N: np.ndarray
+    level: int | None = None
+    """The emulator to be judged; None: the foundation."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,13 @@ class ScoreSum:
         return dict(self.scores)
 
 
-def evaluation_tasks(group: str, tokens_NT: np.ndarray, lengths_N: np.ndarray) -> list[EvaluationTask]:
+def evaluation_tasks(
+    group: str, tokens_NT: np.ndarray, lengths_N: np.ndarray, level: int | None = None
+) -> list[EvaluationTask]:
     """Cut held-out sequences into tasks."""
     starts = range(0, len(tokens_NT), ROWS_AT_A_TIME)
     parts = [slice(start, start + ROWS_AT_A_TIME) for start in starts]
-    return [EvaluationTask(group, tokens_NT[part], lengths_N[part]) for part in parts]
+    return [EvaluationTask(group, tokens_NT[part], lengths_N[part], level) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -98,14 +102,9 @@ class EvaluateLora:
 
     def __call__(self, backbone: Backbone, adapter_P: Tensor, tasks: Sequence[EvaluationTask]):
         model = backbone.exact
-        parameter = next(model.parameters())
-        theta_KP = adapter_P.to(parameter.device).unsqueeze(0)
-        with torch.no_grad(), stacked_lora(model, self.lora) as hidden_states:
-            scores = []
-            for task in tasks:
-                tokens_NT = torch.from_numpy(task.tokens_NT.astype(np.int64)).to(parameter.device)
-                scores.append(_score(model, hidden_states(theta_KP, tokens_NT.unsqueeze(0))[0], tokens_NT, task))
-        return scores
+        with torch.no_grad(), stacked_lora(model, self.lora) as set_factors:
+            set_factors(adapter_P.to(next(model.parameters()).device).unsqueeze(0))
+            return [_score(model, task) for task in tasks]
 
 
 @dataclass(frozen=True)
@@ -117,12 +116,7 @@ class EvaluateWeights:
     def __call__(self, backbone: Backbone, weights_P: Tensor, tasks: Sequence[EvaluationTask]):
         model = backbone.exact
         with torch.no_grad(), replaced_weights(model, self.layout, weights_P):
-            scores = []
-            for task in tasks:
-                tokens_NT = torch.from_numpy(task.tokens_NT.astype(np.int64)).to(next(model.parameters()).device)
-                hidden = model.base_model(input_ids=tokens_NT, use_cache=False).last_hidden_state
-                scores.append(_score(model, hidden.flatten(0, 1), tokens_NT, task))
-        return scores
+            return [_score(model, task) for task in tasks]
 
 
 @contextlib.contextmanager
@@ -138,12 +132,34 @@ def replaced_weights(backbone: PreTrainedModel, layout: Layout, weights_P: Tenso
             backbone.get_parameter(name).data = data
 
 
-def _score(backbone: PreTrainedModel, hidden_ND: Tensor, tokens_NT: Tensor, task: EvaluationTask) -> GroupScore:
-    lengths_N = torch.from_numpy(task.lengths_N.astype(np.int64)).to(tokens_NT.device)
+def _score(model: PreTrainedModel, task: EvaluationTask) -> GroupScore:
+    head_VD = plain_head(model)
+    if head_VD is None:
+        return score_of(lambda tokens_NT: model(input_ids=tokens_NT, use_cache=False).logits, task, model.device)
+    tokens_NT, labels, rows = _labelled(task, model.device)
+    hidden = model.base_model(input_ids=tokens_NT, use_cache=False).last_hidden_state
+    return _scored(hidden.flatten(0, 1)[rows] @ head_VD.T, labels[rows], task.group)
+
+
+def score_of(
+    logits: Callable[[Tensor], Tensor], task: EvaluationTask, device: torch.device | str = "cpu"
+) -> GroupScore:
+    """The score of anything that gives logits (N, T, V) for tokens (N, T)."""
+    tokens_NT, labels, rows = _labelled(task, device)
+    found = logits(tokens_NT).flatten(0, 1)
+    return _scored(found[rows.to(found.device)], labels[rows].to(found.device), task.group)
+
+
+def _labelled(task: EvaluationTask, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, the labels of all positions one after another, and which of them count."""
+    tokens_NT = torch.from_numpy(task.tokens_NT.astype(np.int64)).to(device)
+    lengths_N = torch.from_numpy(task.lengths_N.astype(np.int64)).to(device)
     labels = next_token_labels(tokens_NT, lengths_N).flatten()
-    rows = labels != IGNORED
-    logits = hidden_ND[rows] @ head_weight(backbone).T
+    return tokens_NT, labels, labels != IGNORED
+
+
+def _scored(logits: Tensor, labels: Tensor, group: str) -> GroupScore:
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    losses = torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none")
-    correct = int((logits.argmax(dim=1) == labels[rows]).sum())
-    return GroupScore(task.group, Score(losses.double().sum().item(), correct, int(rows.sum())))
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    correct = int((logits.argmax(dim=1) == labels).sum())
+    return GroupScore(group, Score(losses.double().sum().item(), correct, len(labels)))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
 
 Task = TypeVar("Task")
+
+Where = Literal["hosts", "driver"]
+"""Who does the work: the hosts, which embody devices, or the driver, which has the whole foundation."""
 
 
 class Aggregator(Protocol):
@@ -21,12 +25,40 @@ class MapClients(Protocol):
 
     `train(backbone, shared, tasks) -> updates`, one update with a `.report` a task. The backbone is
     resident where the work is done. Partial aggregates are merged in batch order, and the batches
-    depend on `tasks` and `batch_size` alone, so every implementation gives the same bits.
+    depend on `tasks` and `batch_size` alone, so every implementation gives the same bits. Where hosts
+    have the whole foundation too, they also do the driver's work.
     """
 
     def __call__(
-        self, train: Callable, shared: Any, tasks: Sequence[Any], aggregator: Aggregator, batch_size: int = 1
+        self,
+        train: Callable,
+        shared: Any,
+        tasks: Sequence[Any],
+        aggregator: Aggregator,
+        batch_size: int = 1,
+        where: Where = "hosts",
     ) -> tuple[Any, list[Any]]: ...
+
+
+@dataclass(frozen=True)
+class HostsAndDriver:
+    """MapClients over two: hosts with emulators, and a driver that alone has the foundation."""
+
+    hosts: MapClients
+    driver: MapClients
+
+    def __call__(
+        self,
+        train: Callable,
+        shared: Any,
+        tasks: Sequence[Any],
+        aggregator: Aggregator,
+        batch_size: int = 1,
+        where: Where = "hosts",
+    ) -> tuple[Any, list[Any]]:
+        """See MapClients."""
+        do = self.driver if where == "driver" else self.hosts
+        return do(train, shared, tasks, aggregator, batch_size, where)
 
 
 def split(tasks: Sequence[Task], batch_size: int) -> list[Sequence[Task]]:

@@ -27,7 +27,7 @@ from fedpeat_ray.config import (
     PartitionConfig,
     ServerConfig,
 )
-from fedpeat_ray.simulation import World, hosts, prepare
+from fedpeat_ray.world import World, hosts, prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers will rename
 
@@ -40,6 +40,7 @@ HALF_ULP = 2**-25  # of a float32 below 1/2: adapters are sent in float32
 def everybody_has_everything(model_dir: Path, text_dir: Path, num_devices: int, **settings) -> World:
     """Every device holds all documents and completes every round; in float64."""
     config = SimulationConfig(
+        algorithm="fed-peft",
         cohort_size=num_devices,
         client_batch_size=2,
         lora=LORA,
@@ -57,7 +58,7 @@ def everybody_has_everything(model_dir: Path, text_dir: Path, num_devices: int, 
     )
     config = dataclasses.replace(config, **settings)
     config.validate()
-    return prepare(config)
+    return prepare(config, Path())
 
 
 def rounds(world: World, num_rounds: int) -> list[ServerState]:

@@ -18,6 +18,7 @@ CLIENT_BATCH_SIZE = 2
 def arguments(model: Path, text: Path, *more: object) -> list[str]:
     """The command line of a tiny run on the serial side of the seam; `more` goes last and so wins."""
     values: dict[str, Any] = {
+        "--algorithm": "fed-peft",
         "--foundation.name": model,
         "--data.name": text,
         "--data.partition.documents-per-device": 4,

@@ -18,6 +18,7 @@ from fedpeat_ray.records import DEADLINE, MEMORY, UNAVAILABLE
 from fedpeat_ray.runtime.run_log import RunLog
 
 TIERS = ("laptop", "phone", "sbc")
+SUMMED = ("download_bytes", "emulator_bytes", "upload_bytes", "energy_j", "flops")
 ROOT = Path(__file__).parents[2]
 
 
@@ -36,11 +37,13 @@ def client(round: int, device_id: int, reason: str | None) -> dict:
         "num_examples": 8,
         "num_tokens": 512,
         "download_bytes": 80_000 if asked else 0,
+        "emulator_bytes": 0,
         "upload_bytes": 0 if reason else 80_000,
         "download_s": 1.0 + device_id % 5 if asked else None,
         "compute_s": 4.0 * (1 + device_id % 3) if asked else None,
         "upload_s": 2.0 + device_id % 4 if asked else None,
         "energy_j": 10.0 + device_id if asked else 0.0,
+        "flops": 1e10 if asked else 0.0,
         "memory_bytes": 70_000_000,
         "memory_cap_bytes": 60_000_000 * (1 + (2 - device_id) % 3),
         "train_loss": None if reason else 3.0,
@@ -58,15 +61,18 @@ def write_run(
     finished: bool = True,
     **summary,
 ) -> Path:
-    log = RunLog.create(directory, (config or SimulationConfig(rounds=rounds)).to_dict(), data_digest="abc")
+    log = RunLog.create(
+        directory, (config or SimulationConfig(algorithm="fed-peft", rounds=rounds)).to_dict(), data_digest="abc"
+    )
     for round in range(1, rounds + 1):
         reasons = [(None, DEADLINE, None, UNAVAILABLE, None, MEMORY)[id % 6] if dropouts else None for id in range(9)]
         clients = [client(round, id, UNAVAILABLE if round == empty_round else reasons[id]) for id in range(9)]
         completed = sum(row["outcome"] == "completed" for row in clients)
         row = {"round": round, "virtual_s": 20.0 * round, "num_completed": completed, "num_dropped": 9 - completed}
         row |= {"num_tokens": 512 * completed, "train_loss": 3.0 if completed else math.nan, "token_accuracy": 0.3}
-        row |= {name: sum(row[name] for row in clients) for name in ("download_bytes", "upload_bytes", "energy_j")}
-        row |= {"perplexity": 60.0 - 5 * round if completed else None}
+        row |= {name: sum(row[name] for row in clients) for name in SUMMED}
+        row |= {"perplexity": 60.0 - 5 * round if completed else None, "device_perplexity": None}
+        row |= {"server_flops": 0.0, "server_memory_bytes": 0}
         log.write_round(round, row | {"wall_train_s": 1.0, "wall_eval_s": 0.5, "wall_s": 1.6}, clients)
     if finished:
         perplexity = {"zero_shot": 60.0, "tuned": 60.0 - 5 * rounds, "upper_bound": 30.0}
@@ -207,7 +213,9 @@ def test_labels(tmp_path):
 
 
 def test_a_run_is_described_in_words(tmp_path):
-    text = describe(load_run(write_run(tmp_path / "run", finished=False, config=SimulationConfig(rounds=12))))
+    text = describe(
+        load_run(write_run(tmp_path / "run", finished=False, config=SimulationConfig(algorithm="fed-peft", rounds=12)))
+    )
     assert text.startswith("fed-peft (federated LoRA")
     assert "tuning pydoc-base on python_docs" in text
     assert "unfinished: 3 of 12 rounds so far" in text

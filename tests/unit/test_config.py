@@ -126,7 +126,7 @@ def test_every_number_has_its_bounds():
 @pytest.mark.parametrize(
     ("path", "value", "allowed"),
     [
-        ("algorithm", "fed_avg", "fed-peft, fed-avg"),
+        ("algorithm", "fed_avg", "fed-peat, fed-peft, fed-pt, fed-avg"),
         ("local.optimizer", "adam", "adamw, sgd"),
         ("foundation.dtype", "float16", "auto, float32, bfloat16, float64"),
         ("data.partition.kind", "non-iid", "iid, dirichlet, by_source, shards"),

@@ -45,6 +45,7 @@ ALWAYS = AvailabilityConfig(kind="always")
 def tiny(gpt2_dir: Path, text_dir: Path) -> SimulationConfig:
     """Four rounds of six of forty devices on a page of text: less than a second."""
     return SimulationConfig(
+        algorithm="fed-peft",
         rounds=4,
         cohort_size=6,
         client_batch_size=4,
@@ -129,7 +130,7 @@ def test_a_run_leaves_what_is_promised(tiny, tmp_path):
     assert completed.groupby("round").size().tolist() == rounds["num_completed"].tolist()
     dropped = clients[clients["outcome"] == "dropped"]
     assert set(dropped["drop_reason"]) <= set(DROP_REASONS) and not dropped["upload_bytes"].any()
-    for name in ("download_bytes", "upload_bytes", "energy_j"):
+    for name in ("download_bytes", "emulator_bytes", "upload_bytes", "energy_j"):
         assert returned[name] == pytest.approx(clients[name].sum()) == pytest.approx(rounds[name].sum())
     assert returned["num_tokens"] == completed["num_tokens"].sum() == rounds["num_tokens"].sum()
     assert returned["virtual_s"] == rounds["virtual_s"].iloc[-1]

@@ -127,7 +127,7 @@ def measure(config: BenchmarkConfig, shape: str, folder: Path, console: Console,
     model = foundations.load(foundations.prepare(str(folder), "float32"))
     lora = find_lora(model, LoraConfig())
     start_P = lora.init(0)
-    weights = sum(i * o for _, i, o in lora.modules) + foundations.head_weight(model).numel()
+    weights = sum(i * o for _, i, o in lora.modules) + model.config.vocab_size * model.config.hidden_size
     train = TrainClientBatch(lora, LocalConfig(learning_rate=1e-3))
     loop = PlainLoop(folder, start_P)
     loops = [ray.remote(num_cpus=0)(PlainLoop).remote(folder, start_P, 1) for _ in range(2)]

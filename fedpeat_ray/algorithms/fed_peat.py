@@ -1,0 +1,214 @@
+"""FedPEAT: devices tune adapters on emulators they can hold, and the adapters go back into the full model.
+
+Chua et al. 2023, "FedPEAT: Convergence of Federated Learning, Parameter-Efficient Fine Tuning, and
+Emulator Assisted Tuning" (arXiv 2310.17491), on offsite-tuning (Xiao et al. 2023): an emulator is the
+foundation with blocks of its middle left out, the adapter lies in the blocks at its ends, and only the
+driver has the foundation.
+
+    round r:  sample devices; the controller gives each a level; settle who can complete it
+              client k:  theta_k = LocalSteps(theta_r; emulator of k's level, data_k)
+                         (the emulator is sent if k does not hold it, the adapter always)
+              server:    theta_0 = LocalSteps(theta_r; foundation, public data), if it takes part
+                         theta_{r+1} = ServerOptimizer(theta_r, the mean of theta_k - theta_r by n_k)
+                         every so many rounds: emulators are re-aligned with theta_{r+1} plugged in
+    plug-in:  the foundation with theta, which fits as blocks keep their numbers at every level
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeat_ray.aggregation.mean import MeanOverLevels
+from fedpeat_ray.aggregation.server_optimizer import ServerState, init_server, server_step
+from fedpeat_ray.algorithms.round_result import RoundResult, ServerCosts
+from fedpeat_ray.config import LocalConfig, ServerConfig
+from fedpeat_ray.control.plan import SKIP, Controller, Prospects
+from fedpeat_ray.data.client_data import ClientData
+from fedpeat_ray.fleet.conditions import Conditions
+from fedpeat_ray.fleet.costs import Costs, Task
+from fedpeat_ray.models.emulator import Ladder
+from fedpeat_ray.models.layout import Layout
+from fedpeat_ray.records import ClientTask
+from fedpeat_ray.seeding import generator
+from fedpeat_ray.training.adapters import Adapter
+from fedpeat_ray.training.emulator_workshop import Workshop
+from fedpeat_ray.training.emulators import OnEmulators
+from fedpeat_ray.training.map_clients import MapClients
+
+
+@dataclass(frozen=True)
+class LevelCosts:
+    """What a level costs any device that gets it; L levels, from 1."""
+
+    emulator_bytes_L: np.ndarray
+    adapter_bytes_L: np.ndarray
+    """One way."""
+    memory_bytes_L: np.ndarray
+    flops_per_token_L: np.ndarray
+
+
+@dataclass(frozen=True)
+class FedPEAT:
+    """Federated tuning of an adapter on a ladder of emulators."""
+
+    adapter: Adapter
+    ladder: Ladder
+    level_costs: LevelCosts
+    controller: Controller
+    local: LocalConfig
+    server: ServerConfig
+    workshop: Workshop
+    client_batch_size: int
+    seed: int
+    base_model: str
+
+    @property
+    def layout(self) -> Layout:
+        """The adapter."""
+        return self.adapter.layout
+
+    @property
+    def levels(self) -> range:
+        """Those that devices may get."""
+        return range(1, self.ladder.top + self.workshop.config.give_foundation)
+
+    def init(self, seed: int) -> ServerState:
+        """The adapter that changes nothing; no device holds an emulator."""
+        state = init_server(self.server, self.adapter.init(seed))
+        return dataclasses.replace(state, memory={"version": torch.zeros(1, dtype=torch.int32)})
+
+    def run_round(
+        self,
+        state: ServerState,
+        round: int,
+        now_s: float,
+        conditions: Conditions,
+        data: ClientData,
+        map_clients: MapClients,
+    ) -> tuple[ServerState, RoundResult]:
+        """One round; the work of devices that will not complete it is never done."""
+        device_ids, tasks, prospects = self.prospects(state, conditions, data, round)
+        levels = self.controller(round, device_ids, prospects)
+        taking_part = levels != SKIP
+        device_ids, levels, held = device_ids[taking_part], levels[taking_part], prospects.held_level_N[taking_part]
+        tasks = [task for task, takes_part in zip(tasks, taking_part, strict=True) if takes_part]
+        demand, exchange_bytes = self.demand(tasks, levels, held)
+        costs, admission = conditions.settle(round, now_s, device_ids, demand)
+
+        chosen = [
+            dataclasses.replace(task, level=int(level))
+            for task, level, completes in zip(tasks, levels, admission.completed, strict=True)
+            if completes
+        ]
+        chosen.sort(key=lambda task: (task.level, -task.num_steps))  # batches of like work waste nothing
+        train, zero = self.trainer(state), MeanOverLevels(self._trained())
+        mean, reports = map_clients(train, state.model_P, chosen, zero, self.client_batch_size)
+        if steps := self.workshop.config.server_steps:
+            rng = generator(self.seed, "server order", round)
+            own = self.workshop.public_text.task(steps, self.local, rng)
+            mean = mean.merge(map_clients(train, state.model_P, [own], zero, where="driver")[0])
+
+        state = server_step(self.server, state, mean.result())
+        state = self._remember(state, conditions.fleet.num_devices, device_ids, levels, costs, demand)
+        if (every := self.workshop.config.realign_every) and round % every == 0:
+            state = self._realign(state, map_clients)
+        emulator_bytes = np.minimum(costs.download_bytes, exchange_bytes)
+        server = self._server_costs()
+        rank = self.adapter.rank
+        return state, RoundResult(device_ids, tasks, costs, admission, reports, rank, levels, emulator_bytes, server)
+
+    def prospects(
+        self, state: ServerState, conditions: Conditions, data: ClientData, round: int
+    ) -> tuple[np.ndarray, list[ClientTask], Prospects]:
+        """The devices asked in a round, their work, and what each level would cost each of them."""
+        device_ids = conditions.sample(round)
+        tasks, fleet = data.tasks(device_ids, round), conditions.fleet
+        num_levels = len(self.levels)
+        each, held_N = self.level_costs, self._held(state, fleet.num_devices)[device_ids]
+        has_NL = held_N[:, None] == np.array(self.levels)
+        download_NL = np.where(has_NL, 0, each.emulator_bytes_L[:num_levels]) + each.adapter_bytes_L[:num_levels]
+        flops_NL = np.outer([task.num_tokens for task in tasks], each.flops_per_token_L[:num_levels])
+        total_s_NL = (
+            download_NL / fleet.downlink_bytes_per_s[device_ids, None]
+            + flops_NL / fleet.flops_per_s[device_ids, None]
+            + each.adapter_bytes_L[:num_levels] / fleet.uplink_bytes_per_s[device_ids, None]
+        )
+        caps_N = fleet.memory_cap_bytes[device_ids]
+        memory_L = each.memory_bytes_L[:num_levels]
+        return device_ids, tasks, Prospects(memory_L, caps_N, total_s_NL, held_N, conditions.deadline_s)
+
+    def demand(self, tasks: list[ClientTask], levels: np.ndarray, held: np.ndarray) -> tuple[Task, np.ndarray]:
+        """What the round asks of each device, and the bytes (N,) of emulators in it."""
+        each, index = self.level_costs, levels - 1
+        exchange_bytes = np.where(held == levels, 0, each.emulator_bytes_L[index])
+        adapter_bytes = each.adapter_bytes_L[index]
+        flops = each.flops_per_token_L[index] * np.array([task.num_tokens for task in tasks])
+        return Task(exchange_bytes + adapter_bytes, adapter_bytes, flops, each.memory_bytes_L[index]), exchange_bytes
+
+    def trainer(self, state: ServerState) -> OnEmulators:
+        """Local training of the part of the adapter that lies in the blocks of a task's level."""
+        return self._on_emulators(state, lambda adapter: adapter.trainer(self.local))
+
+    def evaluator(self, state: ServerState) -> OnEmulators:
+        """The foundation, or the emulator of a task's level, with the current adapter."""
+        return self._on_emulators(state, lambda adapter: adapter.evaluator())
+
+    def save(self, directory: Path, model_P: Tensor) -> None:
+        """The adapter, to be plugged into the foundation."""
+        self.adapter.save(directory, model_P, self.base_model)
+
+    def _server_costs(self) -> ServerCosts:
+        """Of the server's own local steps, on the top level."""
+        steps, each, local = self.workshop.config.server_steps, self.level_costs, self.local
+        flops = steps * local.batch_size * local.sequence_length * each.flops_per_token_L[-1]
+        return ServerCosts(float(flops), int(each.memory_bytes_L[-1]) if steps else 0)
+
+    def _on_emulators(self, state: ServerState, work: Callable[[Adapter], Callable]) -> OnEmulators:
+        ladder = self.workshop.version(self.ladder, int(state.memory["version"]))
+        levels = range(1, ladder.top + 1)
+        parts = [(work(self.adapter.within(ladder, level)), self._places(level)) for level in levels]
+        return OnEmulators(ladder, work(self.adapter), tuple(parts))
+
+    def _places(self, level: int) -> Tensor:
+        return self.layout.part(self.adapter.within(self.ladder, level).layout.names)[1]
+
+    def _trained(self) -> dict[int, Tensor]:
+        trained = {}
+        for level in self.levels:
+            trained[level] = torch.zeros(self.layout.num_elements, dtype=torch.bool)
+            trained[level][self._places(level)] = True
+        return trained
+
+    def _held(self, state: ServerState, num_devices: int) -> np.ndarray:
+        """Level of the current version's emulator that each device of the fleet has; 0: none."""
+        held = state.memory.get("held_level")
+        return np.zeros(num_devices, np.int8) if held is None else held.numpy()
+
+    def _remember(
+        self,
+        state: ServerState,
+        num_devices: int,
+        device_ids: np.ndarray,
+        levels: np.ndarray,
+        costs: Costs,
+        demand: Task,
+    ) -> ServerState:
+        """A device that received all that was sent keeps its emulator."""
+        held = self._held(state, num_devices).copy()
+        received = costs.download_bytes == demand.download_bytes
+        held[device_ids[received]] = levels[received]
+        return dataclasses.replace(state, memory={**state.memory, "held_level": torch.from_numpy(held)})
+
+    def _realign(self, state: ServerState, map_clients: MapClients) -> ServerState:
+        """New emulators: no device holds a current one."""
+        version = state.memory["version"] + 1
+        self.workshop.realign(self.ladder, int(version), state.model_P, map_clients)
+        held = torch.zeros_like(state.memory["held_level"])
+        return dataclasses.replace(state, memory={"version": version, "held_level": held})

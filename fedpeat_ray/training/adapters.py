@@ -1,0 +1,145 @@
+"""What is trained in the adapter blocks of emulators: LoRA, biases, or whole blocks. One interface for the three."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fedpeat_ray.config import LocalConfig
+from fedpeat_ray.errors import ConfigError
+from fedpeat_ray.models.emulator import Ladder
+from fedpeat_ray.models.foundation import Foundation
+from fedpeat_ray.models.layout import Layout
+from fedpeat_ray.models.lora import Lora, save_adapter
+from fedpeat_ray.training.client_batch import TrainClientBatch, stacked_lora
+from fedpeat_ray.training.evaluation import EvaluateLora, EvaluateWeights, replaced_weights
+from fedpeat_ray.training.one_client import TrainAllWeights
+
+
+class Adapter(Protocol):
+    """Tensors that are trained while everything else is frozen."""
+
+    @property
+    def kind(self) -> Literal["lora", "bias", "blocks"]: ...
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def rank(self) -> int | None:
+        """Of LoRA."""
+        ...
+
+    def init(self, seed: int) -> Tensor:
+        """The start, flat: with it the model is the foundation."""
+        ...
+
+    def within(self, ladder: Ladder, level: int) -> Adapter:
+        """The part that lies in the blocks of a level."""
+        ...
+
+    def trainer(self, local: LocalConfig) -> Callable:
+        """`train(backbone, adapter_P, tasks)` of clients."""
+        ...
+
+    def evaluator(self) -> Callable:
+        """`train(backbone, adapter_P, tasks)` that scores held-out text."""
+        ...
+
+    def plugged(self, model: PreTrainedModel, adapter_P: Tensor) -> contextlib.AbstractContextManager:
+        """The model with these tensors, and its own again at the end."""
+        ...
+
+    def save(self, directory: Path, adapter_P: Tensor, base_model: str) -> None:
+        """Write the tensors so that others can load them."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """Low-rank factors, trained in client batches."""
+
+    lora: Lora
+    kind: Literal["lora"] = "lora"
+
+    @property
+    def layout(self) -> Layout:
+        return self.lora.layout
+
+    @property
+    def rank(self) -> int:
+        return self.lora.rank
+
+    def init(self, seed: int) -> Tensor:
+        return self.lora.init(seed)
+
+    def within(self, ladder: Ladder, level: int) -> LoraAdapter:
+        return LoraAdapter(self.lora.within(ladder.block_list, ladder.rungs[level - 1].blocks))
+
+    def trainer(self, local: LocalConfig) -> TrainClientBatch:
+        return TrainClientBatch(self.lora, local)
+
+    def evaluator(self) -> EvaluateLora:
+        return EvaluateLora(self.lora)
+
+    @contextlib.contextmanager
+    def plugged(self, model: PreTrainedModel, adapter_P: Tensor) -> Iterator[None]:
+        with stacked_lora(model, self.lora, called=True) as set_factors:
+            set_factors(adapter_P.to(next(model.parameters()).device).unsqueeze(0))
+            yield
+
+    def save(self, directory: Path, adapter_P: Tensor, base_model: str) -> None:
+        save_adapter(directory, self.lora, adapter_P, base_model)
+
+
+@dataclass(frozen=True)
+class WeightsAdapter:
+    """Some of the foundation's own weights, trained one client after another."""
+
+    kind: Literal["bias", "blocks"]
+    layout: Layout
+    foundation: Foundation
+    rank: None = None
+
+    def init(self, seed: int) -> Tensor:
+        with safe_open(self.foundation.weights, framework="pt") as file:
+            return self.layout.flatten({name: file.get_tensor(name) for name in self.layout.names})
+
+    def within(self, ladder: Ladder, level: int) -> WeightsAdapter:
+        return self  # the adapter blocks are on every level
+
+    def trainer(self, local: LocalConfig) -> TrainAllWeights:
+        return TrainAllWeights(self.layout, local)
+
+    def evaluator(self) -> EvaluateWeights:
+        return EvaluateWeights(self.layout)
+
+    def plugged(self, model: PreTrainedModel, adapter_P: Tensor) -> contextlib.AbstractContextManager:
+        return replaced_weights(model, self.layout, adapter_P)
+
+    def save(self, directory: Path, adapter_P: Tensor, base_model: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "weights.safetensors").write_bytes(self.layout.serialize(adapter_P))
+
+
+def find_weights(
+    model: PreTrainedModel, kind: Literal["bias", "blocks"], ladder: Ladder, foundation: Foundation
+) -> WeightsAdapter:
+    """The biases, or all weights, of the adapter blocks. Raises ConfigError for a model without biases."""
+    prefixes = tuple(f"{ladder.block_list}.{i}." for i in ladder.adapter_blocks)
+    shapes = {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if name.startswith(prefixes) and (kind == "blocks" or name.endswith(".bias"))
+    }
+    if not shapes:
+        allowed = f"lora or blocks, as {type(model).__name__} has no biases"
+        raise ConfigError.of("emulator.trained", kind, allowed)
+    return WeightsAdapter(kind, Layout(tuple(shapes), tuple(shapes.values())), foundation)

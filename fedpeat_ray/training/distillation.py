@@ -1,0 +1,164 @@
+"""FedPT's server: the large model, steered by the small one, teaches the small one on public text.
+
+    loss = (1 - lambda) CE(labels) + lambda T^2 KL(softmax(l_proxy / T) || softmax(l_small / T))
+
+over tokens that are not padding; only the small model's LoRA is trained. The weights and T^2 are the
+standard form of distillation (Hinton et al. 2015, section 2.1); which one FedPT (Gao et al. 2024) uses
+is not known to us. The large model is a black box: it is called, and nothing else.
+
+Legend: B sequences, T tokens, V vocabulary, N predicted tokens, Q tokens kept of the teacher's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fedpeat_ray.config import ProxyConfig
+from fedpeat_ray.models.foundation import Backbone, Foundation, load
+from fedpeat_ray.models.lora import Lora
+from fedpeat_ray.models.proxy import proxy_logits
+from fedpeat_ray.records import TextBatch
+from fedpeat_ray.training.client_batch import IGNORED, next_token_labels, stacked_lora
+from fedpeat_ray.training.emulators import Result, tensors
+from fedpeat_ray.training.evaluation import EvaluationTask, GroupScore, score_of
+
+ROWS_AT_A_TIME = 2  # sequences whose logits of three models exist at one time
+
+
+@dataclass(frozen=True)
+class SmallModel:
+    """The small model that steers, as it was and with an adapter."""
+
+    foundation: Foundation
+    lora: Lora
+
+    @contextlib.contextmanager
+    def pair(self, adapter_P: Tensor) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor]]]:
+        """Gives `logits(tokens_BT) -> (tuned, original)`, each (B, T, V)."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        tuned, original = _loaded(self.foundation, device, 0), _loaded(self.foundation, device, 1)
+        with torch.no_grad(), stacked_lora(tuned, self.lora) as set_factors:
+            set_factors(adapter_P.to(device).unsqueeze(0))
+
+            def logits(tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
+                tokens_BT = tokens_BT.to(device)
+                return tuple(model(input_ids=tokens_BT, use_cache=False).logits for model in (tuned, original))
+
+            yield logits
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(foundation: Foundation, device: str, which: int) -> PreTrainedModel:
+    """A process's own copies of the small model."""
+    return load(foundation, device)
+
+
+@dataclass(frozen=True)
+class EvaluateProxy:
+    """`train(backbone, adapter_P, tasks)` on the large model: teacher-forced scores of the proxy-tuned one."""
+
+    small: SmallModel
+    alpha: float
+
+    def __call__(self, backbone: Backbone, adapter_P: Tensor, tasks: Sequence[EvaluationTask]) -> list[GroupScore]:
+        with self.small.pair(adapter_P) as pair:
+
+            def logits(tokens_BT: Tensor) -> Tensor:
+                parts = tokens_BT.split(ROWS_AT_A_TIME)
+                return torch.cat([_steered(backbone.exact, pair, part, self.alpha) for part in parts])
+
+            return [score_of(logits, task) for task in tasks]
+
+
+@dataclass(frozen=True)
+class TeacherLogits:
+    """`train(backbone, adapter_P, batches)` on the large model: what it teaches with the small one's help.
+
+    The Q likeliest tokens of every position, as (values, tokens), each (B, T, Q); all in order without `top_k`.
+    """
+
+    small: SmallModel
+    alpha: float
+    top_k: int | None
+
+    def __call__(self, backbone: Backbone, adapter_P: Tensor, batches: Sequence[TextBatch]) -> list[Result]:
+        results = []
+        with self.small.pair(adapter_P) as pair:
+            for batch in batches:
+                parts = []
+                for tokens_BT in torch.from_numpy(batch.tokens_BT).long().split(ROWS_AT_A_TIME):
+                    logits_BTV = _steered(backbone.exact, pair, tokens_BT, self.alpha).cpu()
+                    if self.top_k is None or self.top_k >= logits_BTV.shape[-1]:
+                        parts.append((logits_BTV, None))
+                    else:
+                        parts.append(tuple(logits_BTV.topk(self.top_k, dim=-1)))
+                values, tokens = zip(*parts, strict=True)
+                results.append(Result((torch.cat(values), None if tokens[0] is None else torch.cat(tokens))))
+        return results
+
+
+def _steered(large: Callable[..., Any], pair: Callable, tokens_BT: Tensor, alpha: float) -> Tensor:
+    tuned, original = pair(tokens_BT)
+    with torch.no_grad():
+        logits = large(input_ids=tokens_BT.to(tuned.device), use_cache=False).logits
+    return proxy_logits(logits, tuned, original, alpha)
+
+
+def distil_small(
+    student: PreTrainedModel,
+    lora: Lora,
+    adapter_P: Tensor,
+    batches: Sequence[TextBatch],
+    teacher: Callable[[TextBatch], tuple[Tensor, Tensor | None]],
+    config: ProxyConfig,
+) -> Tensor:
+    """The adapter after a step of AdamW on each batch. The teacher does not change meanwhile."""
+    device, dtype = next(student.parameters()).device, next(student.parameters()).dtype
+    theta_KP = nn.Parameter(adapter_P.to(device, dtype).unsqueeze(0).clone())
+    optimizer = torch.optim.AdamW([theta_KP], lr=config.learning_rate, weight_decay=0.0, fused=True)
+    with stacked_lora(student, lora) as set_factors:
+        for batch in batches:
+            tokens_BT, lengths_B = tensors(batch, device)
+            labels_N = next_token_labels(tokens_BT, lengths_B).flatten()
+            rows = labels_N != IGNORED
+            set_factors(theta_KP)
+            logits_NV = student(input_ids=tokens_BT, use_cache=False).logits.flatten(0, 1)[rows]
+            values, tokens = (part if part is None else part.to(device).flatten(0, 1)[rows] for part in teacher(batch))
+            assert values is not None
+            loss = distillation_loss(logits_NV, labels_N[rows], values, tokens, config.kl_weight, config.temperature)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return theta_KP.detach()[0].to(adapter_P)
+
+
+def distillation_loss(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    teacher_NQ: Tensor,
+    teacher_tokens_NQ: Tensor | None,
+    kl_weight: float,
+    temperature: float,
+) -> Tensor:
+    """(1 - lambda) CE + lambda T^2 KL, means over tokens; where only the teacher's likeliest tokens are known, both
+    distributions are normalised over these."""
+    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    student_NQ = (
+        logits_NV[:, : teacher_NQ.shape[1]] if teacher_tokens_NQ is None else logits_NV.gather(1, teacher_tokens_NQ)
+    )
+    kl = nn.functional.kl_div(
+        nn.functional.log_softmax(student_NQ / temperature, dim=1),
+        nn.functional.log_softmax(teacher_NQ.to(student_NQ.dtype) / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    labels_loss = nn.functional.cross_entropy(logits_NV, labels_N)
+    return (1 - kl_weight) * labels_loss + kl_weight * temperature**2 * kl

@@ -1,0 +1,169 @@
+"""Work on emulators through the seam: any training on the level each task names, and what the ladder needs to know.
+
+Legend: L blocks, B sequences, T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fedpeat_ray.models.emulator import Ladder, on_emulator
+from fedpeat_ray.models.foundation import Backbone
+from fedpeat_ray.records import TextBatch
+from fedpeat_ray.training.adapters import Adapter
+from fedpeat_ray.training.client_batch import ClientUpdate
+
+
+@dataclass(frozen=True)
+class OnEmulators:
+    """`train(backbone, adapter_P, tasks)`: each task on the emulator of its level.
+
+    Tasks of one level that follow one another are one batch; a task of level None has the foundation.
+    """
+
+    ladder: Ladder
+    whole: Callable
+    """The training (or evaluation) on the foundation."""
+    parts: tuple[tuple[Callable, Tensor], ...]
+    """By level: training of what lies in the blocks of that level, and its places in the whole adapter."""
+
+    def __call__(self, backbone: Backbone, adapter_P: Tensor, tasks: Sequence[Any]) -> list[Any]:
+        updates: list[Any] = []
+        for level, group in itertools.groupby(tasks, key=lambda task: task.level):
+            if level is None:
+                updates += self.whole(backbone, adapter_P, list(group))
+                continue
+            train, places = self.parts[level - 1]
+            with on_emulator(backbone, self.ladder.block_list, self.ladder.rungs[level - 1]):
+                for update in train(backbone, adapter_P[places], list(group)):
+                    if isinstance(update, ClientUpdate):
+                        delta_P = torch.zeros(len(adapter_P), dtype=torch.float64)
+                        delta_P[places] = update.delta_P
+                        update = dataclasses.replace(update, delta_P=delta_P, level=level)
+                    updates.append(update)
+        return updates
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was worked out for one task."""
+
+    value: Any
+    report: None = None
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Aggregator: all results in the order of the tasks."""
+
+    values: tuple[Any, ...] = ()
+
+    def add(self, updates: Sequence[Result]) -> Collected:
+        """With these results at the end."""
+        return Collected((*self.values, *(update.value for update in updates)))
+
+    def merge(self, other: Collected) -> Collected:
+        """Both sides' results."""
+        return Collected(self.values + other.values)
+
+    def result(self) -> tuple[Any, ...]:
+        """The results."""
+        return self.values
+
+
+@dataclass(frozen=True)
+class MiddleOutput:
+    """`train(backbone, adapter_P, batches)` on the foundation: the output (B, T, D) of its last middle block.
+
+    With the adapter plugged in, if there is one; products in bfloat16 if `dtype` says so.
+    """
+
+    ladder: Ladder
+    adapter: Adapter
+    dtype: str
+
+    def __call__(self, backbone: Backbone, adapter_P: Tensor | None, batches: Sequence[TextBatch]) -> list[Result]:
+        model, kept = backbone.exact, []
+        last = self.ladder.num_blocks - self.ladder.last - 1
+        with contextlib.ExitStack() as around:
+            around.enter_context(torch.no_grad())
+            around.enter_context(half_precision(model, self.dtype))
+            around.enter_context(output_of(model.get_submodule(f"{self.ladder.block_list}.{last}"), kept.append))
+            if adapter_P is not None:
+                around.enter_context(self.adapter.plugged(model, adapter_P))
+            for batch in batches:
+                tokens_BT, _ = tensors(batch, next(model.parameters()).device)
+                model(input_ids=tokens_BT, use_cache=False, logits_to_keep=1)
+        return [Result(hidden.float().cpu()) for hidden in kept]
+
+
+@dataclass(frozen=True)
+class BlockInfluence:
+    """`train(backbone, None, batches)` on the foundation: 1 - cos(input, output) of every block, a mean over tokens.
+
+    (L,) a batch. How much a block changes what goes through it, without any training: CRaSh (Zhang et
+    al. 2023) and ScaleOT (Yao et al. 2025) judge blocks by the likeness of their representations.
+    """
+
+    ladder: Ladder
+
+    def __call__(self, backbone: Backbone, shared: None, batches: Sequence[TextBatch]) -> list[Result]:
+        model, results = backbone.exact, []
+        blocks = [model.get_submodule(f"{self.ladder.block_list}.{i}") for i in range(self.ladder.num_blocks)]
+        for batch in batches:
+            scores: list[float] = []
+            tokens_BT, lengths_B = tensors(batch, next(model.parameters()).device)
+            valid_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) < lengths_B[:, None]
+
+            def score(_: nn.Module, arguments: Any, keywords: Any, out: Any, *, scores=scores, valid=valid_BT) -> None:
+                before = arguments[0] if arguments else keywords["hidden_states"]
+                after: Tensor = out[0] if isinstance(out, tuple) else out
+                cosine = nn.functional.cosine_similarity(before[valid].float(), after[valid].float(), dim=-1)
+                scores.append(1 - cosine.double().mean().item())
+
+            hooks = [block.register_forward_hook(score, with_kwargs=True) for block in blocks]
+            try:
+                with torch.no_grad():
+                    model(input_ids=tokens_BT, use_cache=False, logits_to_keep=1)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            results.append(Result(np.array(scores)))
+        return results
+
+
+@contextlib.contextmanager
+def output_of(block: nn.Module, keep: Callable[[Tensor], None]) -> Iterator[None]:
+    """Hands over what the block puts out, in each forward pass."""
+
+    def hand_over(_: nn.Module, __: Any, out: Any) -> None:
+        keep(out[0] if isinstance(out, tuple) else out)
+
+    hook = block.register_forward_hook(hand_over)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def tensors(batch: TextBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T) and lengths (B,) as int64 on the device."""
+    return (
+        torch.from_numpy(batch.tokens_BT.astype(np.int64)).to(device),
+        torch.from_numpy(batch.lengths_B.astype(np.int64)).to(device),
+    )
+
+
+def half_precision(model: PreTrainedModel, dtype: str) -> contextlib.AbstractContextManager:
+    """Products in bfloat16 if that is the type to train in; weights and sums stay as they are."""
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=dtype == "bfloat16")

@@ -1,0 +1,378 @@
+"""All that a run is made of, built from its configuration and checked: the loop starts from here."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from fedpeat_ray.algorithms.fed_avg import FedAvg
+from fedpeat_ray.algorithms.fed_peat import FedPEAT, LevelCosts
+from fedpeat_ray.algorithms.fed_peft import FedPEFT
+from fedpeat_ray.algorithms.fed_pt import FedPT
+from fedpeat_ray.algorithms.round_result import Algorithm, ServerCosts
+from fedpeat_ray.config import ControlConfig, ProxyConfig, SimulationConfig
+from fedpeat_ray.config import get as config_get
+from fedpeat_ray.control.fixed import Fixed
+from fedpeat_ray.control.greedy import Greedy
+from fedpeat_ray.control.plan import Controller
+from fedpeat_ray.control.random import Random
+from fedpeat_ray.data.client_data import ClientData, ServerData
+from fedpeat_ray.data.corpus import load_corpus
+from fedpeat_ray.data.partition import Partition
+from fedpeat_ray.errors import ConfigError
+from fedpeat_ray.files import user_cache_dir
+from fedpeat_ray.fleet.conditions import Conditions, build_conditions
+from fedpeat_ray.fleet.costs import forward_flops, training_flops
+from fedpeat_ray.fleet.memory import ModelShape, training_memory
+from fedpeat_ray.models import foundation as foundations
+from fedpeat_ray.models import weight_files
+from fedpeat_ray.models.emulator import Ladder, block_number, build_ladder, emulator_shapes
+from fedpeat_ray.models.foundation import Foundation
+from fedpeat_ray.models.lora import Lora, find_lora
+from fedpeat_ray.models.proxy import check_vocabularies
+from fedpeat_ray.runtime.knee import find_client_batch_size
+from fedpeat_ray.runtime.process import process_settings
+from fedpeat_ray.runtime.progress import Progress
+from fedpeat_ray.runtime.serial import Serial
+from fedpeat_ray.training.adapters import Adapter, LoraAdapter, find_weights
+from fedpeat_ray.training.distillation import SmallModel
+from fedpeat_ray.training.emulator_workshop import Workshop
+from fedpeat_ray.training.evaluation import EvaluationTask, evaluation_tasks
+from fedpeat_ray.training.map_clients import HostsAndDriver, MapClients
+
+ALL = "all"  # the group of held-out text that stands for the whole fleet
+_DEVICES_PER_TIER = 8  # whose held-out text stands for their tier
+_STEPS_A_LINE = 50  # of distillation, between two lines of progress
+
+
+def level_group(level: int) -> str:
+    """The group of held-out text that an emulator is judged by."""
+    return f"level {level}"
+
+
+@dataclass(frozen=True)
+class World:
+    """All that a run is made of, checked: nothing here can be refused any more."""
+
+    config: SimulationConfig
+    foundation: Foundation
+    held: Foundation
+    """What hosts load: the foundation, or with several shards the blocks of it that emulators have."""
+    adapter: Adapter
+    """What is tuned centrally on the foundation for comparison: the algorithm's own, or LoRA."""
+    algorithm: Algorithm
+    conditions: Conditions
+    data: ClientData
+    heldout: list[EvaluationTask]
+    heldout_by_tier: list[EvaluationTask]
+
+    @property
+    def files(self) -> list[Path]:
+        """What hosts read besides the weights they hold: blocks that stand in for the foundation's own."""
+        if isinstance(self.algorithm, FedPT):
+            return [self.foundation.weights]
+        if not isinstance(self.algorithm, FedPEAT):
+            return []
+        return sorted({rung.weights for rung in self.algorithm.ladder.rungs if rung.weights})
+
+    def heldout_by_level(self, levels: Sequence[int]) -> list[EvaluationTask]:
+        """The held-out text for emulators."""
+        return [
+            dataclasses.replace(task, group=level_group(level), level=level)
+            for level in levels
+            for task in self.heldout
+        ]
+
+
+def prepare(config: SimulationConfig, directory: Path) -> World:
+    """Load and check everything. Raises ConfigError, DataError or ModelError before any process is started."""
+    if config.foundation.dtype == "auto":
+        dtype = foundations.fast_training_dtype()
+        config = dataclasses.replace(config, foundation=dataclasses.replace(config.foundation, dtype=dtype))
+    conditions = build_conditions(config.fleet, config.seed, config.cohort_size, config.over_sample, config.deadline_s)
+    foundation = foundations.prepare(config.foundation.name, config.foundation.dtype)
+    model = foundations.load(foundation)
+    for field in ("local.sequence_length", "evaluation.sequence_length"):
+        if (length := config_get(config, field)) > (most := foundations.max_positions(model)):
+            raise ConfigError.of(field, length, f"at most {most}, the positions of {config.foundation.name}")
+    corpus = load_corpus(config.data, foundations.load_tokenizer(foundation.config_dir))
+    partition = Partition(config.data.partition, corpus.group, corpus.heldout, config.seed)
+    data = ClientData(corpus, partition, config.local, config.seed)
+    shape = foundations.model_shape(model, _weight_bytes(config))
+    size = 1 if config.client_batch_size == "auto" else config.client_batch_size
+    if config.algorithm == "fed-peat":
+        algorithm: Algorithm = (peat := build_fed_peat(config, foundation, shape, directory))
+        adapter = peat.adapter
+    else:
+        lora = find_lora(model, config.lora)
+        adapter = LoraAdapter(lora)
+        if config.algorithm == "fed-pt":
+            algorithm = build_fed_pt(config, foundation, model, shape, directory)
+        elif config.algorithm == "fed-avg":
+            layout = foundations.weights_layout(model)
+            algorithm = FedAvg(layout, shape, config.local, config.server, foundation)
+        else:
+            algorithm = FedPEFT(lora, shape, config.local, config.server, size, config.foundation.name)
+    heldout = evaluation_tasks(ALL, *data.heldout(config.evaluation))
+    by_tier = _heldout_by_tier(conditions, data, config)
+    held = algorithm.small.foundation if isinstance(algorithm, FedPT) else foundation
+    return World(config, foundation, held, adapter, algorithm, conditions, data, heldout, by_tier)
+
+
+def build_fed_peat(config: SimulationConfig, foundation: Foundation, shape: ModelShape, directory: Path) -> FedPEAT:
+    """FedPEAT on evenly spread emulators with the foundation's own weights; `with_emulators` does the rest."""
+    model, emulator = foundations.load(foundation), config.emulator
+    ladder = build_ladder(model, emulator)
+    if emulator.trained == "lora":
+        blocks = config.lora.blocks or ladder.adapter_blocks
+        if not set(blocks) & set(ladder.adapter_blocks):
+            on_every_level = " ".join(map(str, ladder.adapter_blocks))
+            raise ConfigError.of("lora.blocks", blocks, f"at least one block that every emulator has: {on_every_level}")
+        adapter: Adapter = LoraAdapter(find_lora(model, dataclasses.replace(config.lora, blocks=blocks)))
+    else:
+        adapter = find_weights(model, emulator.trained, ladder, foundation)
+    public = None
+    if emulator.needs_public_text:
+        tokenizer = foundations.load_tokenizer(foundation.config_dir)
+        public = ServerData(load_corpus(config.data, tokenizer, public=True))
+        if (length := emulator.distil.sequence_length) > (most := foundations.max_positions(model)):
+            raise ConfigError.of("emulator.distil.sequence_length", length, f"at most {most}, the model's positions")
+    workshop = Workshop(foundation, foundation.digest, emulator, adapter, public, directory / "emulators")
+    return FedPEAT(
+        adapter=adapter,
+        ladder=ladder,
+        level_costs=level_costs(config, foundation, shape, ladder, adapter),
+        controller=build_controller(config.control, config.seed),
+        local=config.local,
+        server=config.server,
+        workshop=workshop,
+        client_batch_size=1 if config.client_batch_size == "auto" else config.client_batch_size,
+        seed=config.seed,
+        base_model=config.foundation.name,
+    )
+
+
+def build_fed_pt(
+    config: SimulationConfig, foundation: Foundation, large: PreTrainedModel, shape: ModelShape, directory: Path
+) -> FedPT:
+    """FedPT with FedPEFT, or FedPEAT, on the small model."""
+    proxy = config.proxy
+    foundation_of_small = foundations.prepare(proxy.small, config.foundation.dtype)
+    small = foundations.load(foundation_of_small)
+    tokenizer = foundations.load_tokenizer(foundation.config_dir)
+    check_vocabularies(
+        tokenizer,
+        large.config.vocab_size,
+        foundations.load_tokenizer(foundation_of_small.config_dir),
+        small.config.vocab_size,
+    )
+    for field in ("local.sequence_length", "evaluation.sequence_length", "proxy.sequence_length"):
+        most = min(foundations.max_positions(small), foundations.max_positions(large))
+        if (length := config_get(config, field)) > most:
+            raise ConfigError.of(field, length, f"at most {most}, the positions of both models")
+    small_shape = foundations.model_shape(small, _weight_bytes(config))
+    lora, small_level = find_lora(small, config.lora), 1
+    if proxy.emulators:
+        on_small: Algorithm = (peat := build_fed_peat(config, foundation_of_small, small_shape, directory))
+        assert isinstance(peat.adapter, LoraAdapter)
+        lora, small_level = peat.adapter.lora, peat.ladder.top
+    else:
+        size = 1 if config.client_batch_size == "auto" else config.client_batch_size
+        on_small = FedPEFT(lora, small_shape, config.local, config.server, size, proxy.small)
+    public = ServerData(load_corpus(config.data, tokenizer, public=True)) if proxy.steps else None
+    costs = server_costs(proxy, shape, small_shape, lora)
+    return FedPT(on_small, SmallModel(foundation_of_small, lora), small_level, proxy, public, costs, config.seed)
+
+
+def server_costs(proxy: ProxyConfig, large: ModelShape, small: ModelShape, lora: Lora) -> ServerCosts:
+    """Of one step of FedPT's distillation: three forward passes for the teacher, and a step of the small model."""
+    tokens, length = proxy.batch_size * proxy.sequence_length, proxy.sequence_length
+    teacher = tokens * (forward_flops(large, length) + 2 * forward_flops(small, length))
+    student = training_flops(small, tokens, length, "lora", lora.layout.num_elements)
+    memory = training_memory(
+        small,
+        batch_size=proxy.batch_size,
+        sequence_length=length,
+        trainable="lora",
+        lora_rank=lora.rank,
+    )
+    weights = large.num_parameters * large.weight_bytes + 2 * small.num_parameters * small.weight_bytes
+    return ServerCosts(float(teacher + student), int(weights + memory.peak_bytes))
+
+
+def build_controller(config: ControlConfig, seed: int) -> Controller:
+    """The controller that the configuration names."""
+    return {"fixed": Fixed(config.level), "random": Random(seed), "greedy": Greedy()}[config.kind]
+
+
+def level_costs(
+    config: SimulationConfig, foundation: Foundation, shape: ModelShape, ladder: Ladder, adapter: Adapter
+) -> LevelCosts:
+    """What each level costs a device. LoRA in middle blocks too is counted as if it were in all blocks."""
+    emulator, local, shapes = config.emulator, config.local, weight_files.shapes_of(foundation.weights)
+    dtype = torch.float32 if config.fleet.precision == "float32" else torch.float16
+    files = [
+        emulator_shapes(shapes, ladder, level, dtype, emulator.eight_bit and level < ladder.top)
+        for level in range(1, ladder.top + 1)
+    ]
+    layouts = [adapter.within(ladder, rung.level).layout for rung in ladder.rungs]
+    num_blocks_L = np.array([len(rung.blocks) for rung in ladder.rungs])
+    in_middle = any(block_number(name, ladder.block_list) in ladder.middle_blocks for name in adapter.layout.names)
+    adapter_blocks = None if in_middle else (ladder.first, ladder.last)
+    frozen_block_bytes_L = np.array([_middle_block_bytes(file, ladder, i) for i, file in enumerate(files, start=1)])
+    memory = training_memory(
+        shape,
+        batch_size=local.batch_size,
+        sequence_length=local.sequence_length,
+        trainable=adapter.kind,
+        lora_rank=adapter.rank or 0,
+        optimizer=local.optimizer,
+        num_blocks=num_blocks_L,
+        adapter_blocks=adapter_blocks,
+        frozen_block_bytes=frozen_block_bytes_L,
+    )
+    lora_parameters_L = np.array([layout.num_elements for layout in layouts]) if adapter.kind == "lora" else 0
+    flops_L = training_flops(
+        shape,
+        1,
+        local.sequence_length,
+        adapter.kind,
+        lora_parameters_L,
+        num_blocks=num_blocks_L,
+        adapter_blocks=adapter_blocks,
+    )
+    return LevelCosts(
+        emulator_bytes_L=np.array([weight_files.num_bytes(file) for file in files]),
+        adapter_bytes_L=np.array([layout.payload_bytes() for layout in layouts]),
+        memory_bytes_L=np.asarray(memory.peak_bytes),
+        flops_per_token_L=np.asarray(flops_L),
+    )
+
+
+def _middle_block_bytes(file: weight_files.Shapes, ladder: Ladder, level: int) -> int:
+    """Bytes of the weights of one middle block on a device; of an end block where a level keeps none."""
+    number = next(iter(ladder.kept_middle(level)), ladder.adapter_blocks[0])
+    block = {name: entry for name, entry in file.items() if block_number(name, ladder.block_list) == number}
+    return sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in block.values())
+
+
+@contextlib.contextmanager
+def driver_of(world: World, on_event: Callable[..., None]) -> Iterator[MapClients | None]:
+    """The sharded foundation, if there is to be one."""
+    config = world.config.foundation
+    if config.num_shards == 1:
+        yield None
+        return
+    from fedpeat_ray.runtime.foundation_driver import ShardedFoundation  # loads Ray and DeepSpeed
+
+    num_threads = world.config.hosts.num_threads
+    with ShardedFoundation(world.foundation, config.num_shards, config.num_gpus, on_event, num_threads) as driver:
+        yield driver
+
+
+def with_emulators(world: World, driver: Any, progress: Progress) -> World:
+    """The world with its final emulators: blocks chosen, weights distilled, and what hosts are to load."""
+    algorithm = world.algorithm
+    if not isinstance(algorithm, FedPEAT):
+        return world
+    config, workshop, ladder, held = world.config, algorithm.workshop, algorithm.ladder, world.held
+    with process_settings(config.hosts.num_threads):
+        map_clients = driver or Serial(foundations.load_backbone(world.foundation))
+        ladder = workshop.choose(ladder, map_clients)
+        if driver is not None:
+            held = _exported(world.foundation, ladder, driver)
+            workshop = dataclasses.replace(workshop, foundation=held)
+
+        def on_step(step: int, num_steps: int) -> None:
+            if step % _STEPS_A_LINE == 1:
+                progress.stage(f"distilling emulators, {num_steps} steps: step {step}")
+
+        ladder = workshop.furnish(ladder, map_clients, on_step)
+    shape = foundations.model_shape(foundations.load(world.foundation), _weight_bytes(config))
+    costs = level_costs(config, world.foundation, shape, ladder, algorithm.adapter)
+    algorithm = dataclasses.replace(algorithm, ladder=ladder, workshop=workshop, level_costs=costs)
+    return dataclasses.replace(world, held=held, algorithm=algorithm)
+
+
+def _exported(foundation: Foundation, ladder: Ladder, driver: Any) -> Foundation:
+    """The blocks that emulators have, and what is around them, in a file of its own: gathered one by one."""
+    kept = sorted({number for rung in ladder.rungs[:-1] for number in rung.blocks})
+    names = [
+        name
+        for name in weight_files.shapes_of(foundation.weights)
+        if (number := block_number(name, ladder.block_list)) is None or number in kept
+    ]
+    key = hashlib.sha256(f"{foundation.digest} {kept}".encode()).hexdigest()[:16]
+    path = user_cache_dir() / f"held-{key}.safetensors"
+    driver.export(path, names)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return dataclasses.replace(foundation, weights=path, digest=digest, blocks=tuple(kept))
+
+
+@contextlib.contextmanager
+def hosts(
+    world: World, on_event: Callable[..., None], driver: MapClients | None = None
+) -> Iterator[tuple[MapClients, int]]:
+    """The configured side of the seam, and how many hosts it has; the driver does its own part of the work."""
+    config = world.config.hosts
+    large = world.foundation if driver is None and world.held is not world.foundation else None
+    if config.backend == "ray":
+        from fedpeat_ray.runtime.ray_hosts import ExclusiveHosts, RayHosts  # Ray is loaded only where it is used
+
+        if config.exclusive:
+            ray_hosts = ExclusiveHosts(config, world.held, on_event, world.conditions.fleet, world.files, large)
+        else:
+            ray_hosts = RayHosts(config, world.held, on_event, world.files, large)
+        with ray_hosts:
+            yield HostsAndDriver(ray_hosts, driver) if driver else ray_hosts, ray_hosts.num_hosts
+    else:
+        with process_settings(config.num_threads):
+            serial = Serial(foundations.load_backbone(world.held), large and foundations.load_backbone(large))
+            yield HostsAndDriver(serial, driver) if driver else serial, 1
+
+
+def with_measured_batch_size(world: World, map_clients: MapClients, num_hosts: int, progress: Progress) -> World:
+    """The world with a client batch size in place of auto. Where all weights are trained, clients go one by one."""
+    config, algorithm, size = world.config, world.algorithm, 1
+    if isinstance(world.adapter, LoraAdapter) and not isinstance(algorithm, FedAvg) and not config.hosts.exclusive:
+        progress.stage("measuring client batch sizes")
+        level = algorithm.levels[-1] if algorithm.levels else None
+        tasks = world.data.tasks(world.conditions.sample(1), round=1)
+        tasks = [dataclasses.replace(task, level=level) for task in tasks]
+        state = algorithm.init(config.seed)
+        train = algorithm.trainer(state)
+        size = find_client_batch_size(map_clients, num_hosts, train, state.model_P, tasks, config.cohort_size)
+        algorithm = _with_client_batch_size(algorithm, size)
+    config = dataclasses.replace(config, client_batch_size=size)
+    return dataclasses.replace(world, config=config, algorithm=algorithm)
+
+
+def _with_client_batch_size(algorithm: Algorithm, size: int) -> Algorithm:
+    if isinstance(algorithm, FedPT):
+        return dataclasses.replace(algorithm, on_small=_with_client_batch_size(algorithm.on_small, size))
+    assert isinstance(algorithm, FedPEAT | FedPEFT)
+    return dataclasses.replace(algorithm, client_batch_size=size)
+
+
+def _weight_bytes(config: SimulationConfig) -> int:
+    return 4 if config.fleet.precision == "float32" else 2
+
+
+def _heldout_by_tier(conditions: Conditions, data: ClientData, config: SimulationConfig) -> list[EvaluationTask]:
+    """Held-out text of the first devices of each tier; a tier without devices has none."""
+    tasks: list[EvaluationTask] = []
+    if config.evaluation.num_sequences_per_tier:
+        for tier, name in enumerate(conditions.fleet.tier_names):
+            device_ids = np.flatnonzero(conditions.fleet.tier == tier)[:_DEVICES_PER_TIER]
+            if len(device_ids):
+                tasks += evaluation_tasks(name, *data.heldout_of(device_ids, config.evaluation))
+    return tasks

@@ -1,0 +1,209 @@
+"""FedAvg, FedPEFT and FedPEAT with each controller, on the same fleet, text and seeds: quality against its price.
+
+python workloads/compare_algorithms.py [--rounds 10] [--seeds 0] [--out DIR]
+
+Price is what devices pay: bytes, virtual time, energy, memory. Writes comparison.csv, comparison.md and
+comparison.png; a run directory for every algorithm and seed lies beside them. Runs that are there already
+are not repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+import tyro
+
+from analysis.load import load_run
+from fedpeat_ray import Simulation, SimulationConfig
+from fedpeat_ray.config import ControlConfig, EvaluationConfig, FleetConfig, HostsConfig, LocalConfig
+from fedpeat_ray.errors import FedPeatError
+
+COLOURS = {
+    "fed-avg": "#c44e52",
+    "fed-peft": "#2f6db3",
+    "fed-peat, fixed": "#8bc48a",
+    "fed-peat, random": "#e0a63b",
+    "fed-peat, greedy": "#2f9e62",
+}
+
+
+PAID = ("bytes", "virtual_s", "energy_j")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs share."""
+
+    rounds: int = 10
+    seeds: tuple[int, ...] = (0,)
+    cohort_size: int = 32
+    memory_scale: float = 0.045
+    """Shrinks every device's memory, so that the embedded model feels large."""
+    fed_avg_learning_rate: float = 5e-4
+    """Full fine-tuning wants a smaller one than LoRA."""
+    fixed_level: int = 1
+    """Of FedPEAT's fixed controller."""
+    num_sequences: int = 64
+    """Held-out sequences of 128 tokens, after every round."""
+    hosts: HostsConfig = field(default_factory=HostsConfig)
+    out: Path = Path("runs/comparison")
+
+
+def main(settings: Settings) -> int:
+    """Run everything and write the results; returns the exit status."""
+    settings.out.mkdir(parents=True, exist_ok=True)
+    frames, finals = [], []
+    try:
+        for seed in settings.seeds:
+            for name, config in configurations(settings, seed).items():
+                directory = settings.out / f"{name.replace(', ', '-')}-seed{seed}"
+                summary = finished(directory) or Simulation(dataclasses.replace(config, out=directory)).run()
+                frame, final = measured(directory, summary)
+                frames.append(frame.assign(name=name, seed=seed))
+                finals.append(final | {"name": name, "seed": seed})
+    except FedPeatError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rounds, runs = pd.concat(frames), pd.DataFrame(finals)
+    rounds.to_csv(settings.out / "comparison.csv", index=False)
+    text = markdown(rounds, runs)
+    (settings.out / "comparison.md").write_text(text)
+    draw(rounds, runs, settings.out / "comparison.png")
+    print(text)
+    print(settings.out)
+    return 0
+
+
+def configurations(settings: Settings, seed: int) -> dict[str, SimulationConfig]:
+    """A configuration for each name."""
+    base = SimulationConfig(
+        rounds=settings.rounds,
+        cohort_size=settings.cohort_size,
+        seed=seed,
+        fleet=FleetConfig(memory_scale=settings.memory_scale),
+        evaluation=EvaluationConfig(num_sequences=settings.num_sequences, num_sequences_per_tier=0, upper_bound=False),
+        hosts=settings.hosts,
+    )
+    peat = dataclasses.replace(base, algorithm="fed-peat")
+    full = LocalConfig(learning_rate=settings.fed_avg_learning_rate)
+    return {
+        "fed-avg": dataclasses.replace(base, algorithm="fed-avg", local=full),
+        "fed-peft": dataclasses.replace(base, algorithm="fed-peft"),
+        "fed-peat, fixed": dataclasses.replace(peat, control=ControlConfig("fixed", settings.fixed_level)),
+        "fed-peat, random": dataclasses.replace(peat, control=ControlConfig("random")),
+        "fed-peat, greedy": dataclasses.replace(peat, control=ControlConfig("greedy")),
+    }
+
+
+def finished(directory: Path) -> dict | None:
+    """The summary of a run that was done before."""
+    path = directory / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def measured(directory: Path, summary: dict) -> tuple[pd.DataFrame, dict]:
+    """Perplexity over what was paid so far, from before the first round; and the figures of the whole run."""
+    run = load_run(directory)
+    columns = ["virtual_s", "download_bytes", "upload_bytes", "energy_j", "perplexity", "num_completed"]
+    rounds = run.rounds[columns].astype(float)
+    paid = rounds[["download_bytes", "upload_bytes", "energy_j"]].cumsum()
+    frame = pd.DataFrame(
+        {
+            "round": run.rounds["round"].astype(int),
+            "virtual_s": rounds["virtual_s"],
+            "bytes": paid["download_bytes"] + paid["upload_bytes"],
+            "energy_j": paid["energy_j"],
+            "perplexity": rounds["perplexity"],
+        }
+    )
+    start = {"round": 0, "virtual_s": 0.0, "bytes": 0.0, "energy_j": 0.0}
+    frame = pd.concat([pd.DataFrame([start | {"perplexity": summary["perplexity"]["zero_shot"]}]), frame])
+    done = run.clients.query("outcome == 'completed'")
+    final = {
+        "perplexity": summary["perplexity"]["tuned"],
+        "memory_bytes": float(done["memory_bytes"].mean()),
+        "share_too_small": float((run.clients["drop_reason"] == "memory").mean()),
+        "bytes": frame["bytes"].iloc[-1],
+        "virtual_s": frame["virtual_s"].iloc[-1],
+        "energy_j": frame["energy_j"].iloc[-1],
+    }
+    return frame, final
+
+
+def paid_at(rounds: pd.DataFrame, column: str, target: float) -> float:
+    """What was paid when perplexity first came to the target, in proportion between rounds; infinite if never."""
+    perplexity, paid = rounds["perplexity"].to_numpy(float), rounds[column].to_numpy(float)
+    reached = perplexity <= target
+    if not reached.any():
+        return float("inf")
+    first = int(reached.argmax())
+    if first == 0:
+        return float(paid[0])
+    part = (perplexity[first - 1] - target) / (perplexity[first - 1] - perplexity[first])
+    return float(paid[first - 1] + part * (paid[first] - paid[first - 1]))
+
+
+def markdown(rounds: pd.DataFrame, runs: pd.DataFrame) -> str:
+    """Means over seeds, and what it took to come as far as the worst of the runs ends."""
+    lowest = [min(run["perplexity"].to_list()) for _, run in rounds.groupby(["name", "seed"])]
+    target, to_target = max(lowest), {}
+    for name, of in rounds.groupby("name", sort=False):
+        each = [[paid_at(run, column, target) for column in PAID] for _, run in of.groupby("seed")]
+        to_target[str(name)] = [sum(column) / len(each) for column in zip(*each, strict=True)]
+    lines = [
+        "| algorithm | perplexity | MB | virtual s | kJ | MB a device needs | too small "
+        f"| MB to {target:.2f} | s to {target:.2f} | J to {target:.2f} |",
+        "|" + "---|" * 10,
+    ]
+    for name, of in runs.groupby("name", sort=False):
+        mean = of.drop(columns="name").mean()
+        num_bytes, seconds, joules = to_target[str(name)]
+        lines.append(
+            f"| {name} | {mean['perplexity']:.2f} | {mean['bytes'] / 1e6:,.0f} | {mean['virtual_s']:,.1f} "
+            f"| {mean['energy_j'] / 1e3:.2f} | {mean['memory_bytes'] / 1e6:.0f} | {mean['share_too_small']:.0%} "
+            f"| {num_bytes / 1e6:,.0f} | {seconds:,.1f} | {joules:,.0f} |"
+        )
+    full = to_target["fed-avg"]
+    lines.append("")
+    for name in to_target:
+        if name != "fed-avg":
+            less, faster, saved = (a / b for a, b in zip(full, to_target[name], strict=True))
+            lines.append(
+                f"- {name} comes to {target:.2f} with {less:.1f} times fewer bytes, {faster:.1f} times faster and "
+                f"with {saved:.1f} times less energy than fed-avg."
+            )
+    return "\n".join(lines) + "\n"
+
+
+def draw(rounds: pd.DataFrame, runs: pd.DataFrame, path: Path) -> None:
+    """Perplexity against bytes, virtual time and energy, and against the memory a device needs."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 4, figsize=(14, 3.8), sharey=True, layout="constrained")
+    units = ((1e6, "MB sent, both ways"), (1.0, "virtual seconds"), (1e3, "kJ on devices"))
+    for axes, column, (unit, label) in zip(panels, PAID, units, strict=False):
+        for name, of in rounds.groupby("name", sort=False):
+            for seed, run in of.groupby("seed"):
+                shown = str(name) if seed == of["seed"].min() else None
+                axes.plot(run[column] / unit, run["perplexity"], color=COLOURS[str(name)], marker=".", label=shown)
+        axes.set_xscale("symlog", linthresh=min(value for value in rounds[column].to_list() if value > 0) / unit)
+        axes.set_xlabel(label)
+    for name, of in runs.groupby("name", sort=False):
+        panels[3].scatter(of["memory_bytes"] / 1e6, of["perplexity"], color=COLOURS[str(name)], s=40)
+    panels[3].set_xlabel("MB a device needs")
+    panels[0].set_ylabel("held-out perplexity")
+    panels[0].legend(frameon=False, fontsize=8)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Settings, description=__doc__)))

@@ -1,0 +1,232 @@
+"""How much of the middle must an emulator keep? Plug-in and emulator perplexity over the share of blocks kept.
+
+python workloads/emulator_tradeoff.py [--seeds 0 1 2] [--out DIR]
+
+For every seed and every kind of emulator, the adapter (LoRA in the end blocks) is tuned on emulators of
+several depths by one client that has all private text, and judged on the emulator and plugged into the
+foundation. Kinds: uniform (evenly spread blocks, as they are), influence (those that change their input
+most), distilled (uniform, each depth distilled by itself), elastic (uniform, one distillation for all
+depths; as many steps as one of the others). Writes tradeoff.csv, tradeoff.md and tradeoff.png.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import matplotlib
+import pandas as pd
+import torch
+import tyro
+from torch import Tensor
+
+from fedpeat_ray.config import (
+    DistilConfig,
+    EmulatorConfig,
+    EvaluationConfig,
+    HostsConfig,
+    LocalConfig,
+    SimulationConfig,
+)
+from fedpeat_ray.errors import FedPeatError
+from fedpeat_ray.models.emulator import Ladder
+from fedpeat_ray.runtime.progress import Progress
+from fedpeat_ray.training.client_batch import ClientUpdate
+from fedpeat_ray.training.emulators import OnEmulators
+from fedpeat_ray.training.evaluation import EvaluationTask, ScoreSum
+from fedpeat_ray.training.map_clients import MapClients
+from fedpeat_ray.world import FedPEAT, World, hosts, prepare, with_emulators
+
+KINDS = {
+    "uniform": EmulatorConfig(choice="uniform", weights="foundation"),
+    "influence": EmulatorConfig(choice="influence", weights="foundation"),
+    "distilled": EmulatorConfig(choice="uniform", weights="per_level"),
+    "elastic": EmulatorConfig(choice="uniform", weights="elastic"),
+}
+COLOURS = {"uniform": "#888888", "influence": "#c47a2c", "distilled": "#2f6db3", "elastic": "#2f9e62"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compare, and how long to train."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Draw the text of distillation and tuning, and the start of LoRA."""
+    shares: tuple[float, ...] = (0.25, 0.5, 0.75)
+    """Shares of the middle blocks that are kept."""
+    distil: DistilConfig = field(default_factory=lambda: DistilConfig(steps=300))
+    num_steps: int = 160
+    """Optimizer steps of tuning."""
+    batch_size: int = 8
+    """Sequences a step of tuning."""
+    learning_rate: float = 2e-3
+    """Of tuning."""
+    num_sequences: int = 128
+    """Held-out private sequences of 128 tokens."""
+    hosts: HostsConfig = field(default_factory=HostsConfig)
+    out: Path = Path("runs/emulator_tradeoff")
+    """Directory for table and figure."""
+
+
+@dataclass(frozen=True)
+class Deltas:
+    """Aggregator: what every task learnt, in order."""
+
+    values: tuple[Tensor, ...] = ()
+
+    def add(self, updates: Sequence[ClientUpdate]) -> Deltas:
+        return Deltas((*self.values, *(update.delta_P for update in updates)))
+
+    def merge(self, other: Deltas) -> Deltas:
+        return Deltas(self.values + other.values)
+
+    def result(self) -> tuple[Tensor, ...]:
+        return self.values
+
+
+def main(settings: Settings) -> int:
+    """Run everything and write the results; returns the exit status."""
+    settings.out.mkdir(parents=True, exist_ok=True)
+    try:
+        with Progress(num_rounds=len(settings.seeds)) as progress:
+            frames = []
+            for seed in settings.seeds:
+                frames.append(one_seed(settings, seed, progress))
+                table = pd.concat(frames)
+                table.to_csv(settings.out / "tradeoff.csv", index=False)
+    except FedPeatError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    (settings.out / "tradeoff.md").write_text(markdown(table))
+    draw(table, settings.out / "tradeoff.png")
+    print(markdown(table))
+    print(settings.out)
+    return 0
+
+
+def one_seed(settings: Settings, seed: int, progress: Progress) -> pd.DataFrame:
+    """A row a kind and depth, and one of kind `foundation`, where the adapter is tuned on the whole model."""
+    worlds = {kind: world_of(settings, kind, seed, progress) for kind in KINDS}
+    names = [(kind, share) for kind in KINDS for share in settings.shares]
+    rungs = [
+        dataclasses.replace(rung, level=number)
+        for number, rung in enumerate((r for kind in KINDS for r in peat(worlds[kind]).ladder.rungs[:-1]), start=1)
+    ]
+    world = worlds["uniform"]
+    algorithm = peat(world)
+    ladder = dataclasses.replace(algorithm.ladder, rungs=(*rungs, algorithm.ladder.rungs[-1]))
+    levels = [rung.level for rung in rungs]
+    progress.stage(f"seed {seed}: tuning on {len(rungs)} emulators and on the foundation")
+    with hosts(world, lambda kind, **facts: None) as (map_clients, _):
+        state = algorithm.init(seed)
+        task = world.data.pooled_task(settings.num_steps, settings.batch_size)
+        tasks = [dataclasses.replace(task, level=level) for level in (None, *levels)]
+        train = on_all(ladder, algorithm.adapter.trainer(world.config.local), algorithm)
+        deltas = map_clients(train, state.model_P, tasks, Deltas())[0].result()
+        tuned = [(state.model_P.double() + delta_P).float() for delta_P in deltas]
+        progress.stage(f"seed {seed}: judging them")
+        evaluator = on_all(ladder, algorithm.adapter.evaluator(), algorithm)
+        zero_shot = perplexities(map_clients, evaluator, state.model_P, by_level(world, [None, *levels]))
+        rows = []
+        for (kind, share), rung, adapter_P in zip(names, rungs, tuned[1:], strict=True):
+            after = perplexities(map_clients, evaluator, adapter_P, by_level(world, [None, rung.level]))
+            row = {"seed": seed, "kind": kind, "share": share, "blocks": " ".join(map(str, rung.blocks))}
+            row |= {"emulator_zero_shot": zero_shot[rung.level], "emulator_tuned": after[rung.level]}
+            rows.append(row | {"plug_in": after[None], "zero_shot": zero_shot[None]})
+        bound = perplexities(map_clients, evaluator, tuned[0], by_level(world, [None]))[None]
+    return pd.DataFrame(rows).assign(upper_bound=bound)
+
+
+def world_of(settings: Settings, kind: str, seed: int, progress: Progress) -> World:
+    """The world with the emulators of one kind."""
+    distil = dataclasses.replace(settings.distil, seed=seed)
+    config = SimulationConfig(
+        algorithm="fed-peat",
+        seed=seed,
+        client_batch_size=1,
+        local=LocalConfig(sequence_length=128, learning_rate=settings.learning_rate),
+        emulator=dataclasses.replace(KINDS[kind], shares=settings.shares, distil=distil),
+        evaluation=EvaluationConfig(num_sequences=settings.num_sequences, num_sequences_per_tier=0),
+        hosts=settings.hosts,
+    )
+    config.validate()
+    progress.stage(f"seed {seed}: {kind} emulators")
+    return with_emulators(prepare(config, settings.out), None, progress)
+
+
+def peat(world: World) -> FedPEAT:
+    """Its algorithm."""
+    assert isinstance(world.algorithm, FedPEAT)
+    return world.algorithm
+
+
+def on_all(ladder: Ladder, work, algorithm: FedPEAT) -> OnEmulators:
+    """The same work on every rung: the adapter lies in the end blocks, which all have."""
+    everything = torch.arange(algorithm.layout.num_elements)
+    return OnEmulators(ladder, work, tuple((work, everything) for _ in ladder.rungs))
+
+
+def by_level(world: World, levels: Sequence[int | None]) -> list[EvaluationTask]:
+    """The held-out text for each level; the group is the level's number, or None."""
+    return [dataclasses.replace(task, group=level, level=level) for level in levels for task in world.heldout]
+
+
+def perplexities(map_clients: MapClients, evaluator: OnEmulators, adapter_P: Tensor, tasks) -> dict[int | None, float]:
+    """Held-out perplexity by level."""
+    scores = map_clients(evaluator, adapter_P, tasks, ScoreSum())[0].result()
+    return {group: score.perplexity for group, score in scores.items()}
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Mean over seeds, and the range of the plug-in."""
+    ways = {"emulator_zero_shot": "mean", "emulator_tuned": "mean", "plug_in": ["mean", "min", "max"]}
+    groups = table.groupby(["kind", "share"], sort=False).agg(ways)
+    lines = ["| emulator | share kept | zero-shot | tuned | plug-in | plug-in, range |", "|---|---|---|---|---|---|"]
+    for key, row in groups.iterrows():
+        (kind, share), (zero, tuned, plug, low, high) = cast(tuple[str, float], key), row
+        lines.append(f"| {kind} | {share:g} | {zero:.2f} | {tuned:.2f} | {plug:.2f} | {low:.2f} to {high:.2f} |")
+    ends = table.groupby("seed")[["zero_shot", "upper_bound"]].first().mean()
+    lines.append("")
+    lines.append(
+        f"Foundation zero-shot {ends['zero_shot']:.2f}, the same adapter tuned on it {ends['upper_bound']:.2f}; "
+        f"means of {table['seed'].nunique()} seeds."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def draw(table: pd.DataFrame, path: Path) -> None:
+    """Two panels: the foundation with the adapter, and the emulators before and after tuning."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for kind, rows in table.groupby("kind", sort=False):
+        over = rows.groupby("share")
+        colour = COLOURS[str(kind)]
+        left.plot(over["plug_in"].mean(), color=colour, marker="o", label=kind)
+        left.fill_between(over.groups.keys(), over["plug_in"].min(), over["plug_in"].max(), color=colour, alpha=0.15)
+        right.plot(over["emulator_tuned"].mean(), color=colour, marker="o", label=f"{kind}, tuned")
+        right.plot(over["emulator_zero_shot"].mean(), color=colour, marker=".", linestyle=":")
+    ends = table.groupby("seed")[["zero_shot", "upper_bound"]].first().mean()
+    for axes in (left, right):
+        axes.axhline(ends["zero_shot"], color="black", linewidth=0.8, linestyle="--")
+        axes.axhline(ends["upper_bound"], color="black", linewidth=0.8)
+        axes.set_xlabel("share of the middle blocks kept")
+        axes.set_xticks(sorted(table["share"].unique()))
+        axes.spines[["top", "right"]].set_visible(False)
+    left.set_ylabel("held-out perplexity")
+    left.set_title("adapter plugged into the foundation", fontsize=10)
+    right.set_title("on the emulator (dotted: before tuning)", fontsize=10)
+    right.set_yscale("log")
+    left.annotate("foundation, zero-shot", (0.25, ends["zero_shot"]), fontsize=8, va="bottom")
+    left.annotate("adapter tuned on the foundation", (0.25, ends["upper_bound"]), fontsize=8, va="bottom")
+    left.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Settings, description=__doc__)))
