@@ -9,7 +9,7 @@ SETUP = .venv/installed
 
 .PHONY: run test check bench
 run: $(SETUP)
-	$(VENV)/python workloads/large_scale.py $(ARGS)
+	$(VENV)/python workloads/large_scale.py --fleet.memory-scale 0.045 $(ARGS)
 
 test: check
 	$(VENV)/pytest

@@ -109,7 +109,7 @@ def perplexity_by_level(runs: Runs) -> Figure | None:
         axes.margins(x=0.12)
         axes.grid(axis="y")
         axes.set_xlabel(f"blocks of the foundation's {max(run.levels.values())} that an emulator keeps")
-        _log_if_wide(axes, 4)
+        _log_if_wide(axes, 4, (1, 2, 5))
         if len(runs) > 1:
             axes.set_title(label)
     panels[0].set_ylabel("perplexity")
@@ -415,7 +415,8 @@ def _stacked_over_rounds(axes: Axes, table: Frame, colours: Mapping[str, str]) -
 
 def _shade(share: float) -> str:
     """Of one green, from pale to full."""
-    return to_hex((1 - share) * np.array(to_rgb(PALE)) + share * np.array(to_rgb("#00593f")))
+    red, green, blue = (1 - share) * np.array(to_rgb(PALE)) + share * np.array(to_rgb("#00593f"))
+    return to_hex((red, green, blue))
 
 
 def _note(axes: Axes, x: float, row: int, text: str, **how: Any) -> None:
@@ -427,16 +428,16 @@ def _legend_above(figure: Figure, colours: Mapping[str, str]) -> None:
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), columnspacing=1.2)
 
 
-def _log_if_wide(axes: Axes, wide: float = 8) -> None:
+def _log_if_wide(axes: Axes, wide: float = 8, subs: tuple[int, ...] = (1, 3)) -> None:
     low, high = axes.dataLim.intervaly
     if low > 0 and high / low > wide:
         axes.set_yscale("log")
-        _plain_numbers(axes.yaxis)
+        _plain_numbers(axes.yaxis, subs)
 
 
-def _plain_numbers(axis: Axis) -> None:
+def _plain_numbers(axis: Axis, subs: tuple[int, ...] = (1, 3)) -> None:
     """10, 30, 100, 300 on a log axis instead of powers of ten."""
-    axis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axis.set_minor_formatter(NullFormatter())
 

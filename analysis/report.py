@@ -21,7 +21,7 @@ from analysis.load import Frame, NotARunError, Run, load_run
 TEMPLATES = Path(__file__).parent / "templates"
 NO_VALUE = "–"
 ALGORITHMS = {
-    "fed-peat": "federated tuning with emulators: devices tune adapters on small emulators, which go into the foundation",
+    "fed-peat": "federated tuning on emulators: devices tune adapters on smaller stand-ins for the foundation",
     "fed-peft": "federated LoRA: devices train and send low-rank adapters only",
     "fed-avg": "federated averaging: devices train and send all weights",
 }
@@ -207,13 +207,11 @@ def _outcome(run: Run) -> str:
     gap = (run.summary or {}).get("gap_closed")
     if gap is not None and perplexity.get("upper_bound") is not None:
         text += f", which is {gap:.0%} of the way to tuning centrally ({perplexity['upper_bound']:.2f})"
-    if (privacy_gap := (run.summary or {}).get("privacy_gap")) is not None:
-        text += f". The largest emulator on devices, with the same adapter, is {_worse(privacy_gap)}"
+    gap, emulators = (run.summary or {}).get("privacy_gap"), perplexity.get("emulator_tuned")
+    if gap is not None and emulators:
+        largest = emulators[max(emulators, key=int)]
+        text += f". With the same adapter the largest emulator on devices has {largest:.2f}, a privacy gap of {gap:.2f}"
     return text + "."
-
-
-def _worse(privacy_gap: float) -> str:
-    return f"{abs(privacy_gap):.2f} {'worse' if privacy_gap >= 0 else 'better'}"
 
 
 def _levels(runs: Runs) -> list[int]:
@@ -229,13 +227,13 @@ def _key_figures(run: Run, levels: Sequence[int] = ()) -> dict[str, str]:
     """
     summary, rounds = run.summary or {}, run.rounds
     perplexity, accuracy = run.perplexity, summary.get("token_accuracy") or {}
+    plug_in = " (plug-in)" if run.levels else ""
     emulators = f" ({_scaled(rounds['emulator_bytes'].sum(), 'B')} emulators)" if run.levels else ""
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in run.clients["drop_reason"].value_counts().items())
     return {
         "Perplexity, zero-shot": _number(perplexity.get("zero_shot")),
         **{f"Perplexity, emulator of level {level}": _emulator(perplexity, str(level)) for level in levels},
-        "Perplexity, tuned": _number(perplexity.get("tuned", _last(rounds["perplexity"])))
-        + " (plug-in)" * bool(run.levels),
+        "Perplexity, tuned": _number(perplexity.get("tuned", _last(rounds["perplexity"]))) + plug_in,
         "Perplexity, upper bound": _number(perplexity.get("upper_bound")),
         "Share of the gap closed": _percent(summary.get("gap_closed")),
         **({"Privacy gap": _number(summary.get("privacy_gap"))} if levels else {}),

@@ -14,7 +14,9 @@ from typing import Annotated, Any, cast
 import tyro
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from safetensors.torch import load_file
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils.logging import disable_progress_bar
@@ -48,25 +50,28 @@ def generate(
     """
     if temperature < 0:
         raise ConfigError.of("temperature", temperature, "at least 0")
+    if max_new_tokens < 1:
+        raise ConfigError.of("max_new_tokens", max_new_tokens, "at least 1")
     config = SimulationConfig.from_dict(read_config(run_dir)["config"])
     is_proxy = config.algorithm == "fed-pt"
     alpha = config.proxy.alpha if alpha is None else alpha
     large = _model(config.foundation.name)
+    tuned = _model(config.proxy.small) if is_proxy else large
     tokenizer = foundations.load_tokenizer(foundations.model_dir(config.foundation.name))
+    positions = min(map(foundations.max_positions, (large, tuned)))
 
     def text(model: PreTrainedModel, *processors: ProxyLogits) -> str:
         set_seed(seed)
-        return complete(model, tokenizer, prompt, max_new_tokens, temperature, *processors)
+        return complete(model, tokenizer, prompt, max_new_tokens, temperature, positions, *processors)
 
     texts = {f"{config.foundation.name}, as it was": text(large)}
-    tuned = _model(config.proxy.small) if is_proxy else large
     with plugged(tuned, config, run_dir):
         texts[f"{config.proxy.small if is_proxy else config.foundation.name}, tuned"] = text(tuned)
         if is_proxy:
             steer = ProxyLogits(tuned, _model(config.proxy.small), alpha)
             texts[f"{config.foundation.name}, steered (alpha = {alpha:g})"] = text(large, steer)
-    table = Table(*texts, box=box.SIMPLE)
-    table.add_row(*texts.values())
+    table = Table(*map(escape, texts), box=box.SIMPLE)
+    table.add_row(*map(Text, texts.values()))  # as it is: brackets are no markup
     Console().print(table)
 
 
@@ -76,15 +81,14 @@ def complete(
     prompt: str,
     max_new_tokens: int,
     temperature: float,
+    positions: int,
     *processors: ProxyLogits,
 ) -> str:
-    """The prompt and what the model adds to it."""
+    """The prompt and what the model adds to it, in no more than so many positions."""
     ids = tokenizer(prompt or str(tokenizer.eos_token), return_tensors="pt").input_ids
-    room = foundations.max_positions(model) - ids.shape[1]
+    room = positions - ids.shape[1]
     if room < 1:
-        raise ConfigError.of(
-            "prompt", f"{ids.shape[1]} tokens", f"fewer than {foundations.max_positions(model)} tokens"
-        )
+        raise ConfigError.of("prompt", f"{ids.shape[1]} tokens", f"fewer than {positions} tokens")
     drawn = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     (out,) = cast(Any, model).generate(
         input_ids=ids,

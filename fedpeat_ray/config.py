@@ -315,7 +315,7 @@ class HostsConfig:
     num_threads: int = 1
     """CPU threads of a host. Changing it may change the last bits."""
     num_gpus: float | None = None
-    """GPU share of a host; unset: 1 where the cluster has GPUs, else 0."""
+    """GPU share of a host; unset: 1 where the cluster has free GPUs, else 0."""
     memory_gib: float | None = None
     """Memory a host reserves in Ray's scheduler (which does not enforce it)."""
     exclusive: bool = False
@@ -389,7 +389,9 @@ class SimulationConfig:
         if self.algorithm != "fed-peat" and not on_small:
             return
         for field_, only in (
+            ("trained", "lora"),
             ("weights", "foundation"),
+            ("eight_bit", False),
             ("choice", "uniform"),
             ("server_steps", 0),
             ("realign_every", 0),

@@ -166,7 +166,7 @@ def build_fed_pt(
 ) -> FedPT:
     """FedPT with FedPEFT, or FedPEAT, on the small model."""
     proxy = config.proxy
-    foundation_of_small = foundations.prepare(proxy.small, config.foundation.dtype)
+    foundation_of_small = foundations.prepare(proxy.small, config.foundation.dtype, field="proxy.small")
     small = foundations.load(foundation_of_small)
     tokenizer = foundations.load_tokenizer(foundation.config_dir)
     check_vocabularies(
@@ -175,7 +175,8 @@ def build_fed_pt(
         foundations.load_tokenizer(foundation_of_small.config_dir),
         small.config.vocab_size,
     )
-    for field in ("local.sequence_length", "evaluation.sequence_length", "proxy.sequence_length"):
+    lengths = ("local.sequence_length", "evaluation.sequence_length", "proxy.sequence_length")
+    for field in lengths if proxy.steps else lengths[:2]:
         most = min(foundations.max_positions(small), foundations.max_positions(large))
         if (length := config_get(config, field)) > most:
             raise ConfigError.of(field, length, f"at most {most}, the positions of both models")

@@ -1,6 +1,6 @@
 """FedAvg, FedPEFT and FedPEAT with each controller, on the same fleet, text and seeds: quality against its price.
 
-python workloads/compare_algorithms.py [--rounds 10] [--seeds 0] [--out DIR]
+python workloads/compare_algorithms.py [--rounds 12] [--seeds 0] [--out DIR]
 
 Price is what devices pay: bytes, virtual time, energy, memory. Writes comparison.csv, comparison.md and
 comparison.png; a run directory for every algorithm and seed lies beside them. Runs that are there already
@@ -40,9 +40,11 @@ PAID = ("bytes", "virtual_s", "energy_j")
 class Settings:
     """What all runs share."""
 
-    rounds: int = 10
+    rounds: int = 12
     seeds: tuple[int, ...] = (0,)
-    cohort_size: int = 32
+    num_devices: int = 60
+    """A fleet whose devices are asked again and again, so that keeping an emulator pays."""
+    cohort_size: int = 16
     memory_scale: float = 0.045
     """Shrinks every device's memory, so that the embedded model feels large."""
     fed_avg_learning_rate: float = 5e-4
@@ -86,7 +88,7 @@ def configurations(settings: Settings, seed: int) -> dict[str, SimulationConfig]
         rounds=settings.rounds,
         cohort_size=settings.cohort_size,
         seed=seed,
-        fleet=FleetConfig(memory_scale=settings.memory_scale),
+        fleet=FleetConfig(num_devices=settings.num_devices, memory_scale=settings.memory_scale),
         evaluation=EvaluationConfig(num_sequences=settings.num_sequences, num_sequences_per_tier=0, upper_bound=False),
         hosts=settings.hosts,
     )

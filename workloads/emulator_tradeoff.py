@@ -58,8 +58,8 @@ class Settings:
     """Draw the text of distillation and tuning, and the start of LoRA."""
     shares: tuple[float, ...] = (0.25, 0.5, 0.75)
     """Shares of the middle blocks that are kept."""
-    distil: DistilConfig = field(default_factory=lambda: DistilConfig(steps=300))
-    num_steps: int = 160
+    distil: DistilConfig = field(default_factory=lambda: DistilConfig(steps=200))
+    num_steps: int = 120
     """Optimizer steps of tuning."""
     batch_size: int = 8
     """Sequences a step of tuning."""

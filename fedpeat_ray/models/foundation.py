@@ -90,16 +90,18 @@ def fast_training_dtype() -> str:
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bf16_instructions() else "float32"
 
 
-def prepare(name: str, training_dtype: str, cache_dir: Path | None = None) -> Foundation:
+def prepare(
+    name: str, training_dtype: str, cache_dir: Path | None = None, field: str = "foundation.name"
+) -> Foundation:
     """Find the model and write its exact weights to one node-local file (once).
 
-    Raises ConfigError for a name that is neither embedded, a directory, nor known to Hugging Face,
-    ModelError if what is found is no causal language model in safetensors files.
+    Raises ConfigError, of the setting `field`, for a name that is neither embedded, a directory, nor known
+    to Hugging Face, ModelError if what is found is no causal language model in safetensors files.
     """
-    config_dir = model_dir(name)
+    config_dir = model_dir(name, field)
     source = sorted(config_dir.glob("*.safetensors"))
     if not source:
-        raise ModelError(f"foundation.name = {name!r}: {config_dir} holds no safetensors file")
+        raise ModelError(f"{field} = {name!r}: {config_dir} holds no safetensors file")
     dtype = torch.float64 if training_dtype == "float64" else torch.float32
     key = hashlib.sha256(str(dtype).encode())
     for path in (config_dir / "config.json", *source):
@@ -110,7 +112,7 @@ def prepare(name: str, training_dtype: str, cache_dir: Path | None = None) -> Fo
         files = _files_of_tensors(config_json, source)
         with written_whole(weights) as part:
             if files is None:
-                model = _load_pretrained(name, config_dir, dtype)
+                model = _load_pretrained(f"{field} = {name!r}", config_dir, dtype)
                 first_name = {id(parameter): name for name, parameter in model.named_parameters()}  # tied weights: once
                 state = {
                     name: tensor.detach().contiguous()
@@ -252,20 +254,20 @@ def _position_embeddings(model: PreTrainedModel) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
 
 
-def model_dir(name: str) -> Path:
+def model_dir(name: str, field: str = "foundation.name") -> Path:
     """Where a model lies: embedded, a local directory, or downloaded from Hugging Face. Raises ConfigError."""
     if name in EMBEDDED:
         return _EMBEDDED_DIR / name
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise ConfigError.of("foundation.name", name, "a directory with config.json and safetensors")
+            raise ConfigError.of(field, name, "a directory with config.json and safetensors")
         return path.resolve()
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         allowed = f"{', '.join(EMBEDDED)}, a local directory, or a Hugging Face model that can be reached"
-        raise ConfigError.of("foundation.name", name, allowed) from error
+        raise ConfigError.of(field, name, allowed) from error
 
 
 def _files_of_tensors(config_json: str, source: list[Path]) -> dict[str, tuple[Path, tuple[int, ...]]] | None:
@@ -292,16 +294,14 @@ def _sha256(path: Path):
         return hashlib.file_digest(file, "sha256")
 
 
-def _load_pretrained(name: str, config_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load_pretrained(setting: str, config_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(
             config_dir, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"foundation.name = {name!r} is no causal language model that can be read: {reason}"
-        ) from error
+        raise ModelError(f"{setting} is no causal language model that can be read: {reason}") from error
 
 
 def _with_weights_in(dtype: torch.dtype, model: PreTrainedModel) -> PreTrainedModel:

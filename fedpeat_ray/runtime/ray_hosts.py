@@ -113,11 +113,11 @@ class RayHosts:
         if self._owns_ray:
             start_or_join((config.num_hosts or 1) * config.num_threads)
         resources = ray.cluster_resources()
-        num_gpus = (1.0 if resources.get("GPU") else 0.0) if config.num_gpus is None else config.num_gpus
-        if num_gpus > resources.get("GPU", 0):
-            allowed = f"at most the {resources.get('GPU', 0):g} GPUs of this cluster"
-            raise ConfigError.of("hosts.num_gpus", num_gpus, allowed)
-        slots = resources["GPU"] // num_gpus if num_gpus else resources["CPU"] // config.num_threads
+        free_gpus = ray.available_resources().get("GPU", 0.0)  # shards of the foundation have taken theirs
+        num_gpus = float(free_gpus >= 1) if config.num_gpus is None else config.num_gpus
+        if num_gpus > free_gpus:
+            raise ConfigError.of("hosts.num_gpus", num_gpus, f"at most the {free_gpus:g} GPUs that are free")
+        slots = free_gpus // num_gpus if num_gpus else resources["CPU"] // config.num_threads
         self.num_hosts = config.num_hosts or max(1, int(slots))
         several_nodes = len(ray.nodes()) > 1
         self._arguments = (
@@ -257,7 +257,7 @@ class ExclusiveHosts(RayHosts):
         where: Where = "hosts",
     ) -> tuple[Any, list[Any]]:
         """See MapClients; always one client at a time in a process."""
-        return super().__call__(train, shared, tasks, aggregator, batch_size=1)
+        return super().__call__(train, shared, tasks, aggregator, batch_size=1, where=where)
 
     def _take(self, batch: _Batch, num_running: int) -> Any | None:
         (task,) = batch.tasks
@@ -268,7 +268,8 @@ class ExclusiveHosts(RayHosts):
         tier = TIERS[self._fleet.tier[task.device_id]]
         share = tier.gpu_fraction if self._has_gpus else 0
         cap = int(self._fleet.memory_cap_bytes[task.device_id])
-        host = self._actor_class.options(num_cpus=0, num_gpus=share).remote(*self._arguments, cap)
+        foundation, _, *others = self._arguments  # a device has no part in the driver's work
+        host = self._actor_class.options(num_cpus=0, num_gpus=share).remote(foundation, None, *others, cap)
         self._devices.add(host)
         return host
 

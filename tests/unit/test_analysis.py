@@ -4,10 +4,15 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from analysis import __main__ as command_line
 from analysis import figures
@@ -19,10 +24,11 @@ from fedpeat_ray.runtime.run_log import RunLog
 
 TIERS = ("laptop", "phone", "sbc")
 SUMMED = ("download_bytes", "emulator_bytes", "upload_bytes", "energy_j", "flops")
+LEVELS = [{"level": level, "blocks": list(range(2 + 3 * level))} for level in (1, 2, 3)]
 ROOT = Path(__file__).parents[2]
 
 
-def client(round: int, device_id: int, reason: str | None) -> dict:
+def client(round: int, device_id: int, reason: str | None, emulators: bool = False) -> dict:
     """Numbers that differ by device; a device that was never asked has no times."""
     asked = reason not in (UNAVAILABLE, MEMORY)
     return {
@@ -31,13 +37,13 @@ def client(round: int, device_id: int, reason: str | None) -> dict:
         "tier": TIERS[device_id % 3],
         "outcome": "dropped" if reason else "completed",
         "drop_reason": reason,
-        "level": None,
+        "level": 1 + device_id // 3 % 2 if emulators else None,
         "lora_rank": 8,
         "num_steps": 4,
         "num_examples": 8,
         "num_tokens": 512,
         "download_bytes": 80_000 if asked else 0,
-        "emulator_bytes": 0,
+        "emulator_bytes": 60_000 if asked and emulators else 0,
         "upload_bytes": 0 if reason else 80_000,
         "download_s": 1.0 + device_id % 5 if asked else None,
         "compute_s": 4.0 * (1 + device_id % 3) if asked else None,
@@ -59,31 +65,40 @@ def write_run(
     dropouts: bool = True,
     empty_round: int | None = None,
     finished: bool = True,
+    emulators: bool = False,
     **summary,
 ) -> Path:
-    log = RunLog.create(
-        directory, (config or SimulationConfig(algorithm="fed-peft", rounds=rounds)).to_dict(), data_digest="abc"
-    )
+    algorithm = "fed-peat" if emulators else "fed-peft"
+    config = config or SimulationConfig(algorithm=algorithm, rounds=rounds)
+    log = RunLog.create(directory, config.to_dict(), {"levels": LEVELS} if emulators else {}, data_digest="abc")
     for round in range(1, rounds + 1):
         reasons = [(None, DEADLINE, None, UNAVAILABLE, None, MEMORY)[id % 6] if dropouts else None for id in range(9)]
-        clients = [client(round, id, UNAVAILABLE if round == empty_round else reasons[id]) for id in range(9)]
+        reasons = [UNAVAILABLE] * 9 if round == empty_round else reasons
+        clients = [client(round, id, reasons[id], emulators) for id in range(9)]
         completed = sum(row["outcome"] == "completed" for row in clients)
         row = {"round": round, "virtual_s": 20.0 * round, "num_completed": completed, "num_dropped": 9 - completed}
         row |= {"num_tokens": 512 * completed, "train_loss": 3.0 if completed else math.nan, "token_accuracy": 0.3}
         row |= {name: sum(row[name] for row in clients) for name in SUMMED}
-        row |= {"perplexity": 60.0 - 5 * round if completed else None, "device_perplexity": None}
+        row |= {"perplexity": 60.0 - 5 * round if completed else None}
+        row |= {"device_perplexity": 80.0 - 5 * round if completed and emulators else None}
         row |= {"server_flops": 0.0, "server_memory_bytes": 0}
         log.write_round(round, row | {"wall_train_s": 1.0, "wall_eval_s": 0.5, "wall_s": 1.6}, clients)
     if finished:
-        perplexity = {"zero_shot": 60.0, "tuned": 60.0 - 5 * rounds, "upper_bound": 30.0}
+        tuned = 60.0 - 5 * rounds
+        perplexity: dict[str, Any] = {"zero_shot": 60.0, "tuned": tuned, "upper_bound": 30.0}
         by_tier = {tier: {"zero_shot": 62.0, "tuned": 50.0} for tier in TIERS}
-        written = {"algorithm": "fed-peft", "perplexity": perplexity, "gap_closed": 0.5, "wall_s": 6.0}
+        if emulators:
+            perplexity |= {"plug_in": tuned, "emulator_zero_shot": {"1": 150.0, "2": 80.0}}
+            perplexity |= {"emulator_tuned": {"1": 90.0, "2": 65.0}}
+            summary = {"privacy_gap": 65.0 - tuned, **summary}
+        written = {"algorithm": algorithm, "perplexity": perplexity, "gap_closed": 0.5, "wall_s": 6.0}
         written |= {"token_accuracy": {"zero_shot": 0.25, "tuned": 0.3}, "perplexity_by_tier": by_tier}
         log.write_summary(written | summary)
     return directory
 
 
-ALL = {section.title for section in SECTIONS}
+ALL = {section.title for section in SECTIONS if not section.emulators}
+EMULATORS = {section.title for section in SECTIONS if section.emulators}
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +173,7 @@ def test_report_is_one_self_contained_page(tmp_path):
     page = path.read_text(encoding="utf-8")
     links = Links(page)
     assert path == directory / "report.html"
-    assert shown(page) == ALL and len(links.targets) == len(SECTIONS)
+    assert shown(page) == ALL and len(links.targets) == len(ALL)
     assert all(target.startswith("data:image/png;base64,") for target in links.targets)
     assert not links.tags & {"script", "link", "iframe", "object"}
     assert not re.search(r"https?://|url\(|@import", page)
@@ -190,6 +205,98 @@ def test_a_non_finite_summary_reads_as_missing(tmp_path):
     page = render(label_runs([load_run(write_run(tmp_path / "run", perplexity=perplexity, gap_closed=math.nan))]))
     assert shown(page) == ALL
     assert "Perplexity after the last round is 45.00." in page
+
+
+def test_a_run_with_emulators_has_their_figures_and_numbers(tmp_path):
+    run = load_run(write_run(tmp_path / "run", emulators=True))
+    assert run.levels == {1: 5, 2: 8, 3: 11}
+    page = render(label_runs([run]))
+    assert shown(page) == ALL | EMULATORS == ALL | {"Perplexity by emulator level", "Levels in use"}
+    assert "from 60.00 to 45.00 with the adapter plugged into the foundation, which is 50%" in page
+    assert "the largest emulator on devices has 65.00, a privacy gap of 20.00." in page
+    rows = dict(re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', page))
+    assert rows["Perplexity, zero-shot"] == "60.00" and rows["Perplexity, upper bound"] == "30.00"
+    assert rows["Perplexity, emulator of level 1"] == "150.00 → 90.00"
+    assert rows["Perplexity, emulator of level 2"] == "80.00 → 65.00"
+    assert "Perplexity, emulator of level 3" not in rows, "devices do not get the foundation"
+    assert rows["Perplexity, tuned"] == "45.00 (plug-in)" and rows["Privacy gap"] == "20.00"
+    assert rows["Sent to devices"] == "1.68 MB (1.26 MB emulators)"
+
+
+def test_a_run_with_emulators_beside_one_without(tmp_path):
+    with_, without = write_run(tmp_path / "a", emulators=True), write_run(tmp_path / "b")
+    for order in ((with_, without), (without, with_)):
+        page = render(label_runs([load_run(directory) for directory in order]))
+        assert shown(page) == ALL | EMULATORS
+        titles = re.findall(r'<th scope="row">(.*?)</th>', page)
+        first, tuned = titles.index("Perplexity, zero-shot"), titles.index("Perplexity, tuned")
+        assert titles[first + 1 : tuned] == ["Perplexity, emulator of level 1", "Perplexity, emulator of level 2"]
+
+
+NOT_FINITE = {"zero_shot": 60.0, "tuned": 50.0, "emulator_zero_shot": {"1": 90.0, "2": math.inf}}
+NOT_FINITE |= {"emulator_tuned": {"1": math.nan, "2": math.nan}}
+
+
+@pytest.mark.parametrize(
+    ("run", "missing"),
+    [
+        ({"finished": False}, {"Quality by tier", "Perplexity by emulator level"}),
+        ({"empty_round": 2}, set()),
+        (
+            {"rounds": 1, "empty_round": 1},
+            (ALL | EMULATORS) - {"Who drops out, and why", "Memory", "Quality by tier", "Perplexity by emulator level"},
+        ),
+        ({"perplexity": {"zero_shot": 60.0, "tuned": 50.0}}, {"Perplexity by emulator level"}),
+        ({"perplexity": NOT_FINITE, "privacy_gap": math.nan}, set()),
+    ],
+    ids=str,
+)
+def test_runs_with_emulators_that_lack_something(tmp_path, run, missing):
+    page = render(label_runs([load_run(write_run(tmp_path / "run", emulators=True, **run))]))
+    assert shown(page) == (ALL | EMULATORS) - missing
+    assert all(section.nothing in page for section in SECTIONS if section.title in missing)
+
+
+def figure_of(plot: Callable[[figures.Runs], Figure | None], *directories: Path) -> list[Axes]:
+    """The panels of a figure of some runs."""
+    figure = plot(label_runs([load_run(directory) for directory in directories]))
+    assert figure is not None
+    return figure.axes
+
+
+def lines(axes: Axes) -> list[tuple[list[float], list[float]]]:
+    """x and y of every line."""
+    xy = [(line.get_xdata(), line.get_ydata()) for line in axes.get_lines()]
+    return [(np.asarray(x, float).tolist(), np.asarray(y, float).tolist()) for x, y in xy]
+
+
+def test_the_figure_of_levels_has_two_paths_and_three_levels_of_the_foundation(tmp_path):
+    (axes,) = figure_of(figures.perplexity_by_level, write_run(tmp_path / "run", emulators=True))
+    before, after, *foundation = lines(axes)
+    assert before == ([5, 8], [150, 80]) and after == ([5, 8], [90, 65])
+    assert [y for _, y in foundation] == [[60, 60], [45, 45], [30, 30]]
+    assert "11" in axes.get_xlabel()
+
+
+def test_levels_in_use_are_shares_of_the_completed_and_bytes_are_those_of_the_round(tmp_path):
+    directory = write_run(tmp_path / "run", emulators=True, empty_round=2)
+    levels, sent = figure_of(figures.levels_in_use, directory)
+    bars = [[bar.get_height() for bar in bars] for bars in levels.containers]
+    completed = load_run(directory).clients.query("round == 1 and outcome == 'completed'")["level"]
+    share = (completed == 1).mean() * 100
+    assert share == 80 and bars == [pytest.approx([share, 0, share]), pytest.approx([100 - share, 0, 100 - share])]
+    rounds = load_run(directory).rounds
+    stacked = np.sum([[bar.get_height() for bar in bars] for bars in sent.containers], axis=0)
+    assert stacked == pytest.approx((rounds["download_bytes"] + rounds["upload_bytes"]) / 1e6)
+    assert [bar.get_height() for bar in sent.containers[0]] == pytest.approx(rounds["emulator_bytes"] / 1e6)
+
+
+@pytest.mark.parametrize("emulators", [True, False])
+def test_quality_over_rounds_has_a_path_of_the_largest_emulator(tmp_path, emulators):
+    (axes,) = figure_of(figures.perplexity_over_rounds, write_run(tmp_path / "run", emulators=emulators))
+    paths = [line for line in lines(axes) if len(line[0]) > 2]
+    own = ([0.0, 1.0, 2.0, 3.0], [60.0, 55.0, 50.0, 45.0])
+    assert paths == ([([0.0, 1.0, 2.0, 3.0], [80.0, 75.0, 70.0, 65.0])] if emulators else []) + [own]
 
 
 def test_several_runs_side_by_side(tmp_path):

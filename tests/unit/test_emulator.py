@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -244,10 +246,11 @@ def test_blocks_with_weights_of_their_own_stand_in_for_the_models_in_both_types(
 
 def test_a_block_that_stands_in_is_made_like_the_one_of_its_number(deep_gpt2_dir, tmp_path):
     foundation = foundations.prepare(str(deep_gpt2_dir), "float32")
-    values = foundation.config_json.rstrip().removesuffix("}") + ', "scale_attn_by_inverse_layer_idx": true}'
-    config_json = values.replace('"scale_attn_by_inverse_layer_idx": false,', "")
-    model = foundations.load(foundations.Foundation(**vars(foundation) | {"config_json": config_json}))
-    own = {f"transformer.h.{i}.{k}": t for i in (2, 4) for k, t in model.get_submodule(f"transformer.h.{i}").state_dict().items()}
+    values = json.loads(foundation.config_json) | {"scale_attn_by_inverse_layer_idx": True}
+    model = foundations.load(dataclasses.replace(foundation, config_json=json.dumps(values)))
+    own = {
+        name: t for name, t in model.state_dict().items() if name.startswith(("transformer.h.2.", "transformer.h.4."))
+    }
     save_file(own, tmp_path / "blocks.safetensors")
     rung, tokens = Rung(1, (0, 2, 4, 6)), torch.from_numpy(text(1)[0].tokens_BT)
     with torch.no_grad():
@@ -400,24 +403,17 @@ def test_the_work_on_a_level_comes_back_in_the_places_of_the_whole_adapter(deep_
     updates = train(backbone, start_P, tasks)
     assert [(update.report.device_id, update.level) for update in updates] == [(0, 1), (1, 2), (2, 2), (3, None)]
     names, moved = adapter.layout.names, [adapter.layout.unflatten(update.delta_P) for update in updates]
-    has_block_1 = [any(delta[name].any() for name in names if ".1." in name) for delta in moved]
-    assert has_block_1 == [False, True, True, True]
-    assert updates[1].delta_P.equal(updates[2].delta_P) and not updates[2].delta_P.equal(updates[3].delta_P)
-    assert all(
-        delta[f"{ladder.block_list}.6.{last}.lora_B.weight"].any()
-        for delta in moved
-        for last in _last(model_of=deep_dir)
-    )
-
-
-def _last(model_of: Path) -> list[str]:
-    return ["mlp.c_proj"] if "gpt2" in str(model_of) else ["mlp.down_proj"]
+    blocks = [{name.split(".")[2] for name in names if delta[name].any()} for delta in moved]
+    assert blocks == [{"0", "6"}, {"0", "1", "6"}, {"0", "1", "6"}, {"0", "1", "6"}]
+    assert updates[1].delta_P.allclose(updates[2].delta_P) and not updates[2].delta_P.allclose(updates[3].delta_P)
 
 
 # Who decides
 
 
-def prospects(memory: list[int], caps: list[int], total_s: Sequence[Sequence[float]], deadline_s: float | None) -> Prospects:
+def prospects(
+    memory: list[int], caps: list[int], total_s: Sequence[Sequence[float]], deadline_s: float | None
+) -> Prospects:
     return Prospects(np.array(memory), np.array(caps), np.array(total_s), np.zeros(len(caps), int), deadline_s)
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -261,6 +261,29 @@ def test_a_controller_may_leave_devices_out_or_all_of_them(run, monkeypatch):
     assert rounds["virtual_s"].iloc[0] == 600.0, "a slot of waiting"
 
 
+def test_a_controller_is_told_what_a_level_will_cost_each_device(run, monkeypatch):
+    told: list[Prospects] = []
+
+    class Alternating:
+        def __call__(self, round: int, device_ids: np.ndarray, prospects: Prospects) -> np.ndarray:
+            told.append(prospects)
+            return 1 + (device_ids + (round > 2)) % 2
+
+    monkeypatch.setattr("fedpeat_ray.world.build_controller", lambda *_: Alternating())
+    clients = table(run(**EVERYBODY), "clients")
+    assert (clients["outcome"] == "completed").all()
+    for round, prospects in enumerate(told, start=1):
+        rows = clients[clients["round"] == round]
+        index = rows["level"].to_numpy(int) - 1
+        spent_s = (rows["download_s"] + rows["compute_s"] + rows["upload_s"]).tolist()
+        assert prospects.total_s_NL[np.arange(6), index].tolist() == pytest.approx(spent_s)
+        assert prospects.memory_bytes_L[index].tolist() == rows["memory_bytes"].tolist()
+        assert prospects.memory_cap_bytes_N.tolist() == rows["memory_cap_bytes"].tolist()
+        assert ((prospects.held_level_N == index + 1) == (rows["emulator_bytes"] == 0)).all()
+        assert prospects.fits_NL.all() and prospects.in_time_NL.all() and prospects.total_s_NL.shape == (6, 2)
+    assert [set(prospects.held_level_N.tolist()) for prospects in told] == [{0}, {1, 2}, {1, 2}]
+
+
 # What is trained, and where
 
 
@@ -481,6 +504,17 @@ def weights_of(directory: Path, level: int) -> str:
     return read_config(directory)["resolved"]["levels"][level - 1]["weights"]
 
 
+def test_a_re_alignment_goes_on_from_the_emulators_of_the_one_before(run, tiny):
+    directory = run(emulator=REALIGNED, rounds=2)
+    path = directory / "emulators" / "00001.safetensors"
+    other = {name: tensor + 1.0 for name, tensor in load_file(path).items()}
+    save_file(other, path)
+    Simulation(changed(tiny, resume=directory, emulator=REALIGNED, rounds=4)).run()
+    after = load_file(directory / "emulators" / "00002.safetensors")
+    most = 1.1 * 3 * ENDS.distil.learning_rate  # what AdamW moves an element in three steps
+    assert all(0 < (after[name] - tensor).abs().max() < most for name, tensor in other.items())
+
+
 def test_a_run_that_was_stopped_between_re_alignments_goes_on_to_the_same_bits(run, tiny, tmp_path, monkeypatch):
     changes = {"emulator": REALIGNED | {"server_steps": 1}, "rounds": 5, "server": ServerConfig("yogi", 0.01)}
     whole = run("whole", **changes)
@@ -521,10 +555,11 @@ def test_re_alignment_has_the_adapter_plugged_into_both_sides_in_middle_blocks_t
     tokens = torch.from_numpy(batch.tokens_BT).long()
     valid = torch.arange(tokens.shape[1]) < torch.from_numpy(batch.lengths_B)[:, None]
     tuned = PeftModel.from_pretrained(plain(tiny), str(directory / "adapter")).eval()
-    blocks = tuned.base_model.model.transformer.h
+    shallow: Any = tuned.base_model.model
+    kept = [shallow.get_submodule(f"transformer.h.{number}") for number in rung.blocks]
     with torch.no_grad():
         middle = tuned(input_ids=tokens, output_hidden_states=True).hidden_states[6]
-        tuned.base_model.model.transformer.h = nn.ModuleList([blocks[number] for number in rung.blocks])
+        shallow.set_submodule("transformer.h", nn.ModuleList(kept))
         labels = tokens.masked_fill(~valid, -100)
         out = tuned(input_ids=tokens, labels=labels, output_hidden_states=True, use_cache=False)
     torch.testing.assert_close(target, middle, rtol=1e-4, atol=1e-4)

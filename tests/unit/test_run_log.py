@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +260,40 @@ def test_summary_prints_in_a_log(upper_bound):
     text = out.getvalue()
     assert ("28.40" in text) == ("gap" in text) == (upper_bound is not None)
     assert "70.00 -> -" in text and "12.3 kJ" in text and "1 h 02 min" in text and "\x1b" not in text
+    assert "emulator" not in text and "plug-in" not in text and "privacy" not in text
+
+
+def test_summary_of_emulators_prints_each_level_and_what_the_foundation_alone_gives():
+    perplexity = {"zero_shot": 41.2, "tuned": 31.4, "upper_bound": 28.4, "plug_in": 31.4}
+    perplexity |= {"emulator_zero_shot": {"1": 58.4, "2": 47.0}, "emulator_tuned": {"1": 45.1, "2": None}}
+    summary = {"algorithm": "fed-peat", "rounds": 1, "virtual_s": 1.0, "energy_j": 1.0, "wall_s": 5.0}
+    summary |= {"download_bytes": 9_000_000, "emulator_bytes": 7_000_000, "upload_bytes": 0, "num_completed": 4}
+    summary |= {"num_dropped": 2, "perplexity": perplexity, "gap_closed": 0.77, "privacy_gap": 13.7}
+    summary |= {"token_accuracy": {"zero_shot": 0.25, "tuned": 0.3}}
+    out = io.StringIO()
+    print_summary(summary, Console(file=out, width=80))
+    rows = dict(
+        re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in out.getvalue().splitlines()[2:] if line.strip()
+    )
+    assert list(rows.items())[:7] == [
+        ("perplexity, zero-shot", "41.20"),
+        ("perplexity, emulator of level 1", "58.40 -> 45.10"),
+        ("perplexity, emulator of level 2", "47.00 -> -"),
+        ("perplexity, plug-in", "31.40"),
+        ("perplexity, tuned centrally", "28.40"),
+        ("share of the gap closed", "77.0%"),
+        ("privacy gap", "13.70"),
+    ]
+    assert rows["sent to devices"] == "9.0 MB" and rows["of these emulators"] == "7.0 MB"
+    assert out.getvalue().isascii()
+
+
+def test_totals_sum_up_the_rounds(log):
+    write_rounds(log, 3)
+    names = ("num_completed", "num_dropped", "download_bytes", "emulator_bytes", "upload_bytes", "energy_j")
+    totals = log.totals()
+    assert {name: totals[name] for name in names} == dict.fromkeys(names, 3)
+    assert sum(totals["drop_reasons"].values()) == 0
 
 
 @pytest.mark.parametrize(
