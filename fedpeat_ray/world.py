@@ -146,7 +146,15 @@ def build_fed_peat(config: SimulationConfig, foundation: Foundation, shape: Mode
         public = ServerData(load_corpus(config.data, tokenizer, public=True))
         if (length := emulator.distil.sequence_length) > (most := foundations.max_positions(model)):
             raise ConfigError.of("emulator.distil.sequence_length", length, f"at most {most}, the model's positions")
-    workshop = Workshop(foundation, foundation.digest, emulator, adapter, public, directory / "emulators")
+    workshop = Workshop(
+        foundation,
+        foundation.digest,
+        emulator,
+        adapter,
+        public,
+        config.data.public_name is None,
+        directory / "emulators",
+    )
     return FedPEAT(
         adapter=adapter,
         ladder=ladder,

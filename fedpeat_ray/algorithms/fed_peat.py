@@ -39,7 +39,7 @@ from fedpeat_ray.records import ClientTask
 from fedpeat_ray.seeding import generator
 from fedpeat_ray.training.adapters import Adapter
 from fedpeat_ray.training.emulator_workshop import Workshop
-from fedpeat_ray.training.emulators import OnEmulators
+from fedpeat_ray.training.emulators import InExactType, OnEmulators
 from fedpeat_ray.training.map_clients import MapClients
 
 
@@ -113,7 +113,8 @@ class FedPEAT:
         if steps := self.workshop.config.server_steps:
             rng = generator(self.seed, "server order", round)
             own = self.workshop.public_text.task(steps, self.local, rng)
-            mean = mean.merge(map_clients(train, state.model_P, [own], zero, where="driver")[0])
+            of_server, report = map_clients(InExactType(train), state.model_P, [own], zero, where="driver")
+            mean, reports = mean.merge(of_server), [*reports, *report]
 
         state = server_step(self.server, state, mean.result())
         state = self._remember(state, conditions.fleet.num_devices, device_ids, levels, costs, demand)

@@ -50,6 +50,8 @@ class Workshop:
     adapter: Adapter
     public: ServerData | None
     """None: nothing that needs public text is asked for."""
+    embedded_text: bool
+    """Whether that text is the one that shipped emulators were distilled on."""
     directory: Path
     """Of re-aligned emulators, a file a version: where a resumed run finds them."""
 
@@ -73,18 +75,16 @@ class Workshop:
         groups = [[rung] for rung in own] if self.config.weights == "per_level" else [own]
         made: dict[int, Rung] = {}
         for group in groups if own else []:
-            path = (
-                None
-                if self.config.weights == "foundation"
-                else self._distilled_file(ladder, group, map_clients, on_step)
-            )
+            path = None
+            if self.config.weights != "foundation":
+                path = self._distilled_file(ladder, group, map_clients, on_step)
             if self.config.eight_bit:
                 path = self._eight_bit_file(ladder, [dataclasses.replace(rung, weights=path) for rung in group])
             made |= {rung.level: dataclasses.replace(rung, weights=path) for rung in group}
         return dataclasses.replace(ladder, rungs=tuple(made.get(rung.level, rung) for rung in ladder.rungs))
 
     def _distilled_file(self, ladder: Ladder, group: Sequence[Rung], map_clients: MapClients, on_step: OnStep) -> Path:
-        if (path := self.shipped(ladder, group)).exists():
+        if self.embedded_text and (path := self.shipped(ladder, group)).exists():
             return path
         made_on = [self.foundation.training_dtype, self.public_text.corpus.digest]
         path = user_cache_dir() / f"emulators-{self._key(ladder, group, *made_on)}.safetensors"

@@ -39,6 +39,8 @@ class OnEmulators:
 
     def __call__(self, backbone: Backbone, adapter_P: Tensor, tasks: Sequence[Any]) -> list[Any]:
         updates: list[Any] = []
+        for outdated in backbone.stand_ins.keys() - {rung.weights for rung in self.ladder.rungs}:
+            del backbone.stand_ins[outdated]
         for level, group in itertools.groupby(tasks, key=lambda task: task.level):
             if level is None:
                 updates += self.whole(backbone, adapter_P, list(group))
@@ -52,6 +54,16 @@ class OnEmulators:
                         update = dataclasses.replace(update, delta_P=delta_P, level=level)
                     updates.append(update)
         return updates
+
+
+@dataclass(frozen=True)
+class InExactType:
+    """`train(backbone, shared, tasks)`: the same work against the exact weights, as on a sharded foundation."""
+
+    train: Callable
+
+    def __call__(self, backbone: Backbone, shared: Any, tasks: Sequence[Any]) -> list[Any]:
+        return self.train(Backbone(backbone.exact, backbone.exact), shared, tasks)
 
 
 @dataclass(frozen=True)

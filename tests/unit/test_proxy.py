@@ -86,13 +86,13 @@ def test_the_distribution_is_the_normalised_product(alpha):
     large, tuned, original = LOGITS.double().softmax(dim=-1)
     product = large * (tuned / original) ** alpha
     product /= product.sum(dim=-1, keepdim=True)
-    found = proxy_logits(*LOGITS.double(), alpha).softmax(dim=-1)
+    found = proxy_logits(LARGE.double(), TUNED.double(), ORIGINAL.double(), alpha).softmax(dim=-1)
     torch.testing.assert_close(found, product, rtol=1e-12, atol=1e-12)
 
 
 def test_logits_in_bfloat16_are_added_in_float32():
-    half = LOGITS.bfloat16()
-    assert proxy_logits(*half, 1.0).equal(half[0].float() + (half[1].float() - half[2].float()))
+    large, tuned, original = LOGITS.bfloat16()
+    assert proxy_logits(large, tuned, original, 1.0).equal(large.float() + (tuned.float() - original.float()))
 
 
 @pytest.mark.parametrize(("large_width", "small_width"), [(257, 264), (264, 257), (260, 264)])
@@ -254,17 +254,17 @@ def test_distillation_is_plain_training_of_the_lora_alone(
     sequences, positions, labels = (torch.tensor(part) for part in zip(*rows_and_labels(batch), strict=True))
     with torch.no_grad():
         teacher = plain(deep_gpt2_dir)(input_ids=tokens).logits
-    answer = (teacher, None) if top_k is None else tuple(teacher.topk(top_k, dim=-1))
+    values, kept = (teacher, None) if top_k is None else teacher.topk(top_k, dim=-1)
     before = {name: weight.clone() for name, weight in student.state_dict().items()}
     given_P = adapter_P.clone()
 
-    found_P = distil_small(student, small.lora, given_P, [batch] * steps, lambda _: answer, config)
+    found_P = distil_small(student, small.lora, given_P, [batch] * steps, lambda _: (values, kept), config)
     after = student.state_dict()
     assert before.keys() == after.keys() and all(after[name].equal(weight) for name, weight in before.items())
     assert given_P.equal(adapter_P)
 
-    if top_k is not None:
-        teacher = torch.full_like(teacher, -torch.inf).scatter(2, answer[1], answer[0])
+    if kept is not None:
+        teacher = torch.full_like(teacher, -torch.inf).scatter(2, kept, values)
     model = of_peft(model_dir, small, adapter_P, tmp_path / "start", trainable=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.0)
     losses = []
