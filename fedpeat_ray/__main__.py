@@ -89,7 +89,7 @@ def complete(
     room = positions - ids.shape[1]
     if room < 1:
         raise ConfigError.of("prompt", f"{ids.shape[1]} tokens", f"fewer than {positions} tokens")
-    drawn = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     (out,) = cast(Any, model).generate(
         input_ids=ids,
         attention_mask=ids.new_ones(ids.shape),
