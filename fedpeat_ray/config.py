@@ -126,7 +126,7 @@ class ProxyConfig:
     """Sequences of public text a step."""
     sequence_length: int = 128
     """Tokens a sequence."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-4
     """Of AdamW, on the small model's LoRA."""
     kl_weight: float = 0.5
     """lambda: weight of the teacher, beside 1 - lambda for the text itself."""

@@ -213,10 +213,10 @@ def main_table(settings: Settings, judge: Judge) -> str:
 
 
 def heterogeneity(settings: Settings) -> str:
-    """FedPT with and without distillation from IID to disjoint sources; the first seed."""
+    """FedPT with and without distillation from IID to disjoint sources; the first seed, half of the rounds."""
     seed = settings.seeds[0]
     lines = [
-        "### Heterogeneity",
+        f"### Heterogeneity, {settings.rounds // 2} rounds",
         "",
         "| partition | small, FedPEFT | steered, not distilled | FedPT |",
         "|---|---|---|---|",
@@ -225,7 +225,7 @@ def heterogeneity(settings: Settings) -> str:
         data = DataConfig(partition=partition)
         row = []
         for steps in (0, settings.distillation_steps):
-            config = configuration(settings, "fed-pt", seed, data)
+            config = dataclasses.replace(configuration(settings, "fed-pt", seed, data), rounds=settings.rounds // 2)
             config = dataclasses.replace(config, proxy=dataclasses.replace(config.proxy, steps=steps))
             summary, _ = simulate(settings, f"fed-pt-{name.replace(' ', '-')}-{steps}-seed{seed}", config)
             row.append(summary["perplexity"])
