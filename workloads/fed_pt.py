@@ -427,7 +427,7 @@ def draw_edge(settings: Settings, names: list[str], points: list[tuple[int, floa
     axes.set_xscale("log")
     axes.set_xlabel("private tokens that the small model was tuned on")
     axes.set_ylabel("held-out perplexity")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(settings.out / "edge.png", dpi=150)
 
