@@ -108,7 +108,6 @@ def prepare(config: SimulationConfig, directory: Path) -> World:
     partition = Partition(config.data.partition, corpus.group, corpus.heldout, config.seed)
     data = ClientData(corpus, partition, config.local, config.seed)
     shape = foundations.model_shape(model, _weight_bytes(config))
-    size = 1 if config.client_batch_size == "auto" else config.client_batch_size
     if config.algorithm == "fed-peat":
         algorithm: Algorithm = (peat := build_fed_peat(config, foundation, shape, directory))
         adapter = peat.adapter
@@ -121,6 +120,7 @@ def prepare(config: SimulationConfig, directory: Path) -> World:
             layout = foundations.weights_layout(model)
             algorithm = FedAvg(layout, shape, config.local, config.server, foundation)
         else:
+            size = _first_batch_size(config)
             algorithm = FedPEFT(lora, shape, config.local, config.server, size, config.foundation.name)
     heldout = evaluation_tasks(ALL, *data.heldout(config.evaluation))
     by_tier = _heldout_by_tier(conditions, data, config)
@@ -163,7 +163,7 @@ def build_fed_peat(config: SimulationConfig, foundation: Foundation, shape: Mode
         local=config.local,
         server=config.server,
         workshop=workshop,
-        client_batch_size=1 if config.client_batch_size == "auto" else config.client_batch_size,
+        client_batch_size=_first_batch_size(config),
         seed=config.seed,
         base_model=config.foundation.name,
     )
@@ -195,7 +195,7 @@ def build_fed_pt(
         assert isinstance(peat.adapter, LoraAdapter)
         lora, small_level = peat.adapter.lora, peat.ladder.top
     else:
-        size = 1 if config.client_batch_size == "auto" else config.client_batch_size
+        size = _first_batch_size(config)
         on_small = FedPEFT(lora, small_shape, config.local, config.server, size, proxy.small)
     public = ServerData(load_corpus(config.data, tokenizer, public=True)) if proxy.steps else None
     costs = server_costs(proxy, shape, small_shape, lora)
@@ -370,6 +370,11 @@ def _with_client_batch_size(algorithm: Algorithm, size: int) -> Algorithm:
         return dataclasses.replace(algorithm, on_small=_with_client_batch_size(algorithm.on_small, size))
     assert isinstance(algorithm, FedPEAT | FedPEFT)
     return dataclasses.replace(algorithm, client_batch_size=size)
+
+
+def _first_batch_size(config: SimulationConfig) -> int:
+    """The client batch size, until it is measured."""
+    return 1 if config.client_batch_size == "auto" else config.client_batch_size
 
 
 def _weight_bytes(config: SimulationConfig) -> int:

@@ -9,7 +9,6 @@ import copy
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 import tyro
 from rich import print
 from rich.table import Table
@@ -63,10 +62,11 @@ def half_middle(model: PreTrainedModel) -> PreTrainedModel:
     """The model without every second block between its ends."""
     shorter = copy.deepcopy(model)
     name = foundations.block_list_name(shorter)
-    blocks = list(shorter.get_submodule(name).children())
-    first, last = NUM_END_BLOCKS, len(blocks) - NUM_END_BLOCKS
-    kept = [block for i, block in enumerate(blocks) if not (first <= i < last and (i - first) % 2)]
-    shorter.set_submodule(name, torch.nn.ModuleList(kept))
+    blocks = shorter.get_submodule(name)
+    num_blocks = len(list(blocks.children()))
+    first, last = NUM_END_BLOCKS, num_blocks - NUM_END_BLOCKS
+    kept = [i for i in range(num_blocks) if not (first <= i < last and (i - first) % 2)]
+    shorter.set_submodule(name, foundations.block_view(blocks, kept))
     return shorter
 
 

@@ -66,10 +66,10 @@ class _Follower:
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         read = self._read
-        grown = read is not None and read.shape[1] < input_ids.shape[1] and len(read) == len(input_ids)
-        if not grown or not torch.equal(input_ids[:, : read.shape[1]], read):  # type: ignore[union-attr]
-            read, self._cache = None, None
-        new = input_ids if read is None else input_ids[:, read.shape[1] :]
+        num_read = 0 if read is None else read.shape[1]
+        if read is None or num_read >= input_ids.shape[1] or not torch.equal(input_ids[:, :num_read], read):
+            num_read, self._cache = 0, None
+        new = input_ids[:, num_read:]
         with torch.no_grad():
             out = self._model(input_ids=new, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._read, self._cache = input_ids, out.past_key_values

@@ -34,7 +34,7 @@ def tune_centrally(
     throughout. Cached by all it depends on.
     """
     key = [adapter.kind, adapter.layout.names, foundation.digest, foundation.training_dtype, data.corpus.digest]
-    key += [num_tokens, BATCH_SIZE]
+    key += [num_tokens, BATCH_SIZE, config.foundation.num_shards > 1]  # shards train in the exact type
     parts = (config.seed, config.lora, config.local, config.evaluation)
     key += [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
