@@ -7,17 +7,26 @@ with the field, its value and what is allowed.
 
 from __future__ import annotations
 
-import builtins
-import dataclasses
 import math
-import types
-import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fedpeat_ray.errors import ConfigError
+from fedpeat_ray.settings import (
+    Bounds,
+    Decay,
+    NonNegative,
+    NonNegativeInt,
+    Number,
+    Positive,
+    PositiveInt,
+    SequenceLength,
+    Share,
+    check,
+    from_plain,
+    to_plain,
+)
 
 
 @dataclass(frozen=True)
@@ -26,9 +35,9 @@ class FoundationConfig:
 
     name: str = "pydoc-base"
     """Embedded model (pydoc-base, pydoc-small), Hugging Face name, or local directory."""
-    num_shards: int = 1
+    num_shards: PositiveInt = 1
     """Processes that share the foundation on the driver's side (DeepSpeed ZeRO-3); above 1 no process has all of it."""
-    num_gpus: float | None = None
+    num_gpus: Positive | None = None
     """GPU share of a shard; unset: 1 where the cluster has GPUs, else 0. With one shard, hosts hold the foundation."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Type of the frozen weights while adapters are trained; auto: bfloat16 where the hardware multiplies
@@ -39,9 +48,9 @@ class FoundationConfig:
 class LoraConfig:
     """Low-rank adaptation (Hu et al. 2022), with PEFT's initialisation and scaling alpha / rank."""
 
-    rank: int = 8
+    rank: PositiveInt = 8
     """Rank of the factors."""
-    alpha: float = 16.0
+    alpha: Positive = 16.0
     """Scaling numerator: the update is alpha / rank * B A."""
     targets: tuple[str, ...] = ()
     """Names of the modules to adapt, e.g. c_attn c_fc. Empty: every linear layer."""
@@ -53,17 +62,17 @@ class LoraConfig:
 class DistilConfig:
     """How kept blocks learn, on public text, to stand in for those left out."""
 
-    steps: int = 1200
+    steps: PositiveInt = 1200
     """Optimizer steps; every step trains the emulator of one level."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Sequences a step."""
-    sequence_length: int = 128
+    sequence_length: SequenceLength = 128
     """Tokens a sequence."""
-    learning_rate: float = 3e-3
+    learning_rate: Positive = 3e-3
     """Peak learning rate of AdamW; it rises over a tenth of the steps and falls to zero."""
-    output_weight: float = 30.0
+    output_weight: NonNegative = 30.0
     """Weight of the error of the middle's output, beside the language model's loss of weight 1."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Draws text and levels; not the run's seed, so that runs of several seeds share their emulators."""
 
 
@@ -71,9 +80,9 @@ class DistilConfig:
 class EmulatorConfig:
     """What devices get of the foundation in FedPEAT, and what they train in it."""
 
-    first: int = 2
+    first: NonNegativeInt = 2
     """Adapter blocks at the start of the foundation."""
-    last: int = 2
+    last: NonNegativeInt = 2
     """Adapter blocks at its end."""
     shares: tuple[float, ...] = (0.25, 0.5, 0.75)
     """Share of the blocks between that level 1, 2, … keeps; the level above them is the foundation itself."""
@@ -87,11 +96,11 @@ class EmulatorConfig:
     """Weights of the kept blocks: distilled once for all levels, distilled for each, or the foundation's own."""
     eight_bit: bool = False
     """Keep the frozen blocks in 8 bit on devices."""
-    realign_every: int = 0
+    realign_every: NonNegativeInt = 0
     """Rounds after which emulators are distilled again, with the current adapter plugged in; 0: never."""
-    realign_steps: int = 20
+    realign_steps: PositiveInt = 20
     """Optimizer steps of a re-alignment."""
-    server_steps: int = 0
+    server_steps: NonNegativeInt = 0
     """Local steps of the server a round, as one more participant, on public text and the foundation; 0: none."""
     distil: DistilConfig = field(default_factory=DistilConfig)
 
@@ -108,7 +117,7 @@ class ControlConfig:
 
     kind: Literal["fixed", "random", "greedy"] = "greedy"
     """fixed: one level for all; random: any that fits its memory; greedy: the largest that fits memory and deadline."""
-    level: int = 1
+    level: PositiveInt = 1
     """The level of fixed."""
 
 
@@ -118,21 +127,21 @@ class ProxyConfig:
 
     small: str = "pydoc-small"
     """Embedded model, Hugging Face name, or local directory, with the vocabulary of the foundation."""
-    alpha: float = 1.0
+    alpha: Number = 1.0
     """Weight of (tuned small - original small) in the foundation's logits."""
-    steps: int = 20
+    steps: NonNegativeInt = 20
     """Optimizer steps of distillation a round; 0: none."""
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Sequences of public text a step."""
-    sequence_length: int = 128
+    sequence_length: SequenceLength = 128
     """Tokens a sequence."""
-    learning_rate: float = 2e-4
+    learning_rate: Positive = 2e-4
     """Of AdamW, on the small model's LoRA."""
-    kl_weight: float = 0.5
+    kl_weight: Share = 0.5
     """lambda: weight of the teacher, beside 1 - lambda for the text itself."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """T: both distributions are softened by it."""
-    top_k: int | None = None
+    top_k: PositiveInt | None = None
     """Tokens a position for which the teacher's logits are kept; unset: all."""
     emulators: bool = False
     """Whether devices get emulators of the small model (see emulator, control) instead of all of it."""
@@ -142,21 +151,21 @@ class ProxyConfig:
 class LocalConfig:
     """What a client does in a round."""
 
-    batch_size: int = 2
+    batch_size: PositiveInt = 2
     """Sequences a step."""
-    sequence_length: int = 64
+    sequence_length: SequenceLength = 64
     """Tokens a sequence."""
-    max_steps: int = 8
+    max_steps: PositiveInt = 8
     """Most optimizer steps a round."""
-    epochs: float = 1.0
+    epochs: Positive = 1.0
     """Passes over the device's share; steps = min(max_steps, ceil(epochs * sequences / batch_size))."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimizer on the device; its state starts anew every round."""
-    learning_rate: float = 2e-3
+    learning_rate: Positive = 2e-3
     """Constant learning rate on the device."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """Decoupled (AdamW) or L2 (SGD) weight decay of the trained tensors."""
-    prox_mu: float = 0.0
+    prox_mu: NonNegative = 0.0
     """FedProx: adds mu / 2 * ||w - w_round_start||^2 to the loss (Li et al. 2020, eq. 2)."""
 
 
@@ -166,13 +175,13 @@ class ServerConfig:
 
     optimizer: Literal["sgd", "adam", "yogi"] = "sgd"
     """sgd with learning rate 1 and no momentum is FedAvg's plain mean."""
-    learning_rate: float = 1.0
+    learning_rate: Positive = 1.0
     """Server learning rate."""
-    momentum: float = 0.0
+    momentum: Decay = 0.0
     """Momentum (sgd), or beta 1 (adam, yogi)."""
-    beta2: float = 0.99
+    beta2: Decay = 0.99
     """Second-moment decay (adam, yogi)."""
-    tau: float = 1e-3
+    tau: Positive = 1e-3
     """Degree of adaptivity, added to the root of the second moment (adam, yogi)."""
 
 
@@ -182,17 +191,17 @@ class PartitionConfig:
 
     kind: Literal["iid", "dirichlet", "by_source", "shards"] = "dirichlet"
     """iid; Dirichlet(alpha) over sources (or labels); one source (or label) a device; k shards a device."""
-    alpha: float = 0.3
+    alpha: Positive = 0.3
     """Dirichlet concentration: small is heterogeneous, large is nearly IID."""
     group_by: Literal["source", "label"] = "source"
     """What dirichlet, by_source and shards group documents by."""
-    shards_per_device: int = 2
+    shards_per_device: PositiveInt = 2
     """k of the pathological k-shard split (McMahan et al. 2017)."""
-    num_shards: int = 400
+    num_shards: PositiveInt = 400
     """Shards into which the documents, sorted by group, are cut."""
-    documents_per_device: float = 24.0
+    documents_per_device: Annotated[float, Bounds(1, math.inf, "at least 1")] = 24.0
     """Median number of documents a device holds; inf: all there are in its groups."""
-    quantity_sigma: float = 0.6
+    quantity_sigma: NonNegative = 0.6
     """Standard deviation of the log of the number of documents; 0: all devices alike."""
 
 
@@ -215,7 +224,7 @@ class DataConfig:
     """Column with a class, if any; for python_docs it is the package."""
     split: str = "train"
     """Split of a hub dataset."""
-    heldout_share: float = 0.1
+    heldout_share: Annotated[float, Bounds(math.ulp(0.0), 1 - 2**-53, "above 0 and below 1")] = 0.1
     """Share of the documents of every source kept for evaluation (hub and local data)."""
     partition: PartitionConfig = field(default_factory=PartitionConfig)
 
@@ -226,17 +235,17 @@ class AvailabilityConfig:
 
     kind: Literal["always", "markov", "diurnal", "trace"] = "markov"
     """always; Markov on/off; diurnal (a sine over the day, phase by device); a CSV trace."""
-    slot_s: float = 600.0
+    slot_s: Positive = 600.0
     """Length of a slot in virtual seconds: availability changes between slots (markov, diurnal)."""
-    mean_on_s: float = 7200.0
+    mean_on_s: Positive = 7200.0
     """Mean time a device stays available (markov)."""
-    mean_off_s: float = 1200.0
+    mean_off_s: Positive = 1200.0
     """Mean time a device stays unavailable (markov)."""
-    day_s: float = 86400.0
+    day_s: Positive = 86400.0
     """Period (diurnal)."""
-    min_share: float = 0.3
+    min_share: Share = 0.3
     """Share of devices available at the worst hour (diurnal)."""
-    max_share: float = 0.95
+    max_share: Share = 0.95
     """Share of devices available at the best hour (diurnal)."""
     trace: Path | None = None
     """CSV with columns device_id,start_s,stop_s: when a device is available (trace)."""
@@ -248,25 +257,25 @@ class ChannelConfig:
 
     kind: Literal["nominal", "rayleigh", "rician"] = "rayleigh"
     """nominal: the tier's link speeds; otherwise Shannon rate under block fading, capped by them."""
-    bandwidth_hz: float = 100e6
+    bandwidth_hz: Positive = 100e6
     """Downlink, and again uplink, bandwidth shared equally by the devices of a round."""
-    server_power_w: float = 20.0
+    server_power_w: Positive = 20.0
     """Transmit power of the server, over the whole band."""
-    device_power_w: float = 0.2
+    device_power_w: Positive = 0.2
     """Transmit power of a device."""
-    noise_dbm_per_hz: float = -174.0
+    noise_dbm_per_hz: Number = -174.0
     """Noise power density (thermal noise at 290 K)."""
-    path_loss_db_at_1km: float = 128.1
+    path_loss_db_at_1km: Number = 128.1
     """Path loss at 1 km (3GPP TR 36.814, macro cell)."""
-    path_loss_exponent: float = 3.76
+    path_loss_exponent: Positive = 3.76
     """Path loss exponent (the same model: 37.6 dB a decade)."""
-    cell_radius_m: float = 500.0
+    cell_radius_m: Positive = 500.0
     """Devices are spread evenly over a disc of this radius around the server."""
-    min_distance_m: float = 10.0
+    min_distance_m: Positive = 10.0
     """No device is nearer than this."""
-    rician_k: float = 3.0
+    rician_k: NonNegative = 3.0
     """Power of the line of sight over that of the scattered paths (rician)."""
-    min_bytes_per_s: float = 1e3
+    min_bytes_per_s: NonNegative = 1e3
     """A link slower than this, either way, is an outage: the device drops out with reason link."""
 
 
@@ -274,13 +283,13 @@ class ChannelConfig:
 class FleetConfig:
     """The simulated population."""
 
-    num_devices: int = 2000
+    num_devices: PositiveInt = 2000
     """Devices in the fleet."""
     tier_shares: tuple[float, ...] = ()
     """Share of each tier, in the order of fleet/tiers.py; empty: the shares given there. Any sum."""
-    spread: float = 0.25
+    spread: NonNegative = 0.25
     """Standard deviation of the log of speed, of memory and of link (one draw each) inside a tier."""
-    memory_scale: float = 1.0
+    memory_scale: Positive = 1.0
     """Multiplies every memory cap: shrink it to make small models feel large."""
     precision: Literal["float32", "float16"] = "float32"
     """Arithmetic in which devices train: which of the tier's speeds counts."""
@@ -292,13 +301,13 @@ class FleetConfig:
 class EvaluationConfig:
     """Held-out private text, and the reference points."""
 
-    every: int = 1
+    every: PositiveInt = 1
     """Rounds between evaluations; the last round is always evaluated."""
-    num_sequences: int = 128
+    num_sequences: PositiveInt = 128
     """Held-out sequences for the overall figure."""
-    num_sequences_per_tier: int = 32
+    num_sequences_per_tier: NonNegativeInt = 32
     """Held-out sequences of devices of each tier for the per-tier figure; 0: none."""
-    sequence_length: int = 128
+    sequence_length: SequenceLength = 128
     """Tokens a held-out sequence."""
     upper_bound: bool = True
     """Also tune centrally on the pooled data with the same token budget (cached by configuration)."""
@@ -310,13 +319,13 @@ class HostsConfig:
 
     backend: Literal["ray", "serial"] = "ray"
     """ray: host actors; serial: in this process, one batch after another (same bits)."""
-    num_hosts: int | None = None
+    num_hosts: PositiveInt | None = None
     """Host actors; unset: one a GPU of the cluster, or one a core."""
-    num_threads: int = 1
+    num_threads: PositiveInt = 1
     """CPU threads of a host. Changing it may change the last bits."""
-    num_gpus: float | None = None
+    num_gpus: NonNegative | None = None
     """GPU share of a host; unset: 1 where the cluster has free GPUs, else 0."""
-    memory_gib: float | None = None
+    memory_gib: Positive | None = None
     """Memory a host reserves in Ray's scheduler (which does not enforce it)."""
     exclusive: bool = False
     """One actor a device, with its tier's GPU fraction and a real allocator cap; tens of devices."""
@@ -329,23 +338,23 @@ class SimulationConfig:
     algorithm: Literal["fed-peat", "fed-peft", "fed-pt", "fed-avg"] = "fed-peat"
     """fed-peat: adapters on emulators; fed-peft: LoRA on the foundation; fed-pt: LoRA on a small model that steers
     the foundation; fed-avg: averaging of all weights."""
-    rounds: int = 10
+    rounds: PositiveInt = 10
     """Rounds."""
-    cohort_size: int = 32
+    cohort_size: PositiveInt = 32
     """Devices whose updates a round waits for."""
-    over_sample: float = 1.25
+    over_sample: Annotated[float, Bounds(1, 1e6, "at least 1")] = 1.25
     """Devices sampled a round, as a multiple of cohort_size; those not needed drop out."""
-    deadline_s: float | None = None
+    deadline_s: Positive | None = None
     """Virtual seconds after which a round ends without the devices that would be late; unset: none."""
-    client_batch_size: int | Literal["auto"] = "auto"
+    client_batch_size: PositiveInt | Literal["auto"] = "auto"
     """Clients trained together on one backbone; auto measures a few sizes first and logs its choice."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Everything random follows from it."""
     out: Path | None = None
     """Run directory; unset: a new one under $FEDPEAT_RUNS."""
     resume: Path | None = None
     """Run directory to go on with, from its last checkpoint."""
-    checkpoint_every: int = 5
+    checkpoint_every: PositiveInt = 5
     """Rounds between checkpoints; the last round always has one."""
     local: LocalConfig = field(default_factory=LocalConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -361,11 +370,7 @@ class SimulationConfig:
 
     def validate(self) -> None:
         """Raise ConfigError for the first setting that cannot be used; reads no file, loads nothing."""
-        _check_kinds(self)
-        for path, (low, high, allowed) in _BOUNDS.items():
-            value = get(self, path)
-            if value is not None and value != "auto" and not low <= value <= high:
-                raise ConfigError.of(path, value, allowed)
+        check(self)
         if self.cohort_size > self.fleet.num_devices:
             allowed = f"at most fleet.num_devices = {self.fleet.num_devices}"
             raise ConfigError.of("cohort_size", self.cohort_size, allowed)
@@ -417,169 +422,9 @@ class SimulationConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: paths as strings, tuples as lists, infinity as "inf"."""
-        return _plain(dataclasses.asdict(self))
+        return to_plain(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SimulationConfig:
         """The inverse of `to_dict`; raises ConfigError for a field that does not exist."""
-        return _build(cls, values, "")
-
-
-_TINY, _INF = math.ulp(0.0), math.inf
-_POSITIVE_INT = (1, 2**62, "an integer of at least 1")
-_POSITIVE = (_TINY, 1e300, "a finite number above 0")
-_NOT_NEGATIVE = (0, 1e300, "a finite number of at least 0")
-_SHARE = (0, 1, "between 0 and 1")
-_BOUNDS: dict[str, tuple[float, float, str]] = {
-    "rounds": _POSITIVE_INT,
-    "cohort_size": _POSITIVE_INT,
-    "over_sample": (1, 1e6, "at least 1"),
-    "deadline_s": _POSITIVE,
-    "client_batch_size": _POSITIVE_INT,
-    "seed": (0, 2**62, "an integer of at least 0"),
-    "checkpoint_every": _POSITIVE_INT,
-    "local.batch_size": _POSITIVE_INT,
-    "local.sequence_length": (2, 2**31, "an integer of at least 2"),
-    "local.max_steps": _POSITIVE_INT,
-    "local.epochs": _POSITIVE,
-    "local.learning_rate": _POSITIVE,
-    "local.weight_decay": _NOT_NEGATIVE,
-    "local.prox_mu": _NOT_NEGATIVE,
-    "lora.rank": _POSITIVE_INT,
-    "lora.alpha": _POSITIVE,
-    "server.learning_rate": _POSITIVE,
-    "server.momentum": (0, 1 - 2**-53, "at least 0 and below 1"),
-    "server.beta2": (0, 1 - 2**-53, "at least 0 and below 1"),
-    "server.tau": _POSITIVE,
-    "data.heldout_share": (_TINY, 1 - 2**-53, "above 0 and below 1"),
-    "data.partition.alpha": _POSITIVE,
-    "data.partition.shards_per_device": _POSITIVE_INT,
-    "data.partition.num_shards": _POSITIVE_INT,
-    "data.partition.documents_per_device": (1, _INF, "at least 1"),
-    "data.partition.quantity_sigma": _NOT_NEGATIVE,
-    "fleet.num_devices": _POSITIVE_INT,
-    "fleet.spread": _NOT_NEGATIVE,
-    "fleet.memory_scale": _POSITIVE,
-    "fleet.availability.slot_s": _POSITIVE,
-    "fleet.availability.mean_on_s": _POSITIVE,
-    "fleet.availability.mean_off_s": _POSITIVE,
-    "fleet.availability.day_s": _POSITIVE,
-    "fleet.availability.min_share": _SHARE,
-    "fleet.availability.max_share": _SHARE,
-    "fleet.channel.bandwidth_hz": _POSITIVE,
-    "fleet.channel.server_power_w": _POSITIVE,
-    "fleet.channel.device_power_w": _POSITIVE,
-    "fleet.channel.path_loss_exponent": _POSITIVE,
-    "fleet.channel.cell_radius_m": _POSITIVE,
-    "fleet.channel.min_distance_m": _POSITIVE,
-    "fleet.channel.rician_k": _NOT_NEGATIVE,
-    "fleet.channel.min_bytes_per_s": _NOT_NEGATIVE,
-    "foundation.num_shards": _POSITIVE_INT,
-    "foundation.num_gpus": _POSITIVE,
-    "emulator.first": (0, 2**31, "an integer of at least 0"),
-    "emulator.last": (0, 2**31, "an integer of at least 0"),
-    "emulator.realign_every": (0, 2**31, "an integer of at least 0"),
-    "emulator.realign_steps": _POSITIVE_INT,
-    "emulator.server_steps": (0, 2**31, "an integer of at least 0"),
-    "emulator.distil.steps": _POSITIVE_INT,
-    "emulator.distil.batch_size": _POSITIVE_INT,
-    "emulator.distil.sequence_length": (2, 2**31, "an integer of at least 2"),
-    "emulator.distil.learning_rate": _POSITIVE,
-    "emulator.distil.output_weight": _NOT_NEGATIVE,
-    "emulator.distil.seed": (0, 2**62, "an integer of at least 0"),
-    "control.level": _POSITIVE_INT,
-    "proxy.alpha": (-1e300, 1e300, "a finite number"),
-    "proxy.steps": (0, 2**31, "an integer of at least 0"),
-    "proxy.batch_size": _POSITIVE_INT,
-    "proxy.sequence_length": (2, 2**31, "an integer of at least 2"),
-    "proxy.learning_rate": _POSITIVE,
-    "proxy.kl_weight": _SHARE,
-    "proxy.temperature": _POSITIVE,
-    "proxy.top_k": _POSITIVE_INT,
-    "evaluation.every": _POSITIVE_INT,
-    "evaluation.num_sequences": _POSITIVE_INT,
-    "evaluation.num_sequences_per_tier": (0, 2**31, "an integer of at least 0"),
-    "evaluation.sequence_length": (2, 2**31, "an integer of at least 2"),
-    "hosts.num_hosts": _POSITIVE_INT,
-    "hosts.num_threads": _POSITIVE_INT,
-    "hosts.num_gpus": _NOT_NEGATIVE,
-    "hosts.memory_gib": _POSITIVE,
-}
-
-
-def get(config: object, path: str) -> Any:
-    """The value of a dotted path, e.g. `get(config, "fleet.num_devices")`."""
-    for name in path.split("."):
-        config = getattr(config, name)
-    return config
-
-
-def _check_kinds(config: Any, prefix: str = "") -> None:
-    """Raise ConfigError for a value that is not of its field's type: from Python, anything may come."""
-    hints = typing.get_type_hints(type(config))
-    for item in dataclasses.fields(config):
-        path, value, hint = f"{prefix}{item.name}", getattr(config, item.name), hints[item.name]
-        if not _is_a(value, hint):
-            raise ConfigError.of(path, value, _BOUNDS[path][2] if path in _BOUNDS else _in_words(hint))
-        if dataclasses.is_dataclass(value):
-            _check_kinds(value, f"{path}.")
-
-
-def _is_a(value: object, hint: Any) -> bool:
-    match typing.get_origin(hint):
-        case typing.Union | types.UnionType:
-            return any(_is_a(value, option) for option in typing.get_args(hint))
-        case typing.Literal:
-            return isinstance(value, str) and value in typing.get_args(hint)
-        case builtins.tuple:
-            return isinstance(value, tuple) and all(_is_a(item, typing.get_args(hint)[0]) for item in value)
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, int | float if hint is float else hint)
-
-
-def _in_words(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return ", ".join(typing.get_args(hint))
-    return f"of type {hint.__name__ if isinstance(hint, type) else hint}"
-
-
-def differences(one: object, other: object, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(path, value in one, value in the other) of every field in which two configurations differ."""
-    for item in dataclasses.fields(one):  # type: ignore[arg-type]  # both are dataclasses of one kind
-        a, b = getattr(one, item.name), getattr(other, item.name)
-        if dataclasses.is_dataclass(a):
-            yield from differences(a, b, f"{prefix}{item.name}.")
-        elif a != b:
-            yield f"{prefix}{item.name}", a, b
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    known = {item.name for item in dataclasses.fields(cls)}
-    built = {}
-    for name, value in values.items():
-        if name not in known:
-            raise ConfigError.of(f"{prefix}{name}", value, f"one of {', '.join(sorted(known))}")
-        hint = hints[name]
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if dataclasses.is_dataclass(hint):
-            value = _build(typing.cast(type, hint), value, f"{prefix}{name}.")
-        elif isinstance(value, list):
-            value = tuple(value)
-        elif Path in options and value is not None:
-            value = Path(value)
-        elif float in options and isinstance(value, str):
-            value = float(value)
-        built[name] = value
-    return cls(**built)
+        return from_plain(cls, values)

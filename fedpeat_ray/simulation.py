@@ -13,7 +13,7 @@ import torch
 from fedpeat_ray.aggregation.server_optimizer import ServerState
 from fedpeat_ray.algorithms.fed_peat import FedPEAT
 from fedpeat_ray.algorithms.fed_pt import FedPT
-from fedpeat_ray.config import SimulationConfig, differences
+from fedpeat_ray.config import SimulationConfig
 from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.runtime.centralised import tune_centrally
 from fedpeat_ray.runtime.checkpoint import Facts, load_checkpoint, save_checkpoint
@@ -21,6 +21,7 @@ from fedpeat_ray.runtime.process import process_settings
 from fedpeat_ray.runtime.progress import Progress
 from fedpeat_ray.runtime.rows import client_columns, round_row
 from fedpeat_ray.runtime.run_log import RunLog, default_run_dir, read_config
+from fedpeat_ray.settings import differences
 from fedpeat_ray.training.evaluation import EvaluationTask, Score, ScoreSum
 from fedpeat_ray.training.map_clients import MapClients
 from fedpeat_ray.world import (

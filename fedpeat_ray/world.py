@@ -15,12 +15,11 @@ import torch
 from transformers import PreTrainedModel
 
 from fedpeat_ray.algorithms.fed_avg import FedAvg
-from fedpeat_ray.algorithms.fed_peat import FedPEAT, LevelCosts
+from fedpeat_ray.algorithms.fed_peat import FedPEAT
 from fedpeat_ray.algorithms.fed_peft import FedPEFT
 from fedpeat_ray.algorithms.fed_pt import FedPT
 from fedpeat_ray.algorithms.round_result import Algorithm, ServerCosts
 from fedpeat_ray.config import ControlConfig, ProxyConfig, SimulationConfig
-from fedpeat_ray.config import get as config_get
 from fedpeat_ray.control.fixed import Fixed
 from fedpeat_ray.control.greedy import Greedy
 from fedpeat_ray.control.plan import Controller
@@ -32,6 +31,7 @@ from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.files import user_cache_dir
 from fedpeat_ray.fleet.conditions import Conditions, build_conditions
 from fedpeat_ray.fleet.costs import forward_flops, training_flops
+from fedpeat_ray.fleet.levels import LevelCosts
 from fedpeat_ray.fleet.memory import ModelShape, training_memory
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models import weight_files
@@ -43,6 +43,7 @@ from fedpeat_ray.runtime.knee import find_client_batch_size
 from fedpeat_ray.runtime.process import process_settings
 from fedpeat_ray.runtime.progress import Progress
 from fedpeat_ray.runtime.serial import Serial
+from fedpeat_ray.settings import get
 from fedpeat_ray.training.adapters import Adapter, LoraAdapter, find_weights
 from fedpeat_ray.training.distillation import SmallModel
 from fedpeat_ray.training.emulator_workshop import Workshop
@@ -102,7 +103,7 @@ def prepare(config: SimulationConfig, directory: Path) -> World:
     foundation = foundations.prepare(config.foundation.name, config.foundation.dtype)
     model = foundations.load(foundation)
     for field in ("local.sequence_length", "evaluation.sequence_length"):
-        if (length := config_get(config, field)) > (most := foundations.max_positions(model)):
+        if (length := get(config, field)) > (most := foundations.max_positions(model)):
             raise ConfigError.of(field, length, f"at most {most}, the positions of {config.foundation.name}")
     corpus = load_corpus(config.data, foundations.load_tokenizer(foundation.config_dir))
     partition = Partition(config.data.partition, corpus.group, corpus.heldout, config.seed)
@@ -186,7 +187,7 @@ def build_fed_pt(
     lengths = ("local.sequence_length", "evaluation.sequence_length", "proxy.sequence_length")
     for field in lengths if proxy.steps else lengths[:2]:
         most = min(foundations.max_positions(small), foundations.max_positions(large))
-        if (length := config_get(config, field)) > most:
+        if (length := get(config, field)) > most:
             raise ConfigError.of(field, length, f"at most {most}, the positions of both models")
     small_shape = foundations.model_shape(small, _weight_bytes(config))
     lora, small_level = find_lora(small, config.lora), 1

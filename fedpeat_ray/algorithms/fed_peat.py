@@ -33,6 +33,7 @@ from fedpeat_ray.control.plan import SKIP, Controller, Prospects
 from fedpeat_ray.data.client_data import ClientData
 from fedpeat_ray.fleet.conditions import Conditions
 from fedpeat_ray.fleet.costs import Costs, Task
+from fedpeat_ray.fleet.levels import LevelCosts
 from fedpeat_ray.models.emulator import Ladder
 from fedpeat_ray.models.layout import Layout
 from fedpeat_ray.records import ClientTask
@@ -41,17 +42,6 @@ from fedpeat_ray.training.adapters import Adapter
 from fedpeat_ray.training.emulator_workshop import Workshop
 from fedpeat_ray.training.emulators import InExactType, OnEmulators
 from fedpeat_ray.training.map_clients import MapClients
-
-
-@dataclass(frozen=True)
-class LevelCosts:
-    """What a level costs any device that gets it; L levels, from 1."""
-
-    emulator_bytes_L: np.ndarray
-    adapter_bytes_L: np.ndarray
-    """One way."""
-    memory_bytes_L: np.ndarray
-    flops_per_token_L: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -96,10 +86,10 @@ class FedPEAT:
         """One round; the work of devices that will not complete it is never done."""
         device_ids, tasks, prospects = self.prospects(state, conditions, data, round)
         levels = self.controller(round, device_ids, prospects)
-        taking_part = levels != SKIP
-        device_ids, levels, held = device_ids[taking_part], levels[taking_part], prospects.held_level_N[taking_part]
-        tasks = [task for task, takes_part in zip(tasks, taking_part, strict=True) if takes_part]
-        demand, exchange_bytes = self.demand(tasks, levels, held)
+        part = np.flatnonzero(levels != SKIP)
+        device_ids, levels, held = device_ids[part], levels[part], prospects.held_level_N[part]
+        tasks = [tasks[i] for i in part]
+        demand = self.level_costs.task(levels, held, np.array([task.num_tokens for task in tasks]))
         costs, admission = conditions.settle(round, now_s, device_ids, demand)
 
         chosen = [
@@ -120,7 +110,7 @@ class FedPEAT:
         state = self._remember(state, conditions.fleet.num_devices, device_ids, levels, costs, demand)
         if (every := self.workshop.config.realign_every) and round % every == 0:
             state = self._realign(state, map_clients)
-        emulator_bytes = np.minimum(costs.download_bytes, exchange_bytes)
+        emulator_bytes = np.minimum(costs.download_bytes, self.level_costs.exchange_bytes(levels, held))
         server = self._server_costs()
         rank = self.adapter.rank
         return state, RoundResult(device_ids, tasks, costs, admission, reports, rank, levels, emulator_bytes, server)
@@ -129,29 +119,15 @@ class FedPEAT:
         self, state: ServerState, conditions: Conditions, data: ClientData, round: int
     ) -> tuple[np.ndarray, list[ClientTask], Prospects]:
         """The devices asked in a round, their work, and what each level would cost each of them."""
-        device_ids = conditions.sample(round)
-        tasks, fleet = data.tasks(device_ids, round), conditions.fleet
-        num_levels = len(self.levels)
-        each, held_N = self.level_costs, self._held(state, fleet.num_devices)[device_ids]
-        has_NL = held_N[:, None] == np.array(self.levels)
-        download_NL = np.where(has_NL, 0, each.emulator_bytes_L[:num_levels]) + each.adapter_bytes_L[:num_levels]
-        flops_NL = np.outer([task.num_tokens for task in tasks], each.flops_per_token_L[:num_levels])
-        total_s_NL = (
-            download_NL / fleet.downlink_bytes_per_s[device_ids, None]
-            + flops_NL / fleet.flops_per_s[device_ids, None]
-            + each.adapter_bytes_L[:num_levels] / fleet.uplink_bytes_per_s[device_ids, None]
-        )
-        caps_N = fleet.memory_cap_bytes[device_ids]
-        memory_L = each.memory_bytes_L[:num_levels]
-        return device_ids, tasks, Prospects(memory_L, caps_N, total_s_NL, held_N, conditions.deadline_s)
-
-    def demand(self, tasks: list[ClientTask], levels: np.ndarray, held: np.ndarray) -> tuple[Task, np.ndarray]:
-        """What the round asks of each device, and the bytes (N,) of emulators in it."""
-        each, index = self.level_costs, levels - 1
-        exchange_bytes = np.where(held == levels, 0, each.emulator_bytes_L[index])
-        adapter_bytes = each.adapter_bytes_L[index]
-        flops = each.flops_per_token_L[index] * np.array([task.num_tokens for task in tasks])
-        return Task(exchange_bytes + adapter_bytes, adapter_bytes, flops, each.memory_bytes_L[index]), exchange_bytes
+        device_ids, fleet = conditions.sample(round), conditions.fleet
+        tasks, held_N = data.tasks(device_ids, round), self._held(state, fleet.num_devices)[device_ids]
+        num_tokens_N, total_s_LN = np.array([task.num_tokens for task in tasks]), []
+        for level in self.levels:
+            demand = self.level_costs.task(np.full(len(device_ids), level), held_N, num_tokens_N)
+            total_s_LN.append(conditions.nominal_s(device_ids, demand))
+        memory_L, caps_N = self.level_costs.memory_bytes_L[: len(self.levels)], fleet.memory_cap_bytes[device_ids]
+        prospects = Prospects(memory_L, caps_N, np.stack(total_s_LN, axis=1), held_N, conditions.deadline_s)
+        return device_ids, tasks, prospects
 
     def trainer(self, state: ServerState) -> OnEmulators:
         """Local training of the part of the adapter that lies in the blocks of a task's level."""

@@ -30,14 +30,18 @@ class Conditions:
         """Device ids asked in a round, sorted: cohort_size * over_sample of them, rounded up."""
         return self.fleet.sample(round, math.ceil(self.cohort_size * self.over_sample))
 
+    def nominal_s(self, device_ids: np.ndarray, task: Task) -> np.ndarray:
+        """(N,) virtual seconds that the task would take each device at its tier's link speeds."""
+        downlink, uplink = self._nominal_rates(device_ids)
+        return task_costs(self.fleet, device_ids, task, downlink, uplink).total_s
+
     def settle(self, round: int, now_s: float, device_ids: np.ndarray, task: Task) -> tuple[Costs, Admission]:
         """What the round costs these devices, and who completes it. Unavailable devices take no bandwidth.
 
         A round that nobody completes and no deadline ends lasts one slot of the availability model.
         """
         available = self.availability.available(device_ids, now_s)
-        downlink, uplink = self.fleet.downlink_bytes_per_s[device_ids], self.fleet.uplink_bytes_per_s[device_ids]
-        downlink, uplink = downlink.astype(np.float64), uplink.astype(np.float64)
+        downlink, uplink = self._nominal_rates(device_ids)
         if available.any():
             rates = link_rates(self.fleet, self.config.channel, device_ids[available], round, self.seed)
             downlink[available], uplink[available] = rates
@@ -48,6 +52,10 @@ class Conditions:
             slot_s = self.config.availability.slot_s
             admission = Admission(admission.drop_reason, admission.completed, slot_s)
         return spent(costs, admission), admission
+
+    def _nominal_rates(self, device_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        downlink, uplink = self.fleet.downlink_bytes_per_s[device_ids], self.fleet.uplink_bytes_per_s[device_ids]
+        return downlink.astype(np.float64), uplink.astype(np.float64)
 
 
 def build_conditions(

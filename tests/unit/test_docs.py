@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedpeat_ray.config import SimulationConfig, get
+from fedpeat_ray.config import SimulationConfig
 from fedpeat_ray.fleet.tiers import TIERS
+from fedpeat_ray.settings import get
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -1,0 +1,127 @@
+"""What a configuration is made of: numbers with bounds, dataclasses that are checked, plain values and back."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fedpeat_ray.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The least and the greatest value of a number, and how an error says it."""
+
+    low: float
+    high: float
+    allowed: str
+
+
+PositiveInt = Annotated[int, Bounds(1, 2**62, "an integer of at least 1")]
+NonNegativeInt = Annotated[int, Bounds(0, 2**62, "an integer of at least 0")]
+SequenceLength = Annotated[int, Bounds(2, 2**31, "an integer of at least 2")]
+Number = Annotated[float, Bounds(-1e300, 1e300, "a finite number")]
+Positive = Annotated[float, Bounds(math.ulp(0.0), 1e300, "a finite number above 0")]
+NonNegative = Annotated[float, Bounds(0, 1e300, "a finite number of at least 0")]
+Share = Annotated[float, Bounds(0, 1, "between 0 and 1")]
+Decay = Annotated[float, Bounds(0, 1 - 2**-53, "at least 0 and below 1")]
+
+
+def check(config: Any, prefix: str = "") -> None:
+    """Raise ConfigError for the first value beyond its bounds, or not of its field's type: from Python, anything
+    may come."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for item in dataclasses.fields(config):
+        path, value, hint = f"{prefix}{item.name}", getattr(config, item.name), hints[item.name]
+        if not _is_a(value, hint):
+            raise ConfigError.of(path, value, _in_words(hint))
+        if dataclasses.is_dataclass(value):
+            check(value, f"{path}.")
+
+
+def bounds_of(hint: Any) -> Bounds | None:
+    """What a field's type says of its numbers."""
+    if typing.get_origin(hint) is Annotated:
+        return next((fact for fact in hint.__metadata__ if isinstance(fact, Bounds)), None)
+    return next(filter(None, map(bounds_of, typing.get_args(hint))), None)
+
+
+def _is_a(value: object, hint: Any) -> bool:
+    match typing.get_origin(hint):
+        case typing.Annotated:
+            bounds, kind = bounds_of(hint), typing.get_args(hint)[0]
+            return _is_a(value, kind) and (bounds is None or bounds.low <= typing.cast(float, value) <= bounds.high)
+        case typing.Union | types.UnionType:
+            return any(_is_a(value, option) for option in typing.get_args(hint))
+        case typing.Literal:
+            return isinstance(value, str) and value in typing.get_args(hint)
+        case builtins.tuple:
+            return isinstance(value, tuple) and all(_is_a(item, typing.get_args(hint)[0]) for item in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)
+
+
+def _in_words(hint: Any) -> str:
+    if bounds := bounds_of(hint):
+        return bounds.allowed
+    if typing.get_origin(hint) is Literal:
+        return ", ".join(typing.get_args(hint))
+    return f"of type {hint.__name__ if isinstance(hint, type) else hint}"
+
+
+def get(config: object, path: str) -> Any:
+    """The value of a dotted path, e.g. `get(config, "fleet.num_devices")`."""
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def differences(one: Any, other: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(path, value in one, value in the other) of every field in which two configurations of a kind differ."""
+    for item in dataclasses.fields(one):
+        a, b = getattr(one, item.name), getattr(other, item.name)
+        if dataclasses.is_dataclass(a):
+            yield from differences(a, b, f"{prefix}{item.name}.")
+        elif a != b:
+            yield f"{prefix}{item.name}", a, b
+
+
+def to_plain(value: Any) -> Any:
+    """Values for JSON: dataclasses as dictionaries, paths as strings, tuples as lists, infinity as "inf"."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: to_plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [to_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def from_plain(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
+    """The inverse of `to_plain`; what is missing has its default. Raises ConfigError for a field there is not."""
+    hints = typing.get_type_hints(cls)
+    known = {item.name for item in dataclasses.fields(cls)}
+    built = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError.of(f"{prefix}{name}", value, f"one of {', '.join(sorted(known))}")
+        hint = hints[name]
+        options = typing.get_args(hint) or (hint,)
+        if dataclasses.is_dataclass(hint):
+            value = from_plain(typing.cast(type, hint), value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif Path in options and value is not None:
+            value = Path(value)
+        elif float in options and isinstance(value, str):
+            value = float(value)
+        built[name] = value
+    return cls(**built)
