@@ -472,8 +472,7 @@ def _path_on_devices(run: Run, cost: Cost) -> Frame:
     if "device_perplexity" not in run.rounds:
         return pd.DataFrame()
     points = pd.DataFrame({"cost": cost(run.rounds), "perplexity": run.rounds["device_perplexity"]}).dropna()
-    zero_shot = run.perplexity.get("emulator_zero_shot") or {}
-    largest = zero_shot.get(max(zero_shot, key=int, default=""))
-    if points.empty or largest is None:
+    zero_shot, _ = ((None, None), *run.on_devices.values())[-1]
+    if points.empty or zero_shot is None:
         return points
-    return pd.concat([pd.DataFrame({"cost": [0.0], "perplexity": [largest]}), points])
+    return pd.concat([pd.DataFrame({"cost": [0.0], "perplexity": [zero_shot]}), points])

@@ -52,6 +52,17 @@ class Run:
         """What summary.json says of it; empty while the run is unfinished."""
         return (self.summary or {}).get("perplexity") or {}
 
+    @property
+    def on_devices(self) -> dict[str, tuple[float | None, float | None]]:
+        """Perplexity (zero-shot, tuned) of what devices train, if that is not the foundation: emulators, the largest
+        last, or the small model that steers it."""
+        values = self.perplexity
+        if "small_tuned" in values:
+            return {"small model": (values.get("small_zero_shot"), values["small_tuned"])}
+        before, after = (values.get(name) or {} for name in ("emulator_zero_shot", "emulator_tuned"))
+        levels = sorted(before.keys() | after.keys(), key=int)
+        return {f"emulator of level {level}": (before.get(level), after.get(level)) for level in levels}
+
 
 def load_run(directory: str | Path) -> Run:
     """Read a run directory, finished or not; raises NotARunError if it holds none."""

@@ -23,6 +23,7 @@ NO_VALUE = "–"
 ALGORITHMS = {
     "fed-peat": "federated tuning on emulators: devices tune adapters on smaller stand-ins for the foundation",
     "fed-peft": "federated LoRA: devices train and send low-rank adapters only",
+    "fed-pt": "federated proxy-tuning: devices tune a small model, which steers a large one that they never see",
     "fed-avg": "federated averaging: devices train and send all weights",
 }
 NOT_A_DIFFERENCE = ("out", "resume")
@@ -139,7 +140,8 @@ def render(runs: Runs) -> str:
         lstrip_blocks=True,
     )
     has_emulators = any(run.levels for run in runs.values())
-    facts = {label: _key_figures(run, _levels(runs)) for label, run in runs.items()}
+    on_devices = list(dict.fromkeys(name for run in runs.values() for name in run.on_devices))
+    facts = {label: _key_figures(run, on_devices) for label, run in runs.items()}
     return environment.get_template("report.html").render(
         runs=runs,
         descriptions={label: describe(run) for label, run in runs.items()},
@@ -204,39 +206,38 @@ def _outcome(run: Run) -> str:
     text = f"Perplexity went from {zero_shot:.2f} to {tuned:.2f}"
     if run.levels:
         text += " with the adapter plugged into the foundation"
+    elif run.on_devices:
+        text += " with the foundation steered by the small model"
     gap = (run.summary or {}).get("gap_closed")
     if gap is not None and perplexity.get("upper_bound") is not None:
         text += f", which is {gap:.0%} of the way to tuning centrally ({perplexity['upper_bound']:.2f})"
-    gap, emulators = (run.summary or {}).get("privacy_gap"), perplexity.get("emulator_tuned")
-    if gap is not None and emulators:
-        largest = emulators[max(emulators, key=int)]
-        text += f". With the same adapter the largest emulator on devices has {largest:.2f}, a privacy gap of {gap:.2f}"
+    if run.on_devices:
+        before, after = list(run.on_devices.values())[-1]
+        if (gap := (run.summary or {}).get("privacy_gap")) is not None:
+            text += f". With the same adapter the largest emulator on devices has {_number(after)}, "
+            text += f"a privacy gap of {gap:.2f}"
+        elif not run.levels:
+            text += f". The small model alone went from {_number(before)} to {_number(after)}"
     return text + "."
 
 
-def _levels(runs: Runs) -> list[int]:
-    """Of the emulators that devices of any run get, as far as they were measured."""
-    measured = (run.perplexity.get("emulator_tuned") or () for run in runs.values())
-    return sorted({int(level) for levels in measured for level in levels})
-
-
-def _key_figures(run: Run, levels: Sequence[int] = ()) -> dict[str, str]:
+def _key_figures(run: Run, on_devices: Sequence[str] = ()) -> dict[str, str]:
     """The figures of a run as text; from the tables, so that an unfinished run has them too.
 
-    With a row for each of these levels of emulators.
+    With a row for each of these models on devices.
     """
     summary, rounds = run.summary or {}, run.rounds
     perplexity, accuracy = run.perplexity, summary.get("token_accuracy") or {}
-    plug_in = " (plug-in)" if run.levels else ""
+    how = " (plug-in)" if run.levels else " (steered)" if run.on_devices else ""
     emulators = f" ({_scaled(rounds['emulator_bytes'].sum(), 'B')} emulators)" if run.levels else ""
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in run.clients["drop_reason"].value_counts().items())
     return {
         "Perplexity, zero-shot": _number(perplexity.get("zero_shot")),
-        **{f"Perplexity, emulator of level {level}": _emulator(perplexity, str(level)) for level in levels},
-        "Perplexity, tuned": _number(perplexity.get("tuned", _last(rounds["perplexity"]))) + plug_in,
+        **{f"Perplexity, {name}": _change(*run.on_devices.get(name, (None, None))) for name in on_devices},
+        "Perplexity, tuned": _number(perplexity.get("tuned", _last(rounds["perplexity"]))) + how,
         "Perplexity, upper bound": _number(perplexity.get("upper_bound")),
         "Share of the gap closed": _percent(summary.get("gap_closed")),
-        **({"Privacy gap": _number(summary.get("privacy_gap"))} if levels else {}),
+        **({"Privacy gap": _number(summary["privacy_gap"])} if "privacy_gap" in summary else {}),
         "Token accuracy, zero-shot": _percent(accuracy.get("zero_shot")),
         "Token accuracy, tuned": _percent(accuracy.get("tuned", _last(rounds["token_accuracy"]))),
         "Rounds": f"{len(rounds):,}",
@@ -324,8 +325,7 @@ def _number(value: float | None) -> str:
     return NO_VALUE if value is None else f"{value:.2f}"
 
 
-def _emulator(perplexity: Mapping[str, Any], level: str) -> str:
-    before, after = ((perplexity.get(name) or {}).get(level) for name in ("emulator_zero_shot", "emulator_tuned"))
+def _change(before: float | None, after: float | None) -> str:
     return NO_VALUE if before is after is None else f"{_number(before)} → {_number(after)}"
 
 

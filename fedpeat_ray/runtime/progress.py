@@ -97,9 +97,11 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     for level, before in perplexity.get("emulator_zero_shot", {}).items():
         change = {"zero_shot": before, "tuned": perplexity["emulator_tuned"][level]}
         table.add_row(f"perplexity, emulator of level {level}", _change(change, _number))
-    table.add_row(
-        "perplexity, plug-in" if "plug_in" in perplexity else "perplexity, tuned", _number(perplexity["tuned"])
-    )
+    if "small_tuned" in perplexity:
+        change = {"zero_shot": perplexity["small_zero_shot"], "tuned": perplexity["small_tuned"]}
+        table.add_row("perplexity, small model alone", _change(change, _number))
+    how = "plug-in" if "plug_in" in perplexity else "steered" if "proxy_tuned" in perplexity else "tuned"
+    table.add_row(f"perplexity, {how}", _number(perplexity["tuned"]))
     if perplexity.get("upper_bound") is not None:
         table.add_row("perplexity, tuned centrally", _number(perplexity["upper_bound"]))
         table.add_row("share of the gap closed", _percent(summary.get("gap_closed")))

@@ -70,6 +70,7 @@ def write_run(
 ) -> Path:
     algorithm = "fed-peat" if emulators else "fed-peft"
     config = config or SimulationConfig(algorithm=algorithm, rounds=rounds)
+    other_on_devices = emulators or config.algorithm == "fed-pt"
     log = RunLog.create(directory, config.to_dict(), {"levels": LEVELS} if emulators else {}, data_digest="abc")
     for round in range(1, rounds + 1):
         reasons = [(None, DEADLINE, None, UNAVAILABLE, None, MEMORY)[id % 6] if dropouts else None for id in range(9)]
@@ -80,7 +81,7 @@ def write_run(
         row |= {"num_tokens": 512 * completed, "train_loss": 3.0 if completed else math.nan, "token_accuracy": 0.3}
         row |= {name: sum(row[name] for row in clients) for name in SUMMED}
         row |= {"perplexity": 60.0 - 5 * round if completed else None}
-        row |= {"device_perplexity": 80.0 - 5 * round if completed and emulators else None}
+        row |= {"device_perplexity": 80.0 - 5 * round if completed and other_on_devices else None}
         row |= {"server_flops": 0.0, "server_memory_bytes": 0}
         log.write_round(round, row | {"wall_train_s": 1.0, "wall_eval_s": 0.5, "wall_s": 1.6}, clients)
     if finished:
@@ -231,6 +232,24 @@ def test_a_run_with_emulators_beside_one_without(tmp_path):
         titles = re.findall(r'<th scope="row">(.*?)</th>', page)
         first, tuned = titles.index("Perplexity, zero-shot"), titles.index("Perplexity, tuned")
         assert titles[first + 1 : tuned] == ["Perplexity, emulator of level 1", "Perplexity, emulator of level 2"]
+
+
+SMALL = {"zero_shot": 60.0, "tuned": 45.0, "small_zero_shot": 80.0, "small_tuned": 65.0, "proxy_tuned": 45.0}
+
+
+def test_a_run_with_a_small_model_has_its_numbers_and_its_path(tmp_path):
+    directory = write_run(tmp_path / "run", config=SimulationConfig(algorithm="fed-pt"), perplexity=SMALL)
+    page = render(label_runs([load_run(directory)]))
+    assert shown(page) == ALL
+    assert "from 60.00 to 45.00 with the foundation steered by the small model. " in page
+    assert "The small model alone went from 80.00 to 65.00." in page
+    rows = dict(re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', page))
+    assert rows["Perplexity, small model"] == "80.00 → 65.00"
+    assert rows["Perplexity, tuned"] == "45.00 (steered)"
+    assert not {"Privacy gap", "Perplexity, emulator of level 1"} & rows.keys()
+    (axes,) = figure_of(figures.perplexity_over_rounds, directory)
+    paths = [line for line in lines(axes) if len(line[0]) > 2]
+    assert paths == [([0.0, 1.0, 2.0, 3.0], [80.0, 75.0, 70.0, 65.0]), ([0.0, 1.0, 2.0, 3.0], [60.0, 55.0, 50.0, 45.0])]
 
 
 NOT_FINITE = {"zero_shot": 60.0, "tuned": 50.0, "emulator_zero_shot": {"1": 90.0, "2": math.inf}}
