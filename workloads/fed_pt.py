@@ -71,6 +71,8 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     rounds: int = 8
     cohort_size: int = 32
+    client_batch_size: int = 8
+    """Fixed, so that the last digits do not depend on what a machine measures."""
     alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
     distillation_steps: int = 10
     """A round."""
@@ -123,6 +125,7 @@ def configuration(settings: Settings, algorithm: str, seed: int, data: DataConfi
         algorithm="fed-pt" if kind == "fed-pt" else "fed-peft",
         rounds=settings.rounds,
         cohort_size=settings.cohort_size,
+        client_batch_size=settings.client_batch_size,
         seed=seed,
         foundation=FoundationConfig(settings.small if model == "small" else settings.large),
         proxy=ProxyConfig(settings.small, steps=settings.distillation_steps),
@@ -267,7 +270,7 @@ def _tuned_for(rounds: int, config: SimulationConfig, directory: Path) -> tuple[
     if not (kept / "summary.json").exists():
         print(f"run {kept.name}")
         if (directory / "summary.json").exists():
-            place = {"resume": directory, "client_batch_size": "auto"}
+            place = {"resume": directory}
         else:
             place = {"out": directory}
         Simulation(dataclasses.replace(config, rounds=rounds, **place)).run()

@@ -29,10 +29,9 @@ from fedpeat_ray.data.client_data import ClientData, ServerData
 from fedpeat_ray.fleet.conditions import Conditions
 from fedpeat_ray.models.foundation import load
 from fedpeat_ray.models.layout import Layout
-from fedpeat_ray.records import TextBatch
 from fedpeat_ray.seeding import generator
+from fedpeat_ray.training.collect import collect
 from fedpeat_ray.training.distillation import EvaluateProxy, SmallModel, TeacherLogits, distil_small
-from fedpeat_ray.training.emulators import Collected
 from fedpeat_ray.training.evaluation import EvaluationTask, GroupScore
 from fedpeat_ray.training.map_clients import MapClients
 
@@ -87,13 +86,8 @@ class FedPT:
         assert self.public is not None
         config, rng = self.config, generator(self.seed, "proxy distillation", round)
         batches = self.public.batches(config.steps, config.batch_size, config.sequence_length, rng)
-        work = TeacherLogits(self.small, config.alpha, config.top_k)
-
-        def teacher(batch: TextBatch) -> tuple[Tensor, Tensor | None]:
-            (logits,) = map_clients(work, adapter_P, [batch], Collected(), where="driver")[0].result()
-            return logits
-
-        return distil_small(load(self.small.foundation), self.small.lora, adapter_P, batches, teacher, config)
+        taught = collect(map_clients, TeacherLogits(self.small, config.alpha, config.top_k), adapter_P, batches)
+        return distil_small(load(self.small.foundation), self.small.lora, adapter_P, batches, taught, config)
 
     def trainer(self, state: ServerState) -> Any:
         """Local training of the small model."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,8 @@ from fedpeat_ray.models.lora import Lora
 from fedpeat_ray.models.proxy import proxy_logits
 from fedpeat_ray.records import TextBatch
 from fedpeat_ray.training.client_batch import IGNORED, next_token_labels, stacked_lora
-from fedpeat_ray.training.emulators import Result, tensors
+from fedpeat_ray.training.collect import Result
+from fedpeat_ray.training.emulators import tensors
 from fedpeat_ray.training.evaluation import EvaluationTask, GroupScore, score_of
 
 ROWS_AT_A_TIME = 2  # sequences whose logits of three models exist at one time
@@ -117,21 +118,21 @@ def distil_small(
     lora: Lora,
     adapter_P: Tensor,
     batches: Sequence[TextBatch],
-    teacher: Callable[[TextBatch], tuple[Tensor, Tensor | None]],
+    taught: Iterable[tuple[Tensor, Tensor | None]],
     config: ProxyConfig,
 ) -> Tensor:
-    """The adapter after a step of AdamW on each batch. The teacher does not change meanwhile."""
+    """The adapter after a step of AdamW on each batch, of which `taught` is what `TeacherLogits` gives."""
     device, dtype = next(student.parameters()).device, next(student.parameters()).dtype
     theta_KP = nn.Parameter(adapter_P.to(device, dtype).unsqueeze(0).clone())
     optimizer = torch.optim.AdamW([theta_KP], lr=config.learning_rate, weight_decay=0.0, fused=True)
     with stacked_lora(student, lora) as set_factors:
-        for batch in batches:
+        for batch, logits in zip(batches, taught, strict=True):
             tokens_BT, lengths_B = tensors(batch, device)
             labels_N = next_token_labels(tokens_BT, lengths_B).flatten()
             rows = labels_N != IGNORED
             set_factors(theta_KP)
             logits_NV = student(input_ids=tokens_BT, use_cache=False).logits.flatten(0, 1)[rows]
-            values, tokens = (part if part is None else part.to(device).flatten(0, 1)[rows] for part in teacher(batch))
+            values, tokens = (part if part is None else part.to(device).flatten(0, 1)[rows] for part in logits)
             assert values is not None
             loss = distillation_loss(logits_NV, labels_N[rows], values, tokens, config.kl_weight, config.temperature)
             loss.backward()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -40,7 +40,7 @@ def distil(
     rungs: Sequence[Rung],
     start: Blocks,
     batches: Sequence[TextBatch],
-    teacher: Callable[[TextBatch], Tensor],
+    targets: Iterable[Tensor],
     config: DistilConfig,
     dtype: str,
     on_step: Callable[[int], None] = lambda step: None,
@@ -52,7 +52,7 @@ def distil(
         student: the frozen model; its own blocks stay at the ends.
         rungs: the levels to be trained, one of them a step.
         start: all middle blocks that these levels keep.
-        teacher: gives the output (B, T, D) of the foundation's last middle block.
+        targets: what the foundation's last middle block puts out (B, T, D), for each batch.
         dtype: bfloat16 for products in it.
         on_step: is told the number of each step, from 1.
         plugged: puts an adapter into the student, which is the emulator of the rung by then.
@@ -61,9 +61,9 @@ def distil(
     parameters = [parameter for block in middle.values() for parameter in block.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, fused=True)
     levels = generator(config.seed, "distilled level").integers(len(rungs), size=len(batches))
-    for step, batch in enumerate(batches):
+    for step, (batch, target_BTD) in enumerate(zip(batches, targets, strict=True)):
         optimizer.param_groups[0]["lr"] = config.learning_rate * learning_rate_factor(step, len(batches))
-        rung, target_BTD = rungs[levels[step]], teacher(batch)
+        rung = rungs[levels[step]]
         with emulated(student, ladder.block_list, rung, middle), plugged(rung):
             with half_precision(student, dtype):
                 loss = distillation_loss(student, ladder, rung, batch, target_BTD, config.output_weight)

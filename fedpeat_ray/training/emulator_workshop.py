@@ -24,11 +24,11 @@ from fedpeat_ray.files import user_cache_dir, written_whole
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models.emulator import Ladder, Rung, build_ladder, eight_bit, load_blocks
 from fedpeat_ray.models.foundation import Blocks, Foundation
-from fedpeat_ray.records import TextBatch
 from fedpeat_ray.seeding import generator
 from fedpeat_ray.training.adapters import Adapter
+from fedpeat_ray.training.collect import collect
 from fedpeat_ray.training.emulator_distillation import distil
-from fedpeat_ray.training.emulators import BlockInfluence, Collected, MiddleOutput
+from fedpeat_ray.training.emulators import BlockInfluence, MiddleOutput
 from fedpeat_ray.training.map_clients import MapClients
 
 _VERSION = 1  # of what is cached: raise it when the same settings give something else
@@ -62,7 +62,7 @@ class Workshop:
         distilled = self.config.distil
         rng = generator(distilled.seed, "influence text")
         batches = self.public_text.batches(_INFLUENCE_BATCHES, distilled.batch_size, distilled.sequence_length, rng)
-        scores_NL = map_clients(BlockInfluence(ladder), None, batches, Collected(), where="driver")[0].result()
+        scores_NL = list(collect(map_clients, BlockInfluence(ladder), None, batches))
         return build_ladder(
             foundations.empty(self.foundation.config_json), self.config, np.mean(scores_NL, axis=0).tolist()
         )
@@ -155,13 +155,9 @@ class Workshop:
     ) -> Blocks:
         student, config = foundations.load(self.foundation), self.config.distil
         dtype = self.foundation.training_dtype
-        work = MiddleOutput(ladder, self.adapter, dtype)
         rng = generator(config.seed, "distillation text", version)
         batches = self.public_text.batches(steps, config.batch_size, config.sequence_length, rng)
-
-        def teacher(batch: TextBatch) -> Tensor:
-            (output_BTD,) = map_clients(work, adapter_P, [batch], Collected(), where="driver")[0].result()
-            return output_BTD
+        targets = collect(map_clients, MiddleOutput(ladder, self.adapter, dtype), adapter_P, batches)
 
         def plugged(rung: Rung) -> contextlib.AbstractContextManager:
             if adapter_P is None:
@@ -170,7 +166,7 @@ class Workshop:
             return part.plugged(student, adapter_P[self.adapter.layout.part(part.layout.names)[1]])
 
         return distil(
-            student, ladder, group, start, batches, teacher, config, dtype, lambda step: on_step(step, steps), plugged
+            student, ladder, group, start, batches, targets, config, dtype, lambda step: on_step(step, steps), plugged
         )
 
     def _write(self, path: Path, ladder: Ladder, blocks: Blocks, quantise: bool = False) -> None:

@@ -22,6 +22,7 @@ from fedpeat_ray.models.foundation import Backbone
 from fedpeat_ray.records import TextBatch
 from fedpeat_ray.training.adapters import Adapter
 from fedpeat_ray.training.client_batch import ClientUpdate
+from fedpeat_ray.training.collect import Result
 
 
 @dataclass(frozen=True)
@@ -64,33 +65,6 @@ class InExactType:
 
     def __call__(self, backbone: Backbone, shared: Any, tasks: Sequence[Any]) -> list[Any]:
         return self.train(Backbone(backbone.exact, backbone.exact), shared, tasks)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What was worked out for one task."""
-
-    value: Any
-    report: None = None
-
-
-@dataclass(frozen=True)
-class Collected:
-    """Aggregator: all results in the order of the tasks."""
-
-    values: tuple[Any, ...] = ()
-
-    def add(self, updates: Sequence[Result]) -> Collected:
-        """With these results at the end."""
-        return Collected((*self.values, *(update.value for update in updates)))
-
-    def merge(self, other: Collected) -> Collected:
-        """Both sides' results."""
-        return Collected(self.values + other.values)
-
-    def result(self) -> tuple[Any, ...]:
-        """The results."""
-        return self.values
 
 
 @dataclass(frozen=True)

@@ -258,7 +258,7 @@ def test_distillation_is_plain_training_of_the_lora_alone(
     before = {name: weight.clone() for name, weight in student.state_dict().items()}
     given_P = adapter_P.clone()
 
-    found_P = distil_small(student, small.lora, given_P, [batch] * steps, lambda _: (values, kept), config)
+    found_P = distil_small(student, small.lora, given_P, [batch] * steps, [(values, kept)] * steps, config)
     after = student.state_dict()
     assert before.keys() == after.keys() and all(after[name].equal(weight) for name, weight in before.items())
     assert given_P.equal(adapter_P)
@@ -286,12 +286,9 @@ def test_padding_teaches_nothing(small, adapter_P, deep_llama_dir):
     large = plain(deep_llama_dir)
 
     def distilled(padding: int) -> Tensor:
-        work = TeacherLogits(small, 1.0, None)
-
-        def teacher(batch: TextBatch) -> Any:
-            return work(Backbone(large, large), adapter_P, [batch])[0].value
-
-        return distil_small(load(small.foundation), small.lora, adapter_P, [text(padding)] * 2, teacher, ProxyConfig())
+        batches, teacher = [text(padding)] * 2, TeacherLogits(small, 1.0, None)
+        taught = [result.value for result in teacher(Backbone(large, large), adapter_P, batches)]
+        return distil_small(load(small.foundation), small.lora, adapter_P, batches, taught, ProxyConfig())
 
     assert distilled(END).equal(distilled(17))
 
