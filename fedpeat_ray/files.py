@@ -1,8 +1,9 @@
-"""Files on disk: where caches live, and files that appear whole or not at all."""
+"""Files on disk: where caches live, what a file holds, and files that appear whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,12 @@ from pathlib import Path
 def user_cache_dir() -> Path:
     """`$XDG_CACHE_HOME/fedpeat_ray`, by default `~/.cache/fedpeat_ray`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedpeat_ray"
+
+
+def file_sha256(path: Path) -> str:
+    """Of its content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from fedpeat_ray.data.client_data import ClientData, ServerData
 from fedpeat_ray.data.corpus import load_corpus
 from fedpeat_ray.data.partition import Partition
 from fedpeat_ray.errors import ConfigError
-from fedpeat_ray.files import user_cache_dir
+from fedpeat_ray.files import file_sha256, user_cache_dir
 from fedpeat_ray.fleet.conditions import Conditions, build_conditions
 from fedpeat_ray.fleet.costs import forward_flops, training_flops
 from fedpeat_ray.fleet.levels import LevelCosts
@@ -75,15 +75,6 @@ class World:
     data: ClientData
     heldout: list[EvaluationTask]
     heldout_by_tier: list[EvaluationTask]
-
-    @property
-    def files(self) -> list[Path]:
-        """What hosts read besides the weights they hold: blocks that stand in for the foundation's own."""
-        if isinstance(self.algorithm, FedPT):
-            return [self.foundation.weights]
-        if not isinstance(self.algorithm, FedPEAT):
-            return []
-        return sorted({rung.weights for rung in self.algorithm.ladder.rungs if rung.weights})
 
     def heldout_by_level(self, levels: Sequence[int]) -> list[EvaluationTask]:
         """The held-out text for emulators."""
@@ -324,8 +315,7 @@ def _exported(foundation: Foundation, ladder: Ladder, driver: Any) -> Foundation
     key = hashlib.sha256(f"{foundation.digest} {kept}".encode()).hexdigest()[:16]
     path = user_cache_dir() / f"held-{key}.safetensors"
     driver.export(path, names)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return dataclasses.replace(foundation, weights=path, digest=digest, blocks=tuple(kept))
+    return dataclasses.replace(foundation, weights=path, digest=file_sha256(path), blocks=tuple(kept))
 
 
 @contextlib.contextmanager
@@ -339,9 +329,9 @@ def hosts(
         from fedpeat_ray.runtime.ray_hosts import ExclusiveHosts, RayHosts  # Ray is loaded only where it is used
 
         if config.exclusive:
-            ray_hosts = ExclusiveHosts(config, world.held, on_event, world.conditions.fleet, world.files, large)
+            ray_hosts = ExclusiveHosts(config, world.held, on_event, world.conditions.fleet, large)
         else:
-            ray_hosts = RayHosts(config, world.held, on_event, world.files, large)
+            ray_hosts = RayHosts(config, world.held, on_event, large)
         with ray_hosts:
             yield HostsAndDriver(ray_hosts, driver) if driver else ray_hosts, ray_hosts.num_hosts
     else:

@@ -93,7 +93,7 @@ def ship(world: World, directory: Path) -> None:
     """Write the distilled weights of all levels to a directory, in bfloat16, under the names they are looked for."""
     algorithm = world.algorithm
     assert isinstance(algorithm, FedPEAT)
-    for path in world.files:
+    for path in algorithm.ladder.files:
         group = [rung for rung in algorithm.ladder.rungs if rung.weights == path]
         target = directory / "emulators" / algorithm.workshop.shipped(algorithm.ladder, group).name
         if target != path:

@@ -109,6 +109,11 @@ class EvaluateBoth:
     steered: EvaluateProxy
     small: Any
 
+    @property
+    def files(self) -> list[Path]:
+        """The small model's weights."""
+        return self.steered.files
+
     def __call__(self, backbone: Any, adapter_P: Tensor, tasks: Sequence[EvaluationTask]) -> list[GroupScore]:
         work = self.steered if tasks[0].level is None else self.small
         return work(backbone, adapter_P, tasks)

@@ -64,6 +64,11 @@ class Ladder:
         """Those between."""
         return tuple(range(self.first, self.num_blocks - self.last))
 
+    @property
+    def files(self) -> list[Path]:
+        """Weights of emulators that are not the foundation's own."""
+        return sorted({rung.weights for rung in self.rungs if rung.weights})
+
     def kept_middle(self, level: int) -> tuple[int, ...]:
         """The middle blocks that a level keeps."""
         return tuple(i for i in self.rungs[level - 1].blocks if i in self.middle_blocks)

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from fedpeat_ray.errors import ConfigError, ModelError
-from fedpeat_ray.files import user_cache_dir, written_whole
+from fedpeat_ray.files import file_sha256, user_cache_dir, written_whole
 from fedpeat_ray.fleet.memory import ModelShape
 from fedpeat_ray.models import weight_files
 from fedpeat_ray.models.layout import Layout
@@ -105,7 +105,7 @@ def prepare(
     dtype = torch.float64 if training_dtype == "float64" else torch.float32
     key = hashlib.sha256(str(dtype).encode())
     for path in (config_dir / "config.json", *source):
-        key.update(_sha256(path).digest())
+        key.update(bytes.fromhex(file_sha256(path)))
     weights = (cache_dir or user_cache_dir()) / f"backbone-{key.hexdigest()[:16]}.safetensors"
     config_json = (config_dir / "config.json").read_text()
     if not weights.exists():
@@ -123,8 +123,7 @@ def prepare(
             else:  # one tensor at a time, for models larger than memory
                 shapes = {name: (dtype, shape) for name, (_, shape) in files.items()}
                 weight_files.write(part, shapes, lambda name: weight_files.read(files[name][0], name).to(dtype))
-    digest = _sha256(weights).hexdigest()
-    return Foundation(name, config_dir, config_json, weights, training_dtype, digest)
+    return Foundation(name, config_dir, config_json, weights, training_dtype, file_sha256(weights))
 
 
 def load_backbone(foundation: Foundation, device: torch.device | str = "cpu") -> Backbone:
@@ -287,11 +286,6 @@ def _files_of_tensors(config_json: str, source: list[Path]) -> dict[str, tuple[P
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     has_buffers = len(model.state_dict()) > len(list(model.named_parameters(remove_duplicate=False)))
     return found if not has_buffers and shapes == {name: shape for name, (_, shape) in found.items()} else None
-
-
-def _sha256(path: Path):
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256")
 
 
 def _load_pretrained(setting: str, config_dir: Path, dtype: torch.dtype) -> PreTrainedModel:

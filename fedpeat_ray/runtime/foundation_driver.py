@@ -28,12 +28,12 @@ from fedpeat_ray.errors import ConfigError, DriverLostError
 from fedpeat_ray.files import written_whole
 from fedpeat_ray.models import weight_files
 from fedpeat_ray.models.foundation import Backbone, Foundation, empty
+from fedpeat_ray.runtime.node_files import Sent, files_of, receive, send, send_file
 from fedpeat_ray.runtime.ray_hosts import start_or_join
 from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.training.map_clients import Aggregator, Where
 
 _RESUME = "the run can be resumed from its last checkpoint"
-_PIECE_BYTES = 64 * 2**20
 _PLACED_S = 60.0
 _STUCK_S = 20.0  # after an error of one rank; those that had it too have raised it by then
 
@@ -44,6 +44,7 @@ class Rank:
     def __init__(self, rank: int, num_shards: int, num_threads: int):
         torch.set_num_threads(num_threads)
         self._rank, self._num_shards = rank, num_shards
+        self._known_files: dict[Path, str] = {}
 
     def open_store(self) -> tuple[str, int]:
         """Where the ranks are to meet; on rank 0."""
@@ -51,15 +52,10 @@ class Rank:
         self._store = TCPStore(host, 0, self._num_shards, is_master=True, wait_for_workers=False)
         return host, self._store.port
 
-    def receive(self, path: Path, pieces: Sequence[ray.ObjectRef]) -> None:
-        """The weights, on a node that does not share the disk they lie on; for rank 0, which reads them."""
-        if not path.exists():
-            with written_whole(path) as part, part.open("wb") as file:
-                for piece in pieces:
-                    file.write(ray.get(piece))
-
-    def build(self, foundation: Foundation, host: str, port: int) -> None:
+    def build(self, foundation: Foundation, files: dict[Path, Sent], host: str, port: int) -> None:
         """Meet the others and fill the model tensor by tensor from rank 0's file."""
+        if self._rank == 0:
+            receive(files, self._known_files)
         self._device, backend = ("cuda", "nccl") if ray.get_gpu_ids() else ("cpu", "gloo")
         os.environ |= {"RANK": str(self._rank), "WORLD_SIZE": str(self._num_shards), "DS_ACCELERATOR": self._device}
         os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "LOCAL_SIZE": "1"}  # Ray shows a rank its GPU only
@@ -103,9 +99,16 @@ class Rank:
         self._backbone = Backbone(model, model)
 
     def run(
-        self, train: Callable, shared: Any, tasks: Sequence[Any], aggregator: Aggregator, batch_size: int
+        self,
+        train: Callable,
+        shared: Any,
+        tasks: Sequence[Any],
+        aggregator: Aggregator,
+        batch_size: int,
+        files: dict[Path, Sent],
     ) -> tuple[Any, list[Any]] | None:
         """The seam; its result on rank 0."""
+        receive(files, self._known_files)
         try:
             result = Serial(self._backbone)(train, shared, tasks, aggregator, batch_size)
         finally:
@@ -124,6 +127,10 @@ class Rank:
         else:
             for name in weight_files.order(shapes):
                 self._whole(name)
+
+    def send(self, path: Path) -> Sent | None:
+        """What rank 0 wrote, for the main process on another node."""
+        return send_file(path) if self._rank == 0 else None
 
     def _whole(self, name: str) -> Tensor:
         tensor = self._state[name]
@@ -159,8 +166,8 @@ class FoundationDriver:
         self._ranks: list[Any] = []
         self._lost: DriverLostError | None = None
 
-    def start(self, foundation: Foundation, shard_bytes: int, pieces: Sequence[ray.ObjectRef]) -> None:
-        """Start the ranks and have them fill the model, from the pieces of its file if rank 0 cannot see it.
+    def start(self, foundation: Foundation, shard_bytes: int, files: dict[Path, Sent]) -> None:
+        """Start the ranks and have them fill the model, from its file as it was sent if rank 0 cannot see it.
 
         Raises ConfigError if the cluster has no room for them.
         """
@@ -173,10 +180,8 @@ class FoundationDriver:
         for index in range(num_shards):
             place = PlacementGroupSchedulingStrategy(group, index)
             self._ranks.append(self._actor.options(scheduling_strategy=place).remote(index, *self._arguments))
-        if pieces:
-            self._each(self._ranks[:1], "receive", foundation.weights, pieces)
         (address,) = ray.get(self._each(self._ranks[:1], "open_store"))
-        self._each(self._ranks, "build", foundation, *address)
+        self._each(self._ranks, "build", foundation, files, *address)
 
     def call(self, method: str, arguments: Sequence[ray.ObjectRef] = ()) -> list[ray.ObjectRef]:
         """What this method of every rank returns. Raises what it raises, or DriverLostError."""
@@ -235,6 +240,7 @@ class ShardedFoundation:
         self._on_event = on_event
         self._owns_ray = not ray.is_initialized()
         self._driver: Any = None
+        self._sent: dict[Path, Sent] = {}
         try:
             if self._owns_ray:
                 start_or_join(num_threads)
@@ -247,7 +253,7 @@ class ShardedFoundation:
                 raise ConfigError.of("foundation.num_gpus", num_gpus, "above 0.5, as NCCL wants a GPU for each shard")
             shard_bytes = -(-foundation.weights.stat().st_size // num_shards)
             self._driver = ray.remote(num_cpus=0)(FoundationDriver).remote(num_shards, share, num_threads)
-            self._get(self._driver.start.remote(foundation, shard_bytes, _pieces(foundation.weights)))
+            self._get(self._driver.start.remote(foundation, shard_bytes, send([foundation.weights], {})))
         except BaseException:
             self.close()
             raise
@@ -275,11 +281,14 @@ class ShardedFoundation:
         where: Where = "hosts",
     ) -> tuple[Any, list[Any]]:
         """See MapClients. Raises DriverLostError once a rank is lost."""
-        return self._call("run", train, shared, tasks, aggregator, batch_size)[0]
+        self._sent = send(files_of(train), self._sent)
+        return self._call("run", train, shared, tasks, aggregator, batch_size, self._sent)[0]
 
     def export(self, path: Path, names: Sequence[str]) -> None:
-        """Write these tensors, by the names of the model's state dict, to a safetensors file on rank 0's machine."""
+        """Write these tensors, by the names of the model's state dict, to a safetensors file."""
         self._call("export", path, names)
+        if not path.exists():  # rank 0 has a disk of its own
+            receive({path: self._call("send", path)[0]}, {})
 
     def shares(self) -> list[float]:
         """Fraction of the model's elements that each rank holds."""
@@ -306,14 +315,6 @@ class ShardedFoundation:
         if isinstance(raised, DriverLostError):
             self._on_event("driver_lost", error=str(raised))
         raise raised from cause
-
-
-def _pieces(path: Path) -> list[ray.ObjectRef]:
-    """The file in the object store, if the cluster has nodes that may not see it."""
-    if len(ray.nodes()) == 1:
-        return []
-    with path.open("rb") as file:
-        return [ray.put(piece) for piece in iter(lambda: file.read(_PIECE_BYTES), b"")]
 
 
 def _reset_peak() -> int:

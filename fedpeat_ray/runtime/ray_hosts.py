@@ -23,11 +23,11 @@ from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, Ray
 
 from fedpeat_ray.config import HostsConfig
 from fedpeat_ray.errors import ConfigError, HostLostError
-from fedpeat_ray.files import written_whole
 from fedpeat_ray.fleet.population import Fleet
 from fedpeat_ray.fleet.tiers import TIERS
 from fedpeat_ray.models.foundation import Foundation, load_backbone
 from fedpeat_ray.records import MEMORY, ClientReport, ClientTask
+from fedpeat_ray.runtime.node_files import Sent, files_of, receive, send
 from fedpeat_ray.runtime.process import cap_memory, is_out_of_memory, keep_freed_memory
 from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.training.map_clients import Aggregator, Where, split
@@ -43,31 +43,38 @@ class Host:
         self,
         foundation: Foundation,
         driver: Foundation | None,
-        files: dict[Path, bytes],
+        files: dict[Path, Sent],
         num_threads: int,
         memory_cap_bytes: int | None = None,
     ):
         keep_freed_memory()
         torch.set_num_threads(num_threads)
-        for path, content in files.items():
-            _write_if_missing(path, content)
+        self._known_files: dict[Path, str] = {}
+        receive(files, self._known_files)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if memory_cap_bytes is not None:
             cap_memory(memory_cap_bytes, device)
         self._serial = Serial(load_backbone(foundation, device), driver and load_backbone(driver, device))
 
     def run(
-        self, train: Callable, shared: Any, batch: Sequence[Any], aggregator: Aggregator, where: Where
+        self,
+        batch: Sequence[Any],
+        train: Callable,
+        shared: Any,
+        aggregator: Aggregator,
+        where: Where,
+        files: dict[Path, Sent],
     ) -> tuple[Any, list[Any]]:
         """Train one batch; returns its partial aggregate and reports."""
+        receive(files, self._known_files)
         return self._serial(train, shared, batch, aggregator, len(batch), where)
 
     def run_capped(
-        self, train: Callable, shared: Any, batch: Sequence[ClientTask], aggregator: Aggregator, where: Where
+        self, batch: Sequence[ClientTask], train: Callable, shared: Any, aggregator: Aggregator, *rest: Any
     ) -> tuple[Any, list[ClientReport]]:
         """The same for devices with a memory cap: running into it is a fact about the device, not an error."""
         try:
-            return self.run(train, shared, batch, aggregator, where)
+            return self.run(batch, train, shared, aggregator, *rest)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -76,13 +83,6 @@ class Host:
     def process_id(self) -> int:
         """For tests that kill a host."""
         return os.getpid()
-
-
-def _write_if_missing(path: Path, content: bytes) -> None:
-    """On a node that does not share the driver's disk, weights come through the object store."""
-    if not path.exists():
-        with written_whole(path) as part:
-            part.write_bytes(content)
 
 
 @dataclass
@@ -100,11 +100,10 @@ class RayHosts:
         config: HostsConfig,
         foundation: Foundation,
         on_event: Callable[..., None],
-        files: Sequence[Path] = (),
         driver: Foundation | None = None,
     ):
-        """`on_event(kind, **facts)` hears of lost hosts; `files` are what hosts read besides the foundation, and
-        `driver` is what they do the driver's work on, if it is another model.
+        """`on_event(kind, **facts)` hears of lost hosts; `driver` is what hosts do the driver's work on, if it is
+        another model than `foundation`.
 
         Raises ConfigError for GPUs that are not there.
         """
@@ -119,13 +118,9 @@ class RayHosts:
             raise ConfigError.of("hosts.num_gpus", num_gpus, f"at most the {free_gpus:g} GPUs that are free")
         slots = free_gpus // num_gpus if num_gpus else resources["CPU"] // config.num_threads
         self.num_hosts = config.num_hosts or max(1, int(slots))
-        several_nodes = len(ray.nodes()) > 1
-        self._arguments = (
-            ray.put(foundation),
-            driver,
-            ray.put({path: path.read_bytes() for path in (foundation.weights, *files)} if several_nodes else {}),
-            config.num_threads,
-        )
+        self._weights = send((each.weights for each in (foundation, driver) if each), {})
+        self._sent: dict[Path, Sent] = {}
+        self._arguments = (foundation, driver, self._weights, config.num_threads)
         self._actor_class = ray.remote(
             num_cpus=min(config.num_threads, resources["CPU"] / self.num_hosts),
             num_gpus=num_gpus,
@@ -166,13 +161,14 @@ class RayHosts:
         """See MapClients. Raises HostLostError for a batch that two hosts did not survive."""
         batches = deque(_Batch(index, batch) for index, batch in enumerate(split(tasks, batch_size)))
         results: list[tuple[Any, list[Any]] | None] = [None] * len(batches)
-        shared_refs = (ray.put(train), ray.put(shared), ray.put(aggregator), where)
+        self._sent = send(files_of(train), self._weights | self._sent)
+        work = (ray.put(train), ray.put(shared), ray.put(aggregator), where, self._sent)
         running: dict[ray.ObjectRef, tuple[Any, _Batch]] = {}
         try:
             while batches or running:
                 while batches and (host := self._take(batches[0], len(running))) is not None:
                     batch = batches.popleft()
-                    running[self._start(host, batch, *shared_refs)] = (host, batch)
+                    running[self._start(host, batch, work)] = (host, batch)
                 (done,), _ = ray.wait(list(running))
                 host, batch = running[done]
                 try:
@@ -198,8 +194,8 @@ class RayHosts:
         """A host that is free for this batch, if there is one."""
         return self._idle.popleft() if self._idle else None
 
-    def _start(self, host: Any, batch: _Batch, train: Any, shared: Any, aggregator: Any, where: Where) -> ray.ObjectRef:
-        return host.run.remote(train, shared, batch.tasks, aggregator, where)
+    def _start(self, host: Any, batch: _Batch, work: tuple[Any, ...]) -> ray.ObjectRef:
+        return host.run.remote(batch.tasks, *work)
 
     def _give_back(self, host: Any) -> None:
         self._idle.append(host)
@@ -238,10 +234,9 @@ class ExclusiveHosts(RayHosts):
         foundation: Foundation,
         on_event: Callable[..., None],
         fleet: Fleet,
-        files: Sequence[Path] = (),
         driver: Foundation | None = None,
     ):
-        super().__init__(dataclasses.replace(config, num_hosts=1), foundation, on_event, files, driver)
+        super().__init__(dataclasses.replace(config, num_hosts=1), foundation, on_event, driver)
         self._fleet = fleet
         self._has_gpus = bool(ray.cluster_resources().get("GPU"))
         self._num_slots = max(1, int(ray.cluster_resources()["CPU"]))
@@ -273,9 +268,9 @@ class ExclusiveHosts(RayHosts):
         self._devices.add(host)
         return host
 
-    def _start(self, host: Any, batch: _Batch, train: Any, shared: Any, aggregator: Any, where: Where) -> ray.ObjectRef:
+    def _start(self, host: Any, batch: _Batch, work: tuple[Any, ...]) -> ray.ObjectRef:
         run = host.run_capped if host in self._devices else host.run
-        return run.remote(train, shared, batch.tasks, aggregator, where)
+        return run.remote(batch.tasks, *work)
 
     def _give_back(self, host: Any) -> None:
         if host in self._devices:

@@ -15,6 +15,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,11 @@ class EvaluateProxy:
     small: SmallModel
     alpha: float
 
+    @property
+    def files(self) -> list[Path]:
+        """The small model's weights."""
+        return [self.small.foundation.weights]
+
     def __call__(self, backbone: Backbone, adapter_P: Tensor, tasks: Sequence[EvaluationTask]) -> list[GroupScore]:
         with self.small.pair(adapter_P) as pair:
 
@@ -89,6 +95,11 @@ class TeacherLogits:
     small: SmallModel
     alpha: float
     top_k: int | None
+
+    @property
+    def files(self) -> list[Path]:
+        """The small model's weights."""
+        return [self.small.foundation.weights]
 
     def __call__(self, backbone: Backbone, adapter_P: Tensor, batches: Sequence[TextBatch]) -> list[Result]:
         results = []

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedpeat_ray.config import EmulatorConfig
 from fedpeat_ray.data.client_data import ServerData
-from fedpeat_ray.files import user_cache_dir, written_whole
+from fedpeat_ray.files import file_sha256, user_cache_dir, written_whole
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models.emulator import Ladder, Rung, build_ladder, eight_bit, load_blocks
 from fedpeat_ray.models.foundation import Blocks, Foundation
@@ -96,7 +96,7 @@ class Workshop:
 
     def _eight_bit_file(self, ladder: Ladder, group: Sequence[Rung]) -> Path:
         weights = group[0].weights
-        source = weights and hashlib.sha256(weights.read_bytes()).hexdigest()
+        source = weights and file_sha256(weights)
         path = user_cache_dir() / f"emulators-{self._key(ladder, group, source)}-8bit.safetensors"
         if not path.exists():
             self._write(path, ladder, self._start(ladder, group), quantise=True)
@@ -106,7 +106,7 @@ class Workshop:
         """Distil once more, with the adapter plugged into both sides, and write this version's files."""
         after = self.version(ladder, version)
         before = self.version(ladder, version - 1)
-        for path in sorted({rung.weights for rung in after.rungs[:-1] if rung.weights}):
+        for path in after.files:
             group = [rung for rung, new in zip(before.rungs, after.rungs, strict=True) if new.weights == path]
             steps = self.config.realign_steps
             blocks = self._distilled(

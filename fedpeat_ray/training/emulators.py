@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,14 @@ class OnEmulators:
     parts: tuple[tuple[Callable, Tensor], ...]
     """By level: training of what lies in the blocks of that level, and its places in the whole adapter."""
 
+    @property
+    def files(self) -> list[Path]:
+        """What emulators are read from."""
+        return self.ladder.files
+
     def __call__(self, backbone: Backbone, adapter_P: Tensor, tasks: Sequence[Any]) -> list[Any]:
         updates: list[Any] = []
-        for outdated in backbone.stand_ins.keys() - {rung.weights for rung in self.ladder.rungs}:
+        for outdated in backbone.stand_ins.keys() - set(self.ladder.files):
             del backbone.stand_ins[outdated]
         for level, group in itertools.groupby(tasks, key=lambda task: task.level):
             if level is None:

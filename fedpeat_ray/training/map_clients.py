@@ -24,9 +24,10 @@ class MapClients(Protocol):
     """Train tasks in batches and aggregate what comes back; returns (aggregate, reports in task order).
 
     `train(backbone, shared, tasks) -> updates`, one update with a `.report` a task. The backbone is
-    resident where the work is done. Partial aggregates are merged in batch order, and the batches
-    depend on `tasks` and `batch_size` alone, so every implementation gives the same bits. Where hosts
-    have the whole foundation too, they also do the driver's work.
+    resident where the work is done; what else the work reads from disk it names as `train.files`, and it
+    will be there. Partial aggregates are merged in batch order, and the batches depend on `tasks` and
+    `batch_size` alone, so every implementation gives the same bits. Where hosts have the whole foundation
+    too, they also do the driver's work.
     """
 
     def __call__(

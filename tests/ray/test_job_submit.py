@@ -2,73 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from processes import below, living
+from clusters import RAY, environment_with_token, head
 from tiny_runs import REPOSITORY, assert_same_bits
 
-RAY = str(Path(sys.executable).parent / "ray")
 Submit = Callable[[list[str]], subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Of the cluster and of those who submit: one token, and no way to this checkout but the upload."""
-    token = tmp_path_factory.mktemp("auth") / "token"
-    token.write_text(secrets.token_hex(32))
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return {**kept, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    """Of the cluster and of those who submit: no way to this checkout but the upload."""
+    environment = environment_with_token(tmp_path_factory.mktemp("auth"))
+    return {name: value for name, value in environment.items() if name != "PYTHONPATH"}
 
 
 @pytest.fixture(scope="module")
-def dashboard(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def dashboard(environment: dict[str, str]) -> Iterator[str]:
     """The address of a cluster of this module's own."""
-    folder = Path(tempfile.mkdtemp(prefix="ray"))  # short: names of sockets have an end
-    gcs, dashboard, agent, agent_rpc, client, metrics = _free_ports(6)
-    command = [
-        *(RAY, "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={folder}", "--disable-usage-stats"),
-        *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
-        *(f"--port={gcs}", f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_rpc}"),
-        *(f"--ray-client-server-port={client}", f"--metrics-export-port={metrics}"),
-        f"--object-store-memory={128 * 2**20}",
-    ]
-    head = subprocess.Popen(
-        command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert head.stdout is not None
-    try:
-        said = []
-        for line in head.stdout:
-            said.append(line)
-            if "Ray runtime started" in line:
-                break
-        else:
-            pytest.fail("".join(said))
-        yield f"http://127.0.0.1:{dashboard}"
-    finally:
-        started = below(head.pid)
-        head.send_signal(signal.SIGTERM)  # it ends what it started
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            head.communicate(timeout=60)
-        left = living(started, timeout_s=30)
-        for process in left:
-            os.kill(process.process_id, signal.SIGKILL)
-        head.kill()
-        shutil.rmtree(folder, ignore_errors=True)
-        assert not left, "ray start left processes behind"
+    with (
+        tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,  # short: so are its sockets
+        head(environment, Path(folder), "--num-cpus=2") as (_, dashboard),
+    ):
+        yield dashboard
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +79,3 @@ def test_a_submitted_run_that_is_refused_fails_with_the_line_that_says_why(submi
     assert lines == {"error: cohort_size = 51 is not allowed: at most fleet.num_devices = 50"}
     assert "Traceback" not in ended.stdout
     assert not (tmp_path / "runs").exists()
-
-
-def _free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
