@@ -13,7 +13,8 @@ import failing_hosts
 import pytest
 import tiny_runs
 from safetensors.torch import load_file
-from tiny_runs import CLIENT_BATCH_SIZE, assert_same_bits, events, parse, summary, table
+from tiny_runs import CLIENT_BATCH_SIZE, parse
+from whole_runs import assert_same_bits, events, summary, table
 
 from fedpeat_ray import Simulation
 from fedpeat_ray.errors import DriverLostError

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import tiny_runs
-from tiny_runs import assert_same_bits, events, parse, summary, table
+from tiny_runs import parse
+from whole_runs import assert_same_bits, events, summary, table
 
 from fedpeat_ray import Simulation
 

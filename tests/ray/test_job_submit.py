@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from clusters import RAY, environment_with_token, head
-from tiny_runs import REPOSITORY, assert_same_bits
+from tiny_runs import REPOSITORY
+from whole_runs import assert_same_bits
 
 Submit = Callable[[list[str]], subprocess.CompletedProcess[str]]
 

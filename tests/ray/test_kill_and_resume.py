@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from processes import Known, living
-from tiny_runs import assert_same_bits, events
+from whole_runs import assert_same_bits, events
 
 from workloads.large_scale import main
 

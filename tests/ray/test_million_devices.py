@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tiny_runs import parse, summary, table
+from tiny_runs import parse
+from whole_runs import summary, table
 
 from fedpeat_ray import Simulation
 

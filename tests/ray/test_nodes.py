@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import tiny_runs
 from clusters import environment_with_token, head, node
-from tiny_runs import events, parse, summary, table
+from tiny_runs import parse
+from whole_runs import events, summary, table
 
 from fedpeat_ray import Simulation
 

@@ -12,7 +12,8 @@ import failing_hosts
 import pytest
 import ray
 from processes import below, living
-from tiny_runs import assert_same_bits, batches, events, parse
+from tiny_runs import batches, parse
+from whole_runs import assert_same_bits, events
 
 from fedpeat_ray import Simulation
 from fedpeat_ray.algorithms import fed_peft

@@ -1,13 +1,12 @@
-"""A run small enough for a test, four rounds of six devices, and how two of them are compared."""
+"""The command line of a run small enough for a test: four rounds of six devices."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import tyro
+from whole_runs import table
 
 from fedpeat_ray import SimulationConfig
 
@@ -42,33 +41,6 @@ def arguments(model: Path, text: Path, *more: object) -> list[str]:
 def parse(command_line: list[str]) -> SimulationConfig:
     """The configuration of a command line."""
     return tyro.cli(SimulationConfig, args=command_line)
-
-
-def table(directory: Path, name: str) -> pd.DataFrame:
-    """The columns of `rounds` or `clients` that the machine has no say in."""
-    frame = pd.read_parquet(directory / name, dtype_backend="pyarrow")
-    return frame.drop(columns=[column for column in frame.columns if column.startswith("wall_")])
-
-
-def summary(directory: Path) -> dict[str, Any]:
-    """summary.json without what was measured."""
-    values = json.loads((directory / "summary.json").read_text())
-    return {name: value for name, value in values.items() if not name.startswith("wall_")}
-
-
-def events(directory: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of events.jsonl of one kind."""
-    path = directory / "events.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [event for event in map(json.loads, lines) if event["kind"] == kind]
-
-
-def assert_same_bits(one: Path, other: Path) -> None:
-    """Adapter, summary and every deterministic column agree exactly."""
-    for name in ("rounds", "clients"):
-        pd.testing.assert_frame_equal(table(one, name), table(other, name), check_exact=True)
-    assert summary(one)["adapter_sha256"] == summary(other)["adapter_sha256"]
-    assert summary(one) == summary(other)
 
 
 def batches(directory: Path, round: int) -> list[list[int]]:

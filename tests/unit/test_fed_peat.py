@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+import whole_runs
 from peft import PeftModel
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from whole_runs import assert_same_bits, changed, summary, table
 
 from fedpeat_ray import Simulation, SimulationConfig
 from fedpeat_ray.config import (
     AvailabilityConfig,
     ChannelConfig,
     ControlConfig,
-    DataConfig,
     DistilConfig,
     EmulatorConfig,
-    EvaluationConfig,
     FleetConfig,
     FoundationConfig,
-    HostsConfig,
-    LocalConfig,
     LoraConfig,
-    PartitionConfig,
     ServerConfig,
 )
 from fedpeat_ray.control.plan import Prospects
@@ -74,61 +68,8 @@ BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers"}
 
 @pytest.fixture
 def tiny(deep_gpt2_dir: Path, text_dir: Path) -> SimulationConfig:
-    """Three rounds of six of fourteen devices, two emulators of a model of seven blocks: about a second."""
-    return SimulationConfig(
-        rounds=3,
-        cohort_size=6,
-        client_batch_size=4,
-        seed=3,
-        local=LocalConfig(sequence_length=32, max_steps=3, learning_rate=0.02),
-        lora=LoraConfig(rank=2),
-        emulator=ENDS,
-        control=ControlConfig("random"),
-        foundation=FoundationConfig(str(deep_gpt2_dir), dtype="float32"),
-        data=DataConfig(str(text_dir), public_name=str(text_dir), partition=PartitionConfig(documents_per_device=4)),
-        fleet=FleetConfig(num_devices=14),
-        evaluation=EvaluationConfig(
-            every=99, num_sequences=8, num_sequences_per_tier=0, sequence_length=32, upper_bound=False
-        ),
-        hosts=HostsConfig(backend="serial"),
-    )
-
-
-@pytest.fixture
-def run(tiny: SimulationConfig, tmp_path: Path) -> Callable[..., Path]:
-    """Runs the tiny configuration with some settings changed; returns the run directory."""
-
-    def run(name: str = "run", **changes: Any) -> Path:
-        Simulation(changed(tiny, out=tmp_path / name, **changes)).run()
-        return tmp_path / name
-
-    return run
-
-
-def changed(config: SimulationConfig, **changes: Any) -> SimulationConfig:
-    """With other settings; those of a part as a dict."""
-    parts = {
-        name: dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
-        for name, value in changes.items()
-    }
-    return dataclasses.replace(config, **parts)
-
-
-def summary(directory: Path) -> dict[str, Any]:
-    values = json.loads((directory / "summary.json").read_text())
-    return {name: value for name, value in values.items() if not name.startswith("wall_")}
-
-
-def table(directory: Path, name: str) -> Any:
-    """The columns of `rounds` or `clients` that the machine has no say in, as a data frame."""
-    frame = pd.read_parquet(directory / name, dtype_backend="pyarrow")
-    return frame[[column for column in frame.columns if not column.startswith("wall_")]]
-
-
-def assert_same_results(one: Path, other: Path) -> None:
-    for name in ("rounds", "clients"):
-        pd.testing.assert_frame_equal(table(one, name), table(other, name), check_exact=True)
-    assert summary(one) == summary(other)
+    """Two emulators of a model of seven blocks."""
+    return whole_runs.tiny(deep_gpt2_dir, text_dir, emulator=ENDS, control=ControlConfig("random"))
 
 
 def perplexity(model: nn.Module, config: SimulationConfig) -> float:
@@ -435,7 +376,7 @@ def test_distilled_emulators_are_made_once_and_devices_train_on_them(run, tiny, 
         assert result["emulator_zero_shot"][str(level)] == pytest.approx(perplexity(model, config), rel=1e-5)
     assert result["plug_in"] < result["zero_shot"]
     monkeypatch.setattr("fedpeat_ray.training.emulator_workshop.distil", None)
-    assert_same_results(directory, run("again", **changes))
+    assert_same_bits(directory, run("again", **changes))
 
 
 def test_a_level_without_middle_blocks_has_nothing_to_distil(run):
@@ -532,7 +473,7 @@ def test_a_run_that_was_stopped_between_re_alignments_goes_on_to_the_same_bits(r
             with pytest.raises(KeyboardInterrupt):
                 run(name, **changes, checkpoint_every=checkpoint_every)
         Simulation(changed(tiny, resume=tmp_path / name, **changes)).run()
-        assert_same_results(whole, tmp_path / name)
+        assert_same_bits(whole, tmp_path / name)
         for path in (whole / "emulators").iterdir():
             assert path.read_bytes() == (tmp_path / name / "emulators" / path.name).read_bytes()
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import math
 import re
 import shutil
@@ -15,22 +13,16 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+import whole_runs
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from whole_runs import assert_same_bits, changed, summary, table
 
 from fedpeat_ray import Simulation, SimulationConfig
 from fedpeat_ray.config import (
     ControlConfig,
-    DataConfig,
     EmulatorConfig,
-    EvaluationConfig,
-    FleetConfig,
-    FoundationConfig,
-    HostsConfig,
-    LocalConfig,
-    LoraConfig,
-    PartitionConfig,
     ProxyConfig,
     ServerConfig,
 )
@@ -47,63 +39,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls w
 
 @pytest.fixture
 def tiny(deep_llama_dir: Path, gpt2_dir: Path, text_dir: Path) -> SimulationConfig:
-    """Three rounds of six of fourteen devices; GPT-2 of two blocks steers a LLaMA of seven."""
-    return SimulationConfig(
-        algorithm="fed-pt",
-        rounds=3,
-        cohort_size=6,
-        client_batch_size=4,
-        seed=3,
-        local=LocalConfig(sequence_length=32, max_steps=3, learning_rate=0.02),
-        lora=LoraConfig(rank=2),
-        proxy=ProxyConfig(
-            small=str(gpt2_dir), steps=2, batch_size=2, sequence_length=24, learning_rate=0.002, alpha=0.8
-        ),
-        foundation=FoundationConfig(str(deep_llama_dir), dtype="float32"),
-        data=DataConfig(str(text_dir), public_name=str(text_dir), partition=PartitionConfig(documents_per_device=4)),
-        fleet=FleetConfig(num_devices=14),
-        evaluation=EvaluationConfig(
-            every=99, num_sequences=8, num_sequences_per_tier=0, sequence_length=32, upper_bound=False
-        ),
-        hosts=HostsConfig(backend="serial"),
-    )
-
-
-@pytest.fixture
-def run(tiny: SimulationConfig, tmp_path: Path) -> Callable[..., Path]:
-    """Runs the tiny configuration with some settings changed; returns the run directory."""
-
-    def run(name: str = "run", **changes: Any) -> Path:
-        Simulation(changed(tiny, out=tmp_path / name, **changes)).run()
-        return tmp_path / name
-
-    return run
-
-
-def changed(config: SimulationConfig, **changes: Any) -> SimulationConfig:
-    """With other settings; those of a part as a dict."""
-    parts = {
-        name: dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
-        for name, value in changes.items()
-    }
-    return dataclasses.replace(config, **parts)
-
-
-def summary(directory: Path) -> dict[str, Any]:
-    values = json.loads((directory / "summary.json").read_text())
-    return {name: value for name, value in values.items() if not name.startswith("wall_")}
-
-
-def table(directory: Path, name: str) -> Any:
-    """The columns of `rounds` or `clients` that the machine has no say in, as a data frame."""
-    frame = pd.read_parquet(directory / name, dtype_backend="pyarrow")
-    return frame[[column for column in frame.columns if not column.startswith("wall_")]]
-
-
-def assert_same_results(one: Path, other: Path) -> None:
-    for name in ("rounds", "clients"):
-        pd.testing.assert_frame_equal(table(one, name), table(other, name), check_exact=True)
-    assert summary(one) == summary(other)
+    """GPT-2 of two blocks steers a LLaMA of seven."""
+    proxy = ProxyConfig(str(gpt2_dir), steps=2, batch_size=2, sequence_length=24, learning_rate=0.002, alpha=0.8)
+    return whole_runs.tiny(deep_llama_dir, text_dir, algorithm="fed-pt", proxy=proxy)
 
 
 def perplexity(config: SimulationConfig, logits_of: Callable[[Tensor], Tensor]) -> float:
@@ -235,7 +173,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(run, tiny, tmp_path, mo
             run("stopped", **settings)
     assert not (tmp_path / "stopped" / "summary.json").exists()
     Simulation(changed(tiny, resume=tmp_path / "stopped", **settings)).run()
-    assert_same_results(whole, tmp_path / "stopped")
+    assert_same_bits(whole, tmp_path / "stopped")
 
 
 def test_a_batch_size_that_was_measured_gives_a_run_too(run):

@@ -6,16 +6,17 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+import whole_runs
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from whole_runs import assert_same_bits, events, summary, table
 
 from fedpeat_ray import Simulation, SimulationConfig
 from fedpeat_ray.config import (
@@ -25,7 +26,6 @@ from fedpeat_ray.config import (
     EvaluationConfig,
     FleetConfig,
     FoundationConfig,
-    HostsConfig,
     LocalConfig,
     LoraConfig,
     PartitionConfig,
@@ -43,57 +43,17 @@ ALWAYS = AvailabilityConfig(kind="always")
 
 @pytest.fixture
 def tiny(gpt2_dir: Path, text_dir: Path) -> SimulationConfig:
-    """Four rounds of six of forty devices on a page of text: less than a second."""
-    return SimulationConfig(
+    """Four rounds of six of forty devices, judged after each: less than a second."""
+    return whole_runs.tiny(
+        gpt2_dir,
+        text_dir,
         algorithm="fed-peft",
         rounds=4,
-        cohort_size=6,
-        client_batch_size=4,
         checkpoint_every=2,
-        seed=3,
-        local=LocalConfig(sequence_length=32, max_steps=3, learning_rate=0.02),
-        lora=LoraConfig(rank=2),
-        foundation=FoundationConfig(str(gpt2_dir), dtype="float32"),
-        data=DataConfig(str(text_dir), partition=PartitionConfig(documents_per_device=4)),
         fleet=FleetConfig(num_devices=40),
-        evaluation=EvaluationConfig(num_sequences=8, num_sequences_per_tier=2, sequence_length=32, upper_bound=False),
-        hosts=HostsConfig(backend="serial"),
+        data={"public_name": None},
+        evaluation={"every": 1, "num_sequences_per_tier": 2},
     )
-
-
-@pytest.fixture
-def run(tiny: SimulationConfig, tmp_path: Path) -> Callable[..., Path]:
-    """Runs the tiny configuration with some settings changed; returns the run directory."""
-
-    def run(name: str = "run", **changes: Any) -> Path:
-        Simulation(dataclasses.replace(tiny, out=tmp_path / name, **changes)).run()
-        return tmp_path / name
-
-    return run
-
-
-def summary(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "summary.json").read_text())
-
-
-def table(directory: Path, name: str) -> Any:
-    """The columns of `rounds` or `clients` that the machine has no say in, as a data frame."""
-    frame = pd.read_parquet(directory / name, dtype_backend="pyarrow")
-    return frame[[column for column in frame.columns if not column.startswith("wall_")]]
-
-
-def events(directory: Path) -> list[dict[str, Any]]:
-    path = directory / "events.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def assert_same_results(one: Path, other: Path) -> None:
-    """Every bit that does not depend on the machine."""
-    for name in ("rounds", "clients"):
-        pd.testing.assert_frame_equal(table(one, name), table(other, name), check_exact=True)
-    first, second = summary(one), summary(other)
-    assert first.pop("wall_s") > 0 and second.pop("wall_s") > 0
-    assert first == second
 
 
 def test_a_run_leaves_what_is_promised(tiny, tmp_path):
@@ -104,7 +64,7 @@ def test_a_run_leaves_what_is_promised(tiny, tmp_path):
     assert simulation.directory is None
     returned = simulation.run()
     directory = tmp_path / "run"
-    assert simulation.directory == directory and returned == summary(directory)
+    assert simulation.directory == directory and returned == json.loads((directory / "summary.json").read_text())
 
     assert {"algorithm", "rounds", "adapter_sha256", "virtual_s", "energy_j", "download_bytes", "upload_bytes"} < set(
         returned
@@ -156,12 +116,12 @@ def test_the_saved_adapter_is_the_one_that_was_judged(run, gpt2_dir):
 
 def test_the_same_configuration_gives_the_same_bits_and_another_seed_others(run, tiny, tmp_path):
     one, two, other = run("one"), run("two"), run("other", seed=4)
-    assert_same_results(one, two)
+    assert_same_bits(one, two)
     assert summary(one)["adapter_sha256"] != summary(other)["adapter_sha256"]
     config = SimulationConfig.from_dict(read_config(one)["config"])
     assert dataclasses.replace(config, out=None) == dataclasses.replace(tiny, out=None)
     Simulation(dataclasses.replace(config, out=tmp_path / "again")).run()
-    assert_same_results(one, tmp_path / "again")
+    assert_same_bits(one, tmp_path / "again")
 
 
 def test_the_batch_size_that_was_measured_is_written_down_and_repeats_the_run(run, tmp_path):
@@ -169,7 +129,7 @@ def test_the_batch_size_that_was_measured_is_written_down_and_repeats_the_run(ru
     config = SimulationConfig.from_dict(read_config(one)["config"])
     assert config.client_batch_size in range(1, 7)
     Simulation(dataclasses.replace(config, out=tmp_path / "again")).run()
-    assert_same_results(one, tmp_path / "again")
+    assert_same_bits(one, tmp_path / "again")
 
 
 def stop_in_round(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,21 +160,21 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
     assert not (stopped / "summary.json").exists()
     assert table(whole, "rounds")["round"].tolist() == [1, 2, 3, 4]
     Simulation(dataclasses.replace(tiny, resume=stopped, **settings)).run()
-    assert_same_results(whole, stopped)
+    assert_same_bits(whole, stopped)
     assert [event["kind"] for event in events(stopped)] == ["resumed"]
 
 
 def test_a_run_that_is_finished_can_be_given_more_rounds(run, tiny, tmp_path):
     longer, shorter = run("longer", rounds=6), run("shorter", rounds=4)
     Simulation(dataclasses.replace(tiny, resume=shorter, rounds=6)).run()
-    assert_same_results(longer, shorter)
+    assert_same_bits(longer, shorter)
     assert read_config(shorter)["config"]["rounds"] == 6
 
 
 def test_finishing_a_finished_run_again_changes_nothing(run, tiny, tmp_path):
     one, two = run("one"), run("two")
     Simulation(dataclasses.replace(tiny, resume=two)).run()
-    assert_same_results(one, two)
+    assert_same_bits(one, two)
 
 
 def test_resuming_with_a_setting_that_changes_the_results_is_refused(run, tiny, tmp_path):
