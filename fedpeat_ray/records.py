@@ -74,7 +74,12 @@ ROUND_COLUMNS = (
     Column("upload_bytes", pa.int64(), "bytes", "by all sampled devices"),
     Column("energy_j", pa.float64(), "J", "by all sampled devices"),
     Column("flops", pa.float64(), "", "of training on all sampled devices"),
-    Column("server_flops", pa.float64(), "", "of the server's own tuning and of distilling a small model"),
+    Column(
+        "server_flops",
+        pa.float64(),
+        "",
+        "of the server: its tuning, re-aligning emulators, distilling a small model",
+    ),
     Column("server_memory_bytes", pa.int64(), "bytes", "peak of the same by the memory model; 0 if there is none"),
     Column("train_loss", pa.float64(), "nats/token", "mean over completed devices, weighted by tokens"),
     Column("perplexity", pa.float64(), "", "on held-out private text, after the round; null if not evaluated"),

@@ -214,7 +214,7 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
         "payload_bytes": world.algorithm.layout.payload_bytes(),
     }
     if isinstance(world.algorithm, FedPEAT):
-        costs = world.algorithm.level_costs
+        costs = world.algorithm.emulator_costs
         resolved["levels"] = [
             {
                 "level": rung.level,

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from fedpeat_ray.algorithms.fed_avg import FedAvg
 from fedpeat_ray.algorithms.fed_peat import FedPEAT
 from fedpeat_ray.algorithms.fed_peft import FedPEFT
 from fedpeat_ray.algorithms.fed_pt import FedPT
-from fedpeat_ray.algorithms.round_result import Algorithm, ServerCosts
-from fedpeat_ray.config import ControlConfig, ProxyConfig, SimulationConfig
+from fedpeat_ray.algorithms.round_result import Algorithm
+from fedpeat_ray.config import ControlConfig, SimulationConfig
 from fedpeat_ray.control.fixed import Fixed
 from fedpeat_ray.control.greedy import Greedy
 from fedpeat_ray.control.plan import Controller
@@ -30,14 +29,12 @@ from fedpeat_ray.data.partition import Partition
 from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.files import file_sha256, user_cache_dir
 from fedpeat_ray.fleet.conditions import Conditions, build_conditions
-from fedpeat_ray.fleet.costs import forward_flops, training_flops
-from fedpeat_ray.fleet.levels import LevelCosts
-from fedpeat_ray.fleet.memory import ModelShape, training_memory
+from fedpeat_ray.fleet.memory import ModelShape
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models import weight_files
-from fedpeat_ray.models.emulator import Ladder, block_number, build_ladder, emulator_shapes
+from fedpeat_ray.models.emulator import Ladder, block_number, build_ladder
 from fedpeat_ray.models.foundation import Foundation
-from fedpeat_ray.models.lora import Lora, find_lora
+from fedpeat_ray.models.lora import find_lora
 from fedpeat_ray.models.proxy import check_vocabularies
 from fedpeat_ray.runtime.knee import find_client_batch_size
 from fedpeat_ray.runtime.process import process_settings
@@ -45,6 +42,7 @@ from fedpeat_ray.runtime.progress import Progress
 from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.settings import get
 from fedpeat_ray.training.adapters import Adapter, LoraAdapter, find_weights
+from fedpeat_ray.training.costs import emulator_costs, proxy_step_costs, weight_bytes
 from fedpeat_ray.training.distillation import SmallModel
 from fedpeat_ray.training.emulator_workshop import Workshop
 from fedpeat_ray.training.evaluation import EvaluationTask, evaluation_tasks
@@ -99,7 +97,7 @@ def prepare(config: SimulationConfig, directory: Path) -> World:
     corpus = load_corpus(config.data, foundations.load_tokenizer(foundation.config_dir))
     partition = Partition(config.data.partition, corpus.group, corpus.heldout, config.seed)
     data = ClientData(corpus, partition, config.local, config.seed)
-    shape = foundations.model_shape(model, _weight_bytes(config))
+    shape = foundations.model_shape(model, weight_bytes(config.fleet))
     if config.algorithm == "fed-peat":
         algorithm: Algorithm = (peat := build_fed_peat(config, foundation, shape, directory))
         adapter = peat.adapter
@@ -150,7 +148,7 @@ def build_fed_peat(config: SimulationConfig, foundation: Foundation, shape: Mode
     return FedPEAT(
         adapter=adapter,
         ladder=ladder,
-        level_costs=level_costs(config, foundation, shape, ladder, adapter),
+        emulator_costs=emulator_costs(config, foundation, shape, ladder, adapter),
         controller=build_controller(config.control, config.seed),
         local=config.local,
         server=config.server,
@@ -180,7 +178,7 @@ def build_fed_pt(
         most = min(foundations.max_positions(small), foundations.max_positions(large))
         if (length := get(config, field)) > most:
             raise ConfigError.of(field, length, f"at most {most}, the positions of both models")
-    small_shape = foundations.model_shape(small, _weight_bytes(config))
+    small_shape = foundations.model_shape(small, weight_bytes(config.fleet))
     lora, small_level = find_lora(small, config.lora), 1
     if proxy.emulators:
         on_small: Algorithm = (peat := build_fed_peat(config, foundation_of_small, small_shape, directory))
@@ -190,80 +188,13 @@ def build_fed_pt(
         size = _first_batch_size(config)
         on_small = FedPEFT(lora, small_shape, config.local, config.server, size, proxy.small)
     public = ServerData(load_corpus(config.data, tokenizer, public=True)) if proxy.steps else None
-    costs = server_costs(proxy, shape, small_shape, lora)
+    costs = proxy_step_costs(proxy, shape, small_shape, lora)
     return FedPT(on_small, SmallModel(foundation_of_small, lora), small_level, proxy, public, costs, config.seed)
-
-
-def server_costs(proxy: ProxyConfig, large: ModelShape, small: ModelShape, lora: Lora) -> ServerCosts:
-    """Of one step of FedPT's distillation: three forward passes for the teacher, and a step of the small model."""
-    tokens, length = proxy.batch_size * proxy.sequence_length, proxy.sequence_length
-    teacher = tokens * (forward_flops(large, length) + 2 * forward_flops(small, length))
-    student = training_flops(small, tokens, length, "lora", lora.layout.num_elements)
-    memory = training_memory(
-        small,
-        batch_size=proxy.batch_size,
-        sequence_length=length,
-        trainable="lora",
-        lora_rank=lora.rank,
-    )
-    weights = large.num_parameters * large.weight_bytes + 2 * small.num_parameters * small.weight_bytes
-    return ServerCosts(float(teacher + student), int(weights + memory.peak_bytes))
 
 
 def build_controller(config: ControlConfig, seed: int) -> Controller:
     """The controller that the configuration names."""
     return {"fixed": Fixed(config.level), "random": Random(seed), "greedy": Greedy()}[config.kind]
-
-
-def level_costs(
-    config: SimulationConfig, foundation: Foundation, shape: ModelShape, ladder: Ladder, adapter: Adapter
-) -> LevelCosts:
-    """What each level costs a device. LoRA in middle blocks too is counted as if it were in all blocks."""
-    emulator, local, shapes = config.emulator, config.local, weight_files.shapes_of(foundation.weights)
-    dtype = torch.float32 if config.fleet.precision == "float32" else torch.float16
-    files = [
-        emulator_shapes(shapes, ladder, level, dtype, emulator.eight_bit and level < ladder.top)
-        for level in range(1, ladder.top + 1)
-    ]
-    layouts = [adapter.within(ladder, rung.level).layout for rung in ladder.rungs]
-    num_blocks_L = np.array([len(rung.blocks) for rung in ladder.rungs])
-    in_middle = any(block_number(name, ladder.block_list) in ladder.middle_blocks for name in adapter.layout.names)
-    adapter_blocks = None if in_middle else (ladder.first, ladder.last)
-    frozen_block_bytes_L = np.array([_middle_block_bytes(file, ladder, i) for i, file in enumerate(files, start=1)])
-    memory = training_memory(
-        shape,
-        batch_size=local.batch_size,
-        sequence_length=local.sequence_length,
-        trainable=adapter.kind,
-        lora_rank=adapter.rank or 0,
-        optimizer=local.optimizer,
-        num_blocks=num_blocks_L,
-        adapter_blocks=adapter_blocks,
-        frozen_block_bytes=frozen_block_bytes_L,
-    )
-    lora_parameters_L = np.array([layout.num_elements for layout in layouts]) if adapter.kind == "lora" else 0
-    flops_L = training_flops(
-        shape,
-        1,
-        local.sequence_length,
-        adapter.kind,
-        lora_parameters_L,
-        num_blocks=num_blocks_L,
-        adapter_blocks=adapter_blocks,
-    )
-    return LevelCosts(
-        emulator_bytes_L=np.array([weight_files.num_bytes(file) for file in files]),
-        adapter_bytes_L=np.array([layout.payload_bytes() for layout in layouts]),
-        memory_bytes_L=np.asarray(memory.peak_bytes),
-        flops_per_token_L=np.asarray(flops_L),
-    )
-
-
-def _middle_block_bytes(file: weight_files.Shapes, ladder: Ladder, level: int) -> int:
-    """Bytes of the weights of one middle block on a device; of an end block where a level keeps none."""
-    number = next(iter(ladder.kept_middle(level)), ladder.adapter_blocks[0])
-    block = {name: entry for name, entry in file.items() if block_number(name, ladder.block_list) == number}
-    return sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in block.values())
 
 
 @contextlib.contextmanager
@@ -298,9 +229,9 @@ def with_emulators(world: World, driver: Any, progress: Progress) -> World:
                 progress.stage(f"distilling emulators, {num_steps} steps: step {step}")
 
         ladder = workshop.furnish(ladder, map_clients, on_step)
-    shape = foundations.model_shape(foundations.load(world.foundation), _weight_bytes(config))
-    costs = level_costs(config, world.foundation, shape, ladder, algorithm.adapter)
-    algorithm = dataclasses.replace(algorithm, ladder=ladder, workshop=workshop, level_costs=costs)
+    shape = foundations.model_shape(foundations.load(world.foundation), weight_bytes(config.fleet))
+    costs = emulator_costs(config, world.foundation, shape, ladder, algorithm.adapter)
+    algorithm = dataclasses.replace(algorithm, ladder=ladder, workshop=workshop, emulator_costs=costs)
     return dataclasses.replace(world, held=held, algorithm=algorithm)
 
 
@@ -366,10 +297,6 @@ def _with_client_batch_size(algorithm: Algorithm, size: int) -> Algorithm:
 def _first_batch_size(config: SimulationConfig) -> int:
     """The client batch size, until it is measured."""
     return 1 if config.client_batch_size == "auto" else config.client_batch_size
-
-
-def _weight_bytes(config: SimulationConfig) -> int:
-    return 4 if config.fleet.precision == "float32" else 2
 
 
 def _heldout_by_tier(conditions: Conditions, data: ClientData, config: SimulationConfig) -> list[EvaluationTask]:

@@ -21,7 +21,14 @@ import tyro
 
 from analysis.load import load_run
 from fedpeat_ray import Simulation, SimulationConfig
-from fedpeat_ray.config import ControlConfig, EvaluationConfig, FleetConfig, HostsConfig, LocalConfig
+from fedpeat_ray.config import (
+    ControlConfig,
+    EmulatorConfig,
+    EvaluationConfig,
+    FleetConfig,
+    HostsConfig,
+    LocalConfig,
+)
 from fedpeat_ray.errors import FedPeatError
 
 COLOURS = {
@@ -30,8 +37,8 @@ COLOURS = {
     "fed-peat, fixed": "#8bc48a",
     "fed-peat, random": "#e0a63b",
     "fed-peat, greedy": "#2f9e62",
+    "fed-peat, greedy, 8 bit": "#7d5ba6",
 }
-
 
 PAID = ("bytes", "virtual_s", "energy_j")
 
@@ -100,6 +107,9 @@ def configurations(settings: Settings, seed: int) -> dict[str, SimulationConfig]
         "fed-peat, fixed": dataclasses.replace(peat, control=ControlConfig("fixed", settings.fixed_level)),
         "fed-peat, random": dataclasses.replace(peat, control=ControlConfig("random")),
         "fed-peat, greedy": dataclasses.replace(peat, control=ControlConfig("greedy")),
+        "fed-peat, greedy, 8 bit": dataclasses.replace(
+            peat, control=ControlConfig("greedy"), emulator=EmulatorConfig(eight_bit=True)
+        ),
     }
 
 

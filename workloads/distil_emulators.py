@@ -82,7 +82,7 @@ def judged(world: World) -> Table:
         scores = evaluate(world, map_clients, algorithm.init(0), tasks)
     table = Table("level", "blocks", "emulator, MB", "perplexity")
     for level in algorithm.levels:
-        megabytes = algorithm.level_costs.emulator_bytes_L[level - 1] / 1e6
+        megabytes = algorithm.emulator_costs.emulator_bytes_L[level - 1] / 1e6
         blocks = " ".join(map(str, algorithm.ladder.rungs[level - 1].blocks))
         table.add_row(str(level), blocks, f"{megabytes:.1f}", f"{scores[level_group(level)].perplexity:.2f}")
     table.add_row("", "the foundation", "", f"{scores[ALL].perplexity:.2f}")

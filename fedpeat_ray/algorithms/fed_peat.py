@@ -27,13 +27,13 @@ from torch import Tensor
 
 from fedpeat_ray.aggregation.mean import MeanOverLevels
 from fedpeat_ray.aggregation.server_optimizer import ServerState, init_server, server_step
-from fedpeat_ray.algorithms.round_result import RoundResult, ServerCosts
+from fedpeat_ray.algorithms.round_result import RoundResult
 from fedpeat_ray.config import LocalConfig, ServerConfig
 from fedpeat_ray.control.plan import SKIP, Controller, Prospects
 from fedpeat_ray.data.client_data import ClientData
 from fedpeat_ray.fleet.conditions import Conditions
 from fedpeat_ray.fleet.costs import Costs, Task
-from fedpeat_ray.fleet.levels import LevelCosts
+from fedpeat_ray.fleet.emulator_costs import EmulatorCosts
 from fedpeat_ray.models.emulator import Ladder
 from fedpeat_ray.models.layout import Layout
 from fedpeat_ray.records import ClientTask
@@ -50,7 +50,7 @@ class FedPEAT:
 
     adapter: Adapter
     ladder: Ladder
-    level_costs: LevelCosts
+    emulator_costs: EmulatorCosts
     controller: Controller
     local: LocalConfig
     server: ServerConfig
@@ -89,7 +89,7 @@ class FedPEAT:
         part = np.flatnonzero(levels != SKIP)
         device_ids, levels, held = device_ids[part], levels[part], prospects.held_level_N[part]
         tasks = [tasks[i] for i in part]
-        demand = self.level_costs.task(levels, held, np.array([task.num_tokens for task in tasks]))
+        demand = self.emulator_costs.task(levels, held, np.array([task.num_tokens for task in tasks]))
         costs, admission = conditions.settle(round, now_s, device_ids, demand)
 
         chosen = [
@@ -108,10 +108,11 @@ class FedPEAT:
 
         state = server_step(self.server, state, mean.result())
         state = self._remember(state, conditions.fleet.num_devices, device_ids, levels, costs, demand)
+        server = self.emulator_costs.server_tuning
         if (every := self.workshop.config.realign_every) and round % every == 0:
             state = self._realign(state, map_clients)
-        emulator_bytes = np.minimum(costs.download_bytes, self.level_costs.exchange_bytes(levels, held))
-        server = self._server_costs()
+            server = server.then(self.emulator_costs.realignment)
+        emulator_bytes = np.minimum(costs.download_bytes, self.emulator_costs.exchange_bytes(levels, held))
         rank = self.adapter.rank
         return state, RoundResult(device_ids, tasks, costs, admission, reports, rank, levels, emulator_bytes, server)
 
@@ -123,9 +124,9 @@ class FedPEAT:
         tasks, held_N = data.tasks(device_ids, round), self._held(state, fleet.num_devices)[device_ids]
         num_tokens_N, total_s_LN = np.array([task.num_tokens for task in tasks]), []
         for level in self.levels:
-            demand = self.level_costs.task(np.full(len(device_ids), level), held_N, num_tokens_N)
+            demand = self.emulator_costs.task(np.full(len(device_ids), level), held_N, num_tokens_N)
             total_s_LN.append(conditions.nominal_s(device_ids, demand))
-        memory_L, caps_N = self.level_costs.memory_bytes_L[: len(self.levels)], fleet.memory_cap_bytes[device_ids]
+        memory_L, caps_N = self.emulator_costs.memory_bytes_L[: len(self.levels)], fleet.memory_cap_bytes[device_ids]
         prospects = Prospects(memory_L, caps_N, np.stack(total_s_LN, axis=1), held_N, conditions.deadline_s)
         return device_ids, tasks, prospects
 
@@ -140,12 +141,6 @@ class FedPEAT:
     def save(self, directory: Path, model_P: Tensor) -> None:
         """The adapter, to be plugged into the foundation."""
         self.adapter.save(directory, model_P, self.base_model)
-
-    def _server_costs(self) -> ServerCosts:
-        """Of the server's own local steps, on the top level."""
-        steps, each, local = self.workshop.config.server_steps, self.level_costs, self.local
-        flops = steps * local.batch_size * local.sequence_length * each.flops_per_token_L[-1]
-        return ServerCosts(float(flops), int(each.memory_bytes_L[-1]) if steps else 0)
 
     def _on_emulators(self, state: ServerState, work: Callable[[Adapter], Callable]) -> OnEmulators:
         ladder = self.workshop.version(self.ladder, int(state.memory["version"]))

@@ -23,10 +23,11 @@ from typing import Any
 from torch import Tensor
 
 from fedpeat_ray.aggregation.server_optimizer import ServerState
-from fedpeat_ray.algorithms.round_result import Algorithm, RoundResult, ServerCosts
+from fedpeat_ray.algorithms.round_result import Algorithm, RoundResult
 from fedpeat_ray.config import ProxyConfig
 from fedpeat_ray.data.client_data import ClientData, ServerData
 from fedpeat_ray.fleet.conditions import Conditions
+from fedpeat_ray.fleet.costs import ServerCosts
 from fedpeat_ray.models.foundation import load
 from fedpeat_ray.models.layout import Layout
 from fedpeat_ray.seeding import generator

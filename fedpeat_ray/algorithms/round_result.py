@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -13,23 +13,10 @@ from torch import Tensor
 from fedpeat_ray.aggregation.server_optimizer import ServerState
 from fedpeat_ray.data.client_data import ClientData
 from fedpeat_ray.fleet.conditions import Conditions
-from fedpeat_ray.fleet.costs import Admission, Costs
+from fedpeat_ray.fleet.costs import Admission, Costs, ServerCosts
 from fedpeat_ray.models.layout import Layout
 from fedpeat_ray.records import ClientReport, ClientTask
 from fedpeat_ray.training.map_clients import MapClients
-
-
-@dataclass(frozen=True)
-class ServerCosts:
-    """What the server's own training and distillation take in a round."""
-
-    flops: float = 0.0
-    memory_bytes: int = 0
-    """Weights, and what a step adds to them."""
-
-    def times(self, num_steps: int) -> ServerCosts:
-        """Of so many steps."""
-        return ServerCosts(num_steps * self.flops, self.memory_bytes)
 
 
 @dataclass(frozen=True)
@@ -46,7 +33,7 @@ class RoundResult:
     """Of the emulators, if there are any."""
     emulator_bytes: np.ndarray | None = None
     """The part of what was downloaded that is emulators."""
-    server: ServerCosts = ServerCosts()
+    server: ServerCosts = field(default_factory=ServerCosts)
 
 
 class Algorithm(Protocol):

@@ -59,6 +59,23 @@ class Costs:
 
 
 @dataclass(frozen=True)
+class ServerCosts:
+    """What the server's own training and distillation take."""
+
+    flops: float = 0.0
+    memory_bytes: int = 0
+    """Weights, and what a step adds to them."""
+
+    def times(self, num_steps: int) -> ServerCosts:
+        """Of so many steps."""
+        return ServerCosts(num_steps * self.flops, self.memory_bytes if num_steps else 0)
+
+    def then(self, other: ServerCosts) -> ServerCosts:
+        """Of both, one after the other."""
+        return ServerCosts(self.flops + other.flops, max(self.memory_bytes, other.memory_bytes))
+
+
+@dataclass(frozen=True)
 class Admission:
     """Who completes a round, and how long it lasts."""
 

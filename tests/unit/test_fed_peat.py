@@ -15,10 +15,13 @@ import whole_runs
 from peft import PeftModel
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from whole_runs import assert_same_bits, changed, summary, table
 
 from fedpeat_ray import Simulation, SimulationConfig
+from fedpeat_ray.aggregation.mean import MeanOverLevels
+from fedpeat_ray.algorithms.fed_peat import FedPEAT
 from fedpeat_ray.config import (
     AvailabilityConfig,
     ChannelConfig,
@@ -42,6 +45,7 @@ from fedpeat_ray.records import DROP_REASONS, TextBatch
 from fedpeat_ray.runtime.run_log import RunLog, read_config
 from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.training import emulator_distillation
+from fedpeat_ray.training.emulators import InExactType
 from fedpeat_ray.training.map_clients import Where
 from fedpeat_ray.world import prepare
 
@@ -439,6 +443,26 @@ def test_emulators_that_were_re_aligned_are_new_files_and_are_sent_again(run, ti
     one, other = summary(directory)["perplexity"], summary(never)["perplexity"]
     assert one["emulator_zero_shot"] == other["emulator_zero_shot"]
     assert one["emulator_tuned"]["2"] != other["emulator_tuned"]["2"] and one["plug_in"] != other["plug_in"]
+
+
+def test_what_the_server_does_costs_what_pytorch_counts(run, tiny, tmp_path):
+    emulator = {"realign_every": 2, "server_steps": 2, "shares": (0.6,)}
+    world = prepare(changed(tiny, emulator=emulator), tmp_path)
+    peat, serial = world.algorithm, Serial(load_backbone(world.held))
+    assert isinstance(peat, FedPEAT)
+    state, costs = peat.init(0), peat.emulator_costs
+    with FlopCounterMode(display=False) as realigning:
+        peat.workshop.realign(peat.ladder, 1, state.model_P, serial)
+    own = peat.workshop.public_text.task(2, tiny.local, np.random.default_rng(0))
+    with FlopCounterMode(display=False) as tuning:
+        serial(InExactType(peat.trainer(state)), state.model_P, [own], MeanOverLevels({}))
+    assert costs.realignment.flops == pytest.approx(realigning.get_total_flops(), rel=0.1)
+    assert costs.server_tuning.flops == pytest.approx(tuning.get_total_flops(), rel=0.1)
+    rounds = table(run(emulator=emulator, rounds=2), "rounds")
+    tuned, both = costs.server_tuning, costs.server_tuning.then(costs.realignment)
+    assert rounds["server_flops"].tolist() == [tuned.flops, both.flops]
+    assert rounds["server_memory_bytes"].tolist() == [tuned.memory_bytes, both.memory_bytes]
+    assert both.memory_bytes == costs.realignment.memory_bytes > tuned.memory_bytes
 
 
 def weights_of(directory: Path, level: int) -> str:

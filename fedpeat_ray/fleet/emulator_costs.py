@@ -1,4 +1,4 @@
-"""What emulators of each level cost the devices that get them.
+"""What emulators cost: the devices that get one of a level, and the server that makes them.
 
 Legend: N devices, L levels, from 1.
 """
@@ -9,18 +9,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedpeat_ray.fleet.costs import Task
+from fedpeat_ray.fleet.costs import ServerCosts, Task
 
 
 @dataclass(frozen=True)
-class LevelCosts:
-    """What a level costs any device."""
+class EmulatorCosts:
+    """What a level costs any device, and what the server does itself."""
 
     emulator_bytes_L: np.ndarray
     adapter_bytes_L: np.ndarray
     """One way."""
     memory_bytes_L: np.ndarray
     flops_per_token_L: np.ndarray
+    server_tuning: ServerCosts
+    """Of its local steps in a round."""
+    realignment: ServerCosts
+    """Of one re-alignment of all emulators."""
 
     def exchange_bytes(self, level_N: np.ndarray, held_N: np.ndarray) -> np.ndarray:
         """(N,) of emulators that must be sent: a device that holds that of its level (0: none) needs no other."""
