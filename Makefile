@@ -1,4 +1,4 @@
-# make run    the main job: 2,000 devices, federated LoRA on real text, a report at the end
+# make run    the main job: FedPEAT over 2,000 devices on real text, a report at the end
 # make test   lint, layers, types and all tests
 # make bench  the benchmarks (minutes; run them on a quiet machine)
 # Each sets up .venv first if there is none. ARGS="--rounds 20" goes to the main job.
@@ -9,7 +9,7 @@ SETUP = .venv/installed
 
 .PHONY: run test check bench
 run: $(SETUP)
-	$(VENV)/python workloads/large_scale.py --fleet.memory-scale 0.045 $(ARGS)
+	$(VENV)/python workloads/large_scale.py --fleet.memory-scale 0.045 --rounds 8 --evaluation.every 2 $(ARGS)
 
 test: check
 	$(VENV)/pytest
