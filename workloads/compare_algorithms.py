@@ -2,9 +2,9 @@
 
 python workloads/compare_algorithms.py [--rounds 12] [--seeds 0] [--out DIR]
 
-Price is what devices pay: bytes, virtual time, energy, memory. Writes comparison.csv, comparison.md and
-comparison.png; a run directory for every algorithm and seed lies beside them. Runs that are there already
-are not repeated.
+Price is what devices pay: bytes, virtual time, energy, memory. FedPEAT comes with emulators in 8 bit, too. Writes
+comparison.csv, comparison.md and comparison.png; a run directory for every algorithm and seed lies beside them.
+Runs that are there already are not repeated.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main(settings: Settings) -> int:
     try:
         for seed in settings.seeds:
             for name, config in configurations(settings, seed).items():
-                directory = settings.out / f"{name.replace(', ', '-')}-seed{seed}"
+                directory = settings.out / f"{name.replace(',', '').replace(' ', '-')}-seed{seed}"
                 summary = finished(directory) or Simulation(dataclasses.replace(config, out=directory)).run()
                 frame, final = measured(directory, summary)
                 frames.append(frame.assign(name=name, seed=seed))
