@@ -118,9 +118,9 @@ class RayHosts:
             raise ConfigError.of("hosts.num_gpus", num_gpus, f"at most the {free_gpus:g} GPUs that are free")
         slots = free_gpus // num_gpus if num_gpus else resources["CPU"] // config.num_threads
         self.num_hosts = config.num_hosts or max(1, int(slots))
-        self._weights = send((each.weights for each in (foundation, driver) if each), {})
+        self._foundation, self._driver, self._num_threads = foundation, driver, config.num_threads
+        self._weights: dict[Path, Sent] = {}
         self._sent: dict[Path, Sent] = {}
-        self._arguments = (foundation, driver, self._weights, config.num_threads)
         self._actor_class = ray.remote(
             num_cpus=min(config.num_threads, resources["CPU"] / self.num_hosts),
             num_gpus=num_gpus,
@@ -207,7 +207,12 @@ class RayHosts:
         self._idle.append(new)
 
     def _new_host(self) -> Any:
-        return self._actor_class.remote(*self._arguments)
+        return self._actor_class.remote(*self._arguments(self._driver))
+
+    def _arguments(self, driver: Foundation | None) -> tuple[Any, ...]:
+        """Of a new host, which may lie on a node that was not there before."""
+        self._weights = send([each.weights for each in (self._foundation, driver) if each], self._weights)
+        return self._foundation, driver, self._weights, self._num_threads
 
     def _lost(self, batch: _Batch, error: RayError) -> _Batch:
         """The batch to run again. A lost host is not a dropped device."""
@@ -263,8 +268,8 @@ class ExclusiveHosts(RayHosts):
         tier = TIERS[self._fleet.tier[task.device_id]]
         share = tier.gpu_fraction if self._has_gpus else 0
         cap = int(self._fleet.memory_cap_bytes[task.device_id])
-        foundation, _, *others = self._arguments  # a device has no part in the driver's work
-        host = self._actor_class.options(num_cpus=0, num_gpus=share).remote(foundation, None, *others, cap)
+        arguments = self._arguments(driver=None)  # a device has no part in the driver's work
+        host = self._actor_class.options(num_cpus=0, num_gpus=share).remote(*arguments, cap)
         self._devices.add(host)
         return host
 
