@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +26,12 @@ def files_of(train: Callable) -> tuple[Path, ...]:
     return tuple(getattr(train, "files", ()))
 
 
-def send(paths: Iterable[Path], sent: Mapping[Path, Sent]) -> dict[Path, Sent]:
-    """The files, if the cluster has several nodes; what was `sent` before is not read again."""
+def send(paths: Sequence[Path], sent: Mapping[Path, Sent]) -> dict[Path, Sent]:
+    """The files, if the cluster has several nodes. What was `sent` before is not read again, and stays sent until
+    work that reads other files comes."""
     if sum(node["Alive"] for node in ray.nodes()) == 1:
         return {}
-    return {path: sent.get(path) or send_file(path) for path in paths}
+    return {path: sent.get(path) or send_file(path) for path in paths or sent}
 
 
 def send_file(path: Path) -> Sent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,11 +18,6 @@ from tiny_runs import parse
 from whole_runs import events, summary, table
 
 from fedpeat_ray import Simulation
-
-pytestmark = pytest.mark.skipif(
-    subprocess.run(["unshare", "--map-root-user", "--mount", "true"], capture_output=True).returncode != 0,
-    reason="no mount namespaces here",
-)
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,9 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    try_out = ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", tmp_path_factory.mktemp("own")]
+    if not shutil.which("unshare") or subprocess.run(try_out, capture_output=True).returncode:
+        pytest.skip("this system gives no process a disk of its own (unshare --mount)")
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         environment = environment_with_token(folder)
