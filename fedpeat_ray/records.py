@@ -23,6 +23,10 @@ NON_FINITE = "non_finite"
 DROP_REASONS = (UNAVAILABLE, MEMORY, LINK, DEADLINE, NOT_NEEDED, NON_FINITE)
 
 
+SERVER = -1
+"""Stands for the server where a device id is asked for."""
+
+
 @dataclass(frozen=True)
 class Column:
     """One column of a table of the run directory."""
@@ -97,8 +101,23 @@ def arrow_schema(columns: tuple[Column, ...]) -> pa.Schema:
 
 
 @dataclass(frozen=True)
+class Assignment:
+    """What one device is asked to train in one round. Its text is read where it is trained."""
+
+    device_id: int
+    round: int
+    num_examples: int
+    """Sequences in the device's share: its weight in the mean."""
+    num_steps: int
+    num_tokens: int
+    """Valid tokens of all steps."""
+    level: int | None = None
+    """The emulator to train on; None: the foundation."""
+
+
+@dataclass(frozen=True)
 class ClientTask:
-    """What one device trains in one round.
+    """What one device trains in one round, with its text.
 
     Legend: S steps, B sequences a step, T tokens a sequence.
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedpeat_ray.aggregation.server_optimizer import ServerState
 from fedpeat_ray.algorithms.fed_peat import FedPEAT
@@ -139,9 +140,13 @@ def _finish(
     upper_bound = None
     if config.evaluation.upper_bound and facts.num_tokens:
         progress.stage("tuning centrally, for comparison")
-        upper_bound = tune_centrally(
-            world.foundation, world.data, world.adapter, config, facts.num_tokens, map_clients, world.heldout
-        )
+
+        def judge(model_P: Tensor) -> float:
+            return evaluate(world, map_clients, dataclasses.replace(state, model_P=model_P), world.heldout)[
+                ALL
+            ].perplexity
+
+        upper_bound = tune_centrally(world.reference, world.data, config, facts.num_tokens, map_clients, judge)
     perplexity = {"zero_shot": zero_shot[ALL].perplexity, "tuned": tuned[ALL].perplexity, "upper_bound": upper_bound}
     gap = gap_closed(**perplexity)
     emulators = {}

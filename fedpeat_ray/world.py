@@ -36,17 +36,18 @@ from fedpeat_ray.models.emulator import Ladder, block_number, build_ladder
 from fedpeat_ray.models.foundation import Foundation
 from fedpeat_ray.models.lora import find_lora
 from fedpeat_ray.models.proxy import check_vocabularies
-from fedpeat_ray.runtime.knee import find_client_batch_size
+from fedpeat_ray.runtime.centralised import Reference
+from fedpeat_ray.runtime.knee import MAX_SIZE, find_client_batch_size
 from fedpeat_ray.runtime.process import process_settings
 from fedpeat_ray.runtime.progress import Progress
 from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.settings import get
-from fedpeat_ray.training.adapters import Adapter, LoraAdapter, find_weights
+from fedpeat_ray.training.adapters import Adapter, LoraAdapter, WeightsAdapter, find_weights
 from fedpeat_ray.training.costs import emulator_costs, proxy_step_costs, weight_bytes
 from fedpeat_ray.training.distillation import SmallModel
 from fedpeat_ray.training.emulator_workshop import Workshop
 from fedpeat_ray.training.evaluation import EvaluationTask, evaluation_tasks
-from fedpeat_ray.training.map_clients import HostsAndDriver, MapClients
+from fedpeat_ray.training.map_clients import HostsAndDriver, MapClients, Where
 
 ALL = "all"  # the group of held-out text that stands for the whole fleet
 _DEVICES_PER_TIER = 8  # whose held-out text stands for their tier
@@ -66,8 +67,8 @@ class World:
     foundation: Foundation
     held: Foundation
     """What hosts load: the foundation, or with several shards the blocks of it that emulators have."""
-    adapter: Adapter
-    """What is tuned centrally on the foundation for comparison: the algorithm's own, or LoRA."""
+    reference: Reference
+    """What is tuned centrally, for comparison."""
     algorithm: Algorithm
     conditions: Conditions
     data: ClientData
@@ -98,24 +99,28 @@ def prepare(config: SimulationConfig, directory: Path) -> World:
     partition = Partition(config.data.partition, corpus.group, corpus.heldout, config.seed)
     data = ClientData(corpus, partition, config.local, config.seed)
     shape = foundations.model_shape(model, weight_bytes(config.fleet))
+    reference_key: tuple[str, ...] = (foundation.digest,)
+    where: Where = "driver"
     if config.algorithm == "fed-peat":
         algorithm: Algorithm = (peat := build_fed_peat(config, foundation, shape, directory))
         adapter = peat.adapter
+    elif config.algorithm == "fed-pt":
+        algorithm = (proxy := build_fed_pt(config, foundation, model, shape, directory))
+        adapter, where = LoraAdapter(proxy.small.lora), "hosts"  # the small model, which then steers the foundation
+        reference_key += (proxy.small.foundation.digest, str(config.proxy.alpha))
+    elif config.algorithm == "fed-avg":
+        layout = foundations.weights_layout(model)
+        algorithm = FedAvg(layout, shape, config.local, config.server, foundation)
+        adapter = WeightsAdapter("all", layout, foundation)
     else:
-        lora = find_lora(model, config.lora)
+        lora, size = find_lora(model, config.lora), _first_batch_size(config)
+        algorithm = FedPEFT(lora, shape, config.local, config.server, size, config.foundation.name)
         adapter = LoraAdapter(lora)
-        if config.algorithm == "fed-pt":
-            algorithm = build_fed_pt(config, foundation, model, shape, directory)
-        elif config.algorithm == "fed-avg":
-            layout = foundations.weights_layout(model)
-            algorithm = FedAvg(layout, shape, config.local, config.server, foundation)
-        else:
-            size = _first_batch_size(config)
-            algorithm = FedPEFT(lora, shape, config.local, config.server, size, config.foundation.name)
+    reference = Reference(adapter, where, reference_key)
     heldout = evaluation_tasks(ALL, *data.heldout(config.evaluation))
     by_tier = _heldout_by_tier(conditions, data, config)
     held = algorithm.small.foundation if isinstance(algorithm, FedPT) else foundation
-    return World(config, foundation, held, adapter, algorithm, conditions, data, heldout, by_tier)
+    return World(config, foundation, held, reference, algorithm, conditions, data, heldout, by_tier)
 
 
 def build_fed_peat(config: SimulationConfig, foundation: Foundation, shape: ModelShape, directory: Path) -> FedPEAT:
@@ -274,10 +279,10 @@ def hosts(
 def with_measured_batch_size(world: World, map_clients: MapClients, num_hosts: int, progress: Progress) -> World:
     """The world with a client batch size in place of auto. Where all weights are trained, clients go one by one."""
     config, algorithm, size = world.config, world.algorithm, 1
-    if isinstance(world.adapter, LoraAdapter) and not isinstance(algorithm, FedAvg) and not config.hosts.exclusive:
+    if isinstance(world.reference.adapter, LoraAdapter) and not config.hosts.exclusive:
         progress.stage("measuring client batch sizes")
         level = algorithm.levels[-1] if algorithm.levels else None
-        tasks = world.data.tasks(world.conditions.sample(1), round=1)
+        tasks = world.data.tasks(world.conditions.sample(1)[:MAX_SIZE], round=1)
         tasks = [dataclasses.replace(task, level=level) for task in tasks]
         state = algorithm.init(config.seed)
         train = algorithm.trainer(state)

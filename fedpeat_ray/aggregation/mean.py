@@ -22,6 +22,11 @@ class WeightedMean:
     weight: float = 0.0
     sum_P: Tensor | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the sum."""
+        return 0 if self.sum_P is None else self.sum_P.nbytes
+
     def add(self, updates: Sequence[ClientUpdate]) -> WeightedMean:
         """With these updates added; those that failed are left out."""
         weight, sum_P = self.weight, self.sum_P
@@ -48,12 +53,17 @@ class MeanOverLevels:
     """The weighted mean where devices on different emulators have trained different parts of the adapter.
 
     Each element is the mean over the devices that trained it: sum_k w_k delta_k / sum_k w_k over those
-    whose level has it, and zero where no device has. `trained[level]` says which elements (P,) a level has;
-    an update without a level has all.
+    whose level has it, and zero where no device has. `trained[level]` says which elements (P,) a level has,
+    and its updates hold just these; an update without a level has all.
     """
 
     trained: Mapping[int, Tensor]
     means: Mapping[int | None, WeightedMean] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the sums."""
+        return sum(mean.num_bytes for mean in self.means.values())
 
     def add(self, updates: Sequence[ClientUpdate]) -> MeanOverLevels:
         """With these updates added; those that failed are left out."""
@@ -71,12 +81,11 @@ class MeanOverLevels:
 
     def result(self) -> Tensor | None:
         """The mean (P,), float64; None if there was none."""
-        means = [(level, mean) for level, mean in self.means.items() if mean.sum_P is not None]
-        if not means:
-            return None
-        means.sort(key=lambda item: item[0] or 0)
-        sum_P = torch.stack([mean.sum_P for _, mean in means if mean.sum_P is not None]).sum(dim=0)
+        sum_P = torch.zeros(next(iter(self.trained.values())).shape, dtype=torch.float64)
         weight_P = torch.zeros_like(sum_P)
-        for level, mean in means:
-            weight_P += mean.weight * (1.0 if level is None else self.trained[level].to(torch.float64))
-        return torch.where(weight_P > 0, sum_P / weight_P, 0.0)
+        for level, mean in sorted(self.means.items(), key=lambda item: item[0] or 0):
+            if mean.sum_P is not None:
+                part = slice(None) if level is None else self.trained[level]
+                sum_P[part] += mean.sum_P
+                weight_P[part] += mean.weight
+        return torch.where(weight_P > 0, sum_P / weight_P, 0.0) if weight_P.any() else None

@@ -30,6 +30,7 @@ from fedpeat_ray.models.layout import Layout
 from fedpeat_ray.training.evaluation import EvaluateWeights
 from fedpeat_ray.training.map_clients import MapClients
 from fedpeat_ray.training.one_client import TrainAllWeights
+from fedpeat_ray.training.with_data import WithData, assign
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ class FedAvg:
     ) -> tuple[ServerState, RoundResult]:
         """One round; the work of devices that will not complete it is never done."""
         device_ids = conditions.sample(round)
-        tasks = data.tasks(device_ids, round)
+        tasks = assign(map_clients, data, device_ids, round)
         demand = self.demand(np.array([task.num_tokens for task in tasks]))
         costs, admission = conditions.settle(round, now_s, device_ids, demand)
 
-        train = self.trainer(state)
+        train = WithData(self.trainer(state), data)
         chosen = [task for task, completes in zip(tasks, admission.completed, strict=True) if completes]
         mean, reports = map_clients(train, state.model_P, chosen, WeightedMean())
 

@@ -17,7 +17,7 @@ driver has the foundation.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,12 +36,13 @@ from fedpeat_ray.fleet.costs import Costs, Task
 from fedpeat_ray.fleet.emulator_costs import EmulatorCosts
 from fedpeat_ray.models.emulator import Ladder
 from fedpeat_ray.models.layout import Layout
-from fedpeat_ray.records import ClientTask
+from fedpeat_ray.records import Assignment
 from fedpeat_ray.seeding import generator
 from fedpeat_ray.training.adapters import Adapter
 from fedpeat_ray.training.emulator_workshop import Workshop
 from fedpeat_ray.training.emulators import InExactType, OnEmulators
 from fedpeat_ray.training.map_clients import MapClients
+from fedpeat_ray.training.with_data import WithData, assign
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ class FedPEAT:
         map_clients: MapClients,
     ) -> tuple[ServerState, RoundResult]:
         """One round; the work of devices that will not complete it is never done."""
-        device_ids, tasks, prospects = self.prospects(state, conditions, data, round)
+        device_ids = conditions.sample(round)
+        tasks = assign(map_clients, data, device_ids, round)
+        prospects = self.prospects(state, conditions, device_ids, tasks)
         levels = self.controller(round, device_ids, prospects)
         part = np.flatnonzero(levels != SKIP)
         device_ids, levels, held = device_ids[part], levels[part], prospects.held_level_N[part]
@@ -99,7 +102,7 @@ class FedPEAT:
         ]
         chosen.sort(key=lambda task: (task.level, -task.num_steps))  # batches of like work waste nothing
         train, zero = self.trainer(state), MeanOverLevels(self._trained())
-        mean, reports = map_clients(train, state.model_P, chosen, zero, self.client_batch_size)
+        mean, reports = map_clients(WithData(train, data), state.model_P, chosen, zero, self.client_batch_size)
         if steps := self.workshop.config.server_steps:
             rng = generator(self.seed, "server order", round)
             own = self.workshop.public_text.task(steps, self.local, rng)
@@ -117,18 +120,17 @@ class FedPEAT:
         return state, RoundResult(device_ids, tasks, costs, admission, reports, rank, levels, emulator_bytes, server)
 
     def prospects(
-        self, state: ServerState, conditions: Conditions, data: ClientData, round: int
-    ) -> tuple[np.ndarray, list[ClientTask], Prospects]:
-        """The devices asked in a round, their work, and what each level would cost each of them."""
-        device_ids, fleet = conditions.sample(round), conditions.fleet
-        tasks, held_N = data.tasks(device_ids, round), self._held(state, fleet.num_devices)[device_ids]
+        self, state: ServerState, conditions: Conditions, device_ids: np.ndarray, tasks: Sequence[Assignment]
+    ) -> Prospects:
+        """What each level would cost each device."""
+        fleet = conditions.fleet
+        held_N = self._held(state, fleet.num_devices)[device_ids]
         num_tokens_N, total_s_LN = np.array([task.num_tokens for task in tasks]), []
         for level in self.levels:
             demand = self.emulator_costs.task(np.full(len(device_ids), level), held_N, num_tokens_N)
             total_s_LN.append(conditions.nominal_s(device_ids, demand))
         memory_L, caps_N = self.emulator_costs.memory_bytes_L[: len(self.levels)], fleet.memory_cap_bytes[device_ids]
-        prospects = Prospects(memory_L, caps_N, np.stack(total_s_LN, axis=1), held_N, conditions.deadline_s)
-        return device_ids, tasks, prospects
+        return Prospects(memory_L, caps_N, np.stack(total_s_LN, axis=1), held_N, conditions.deadline_s)
 
     def trainer(self, state: ServerState) -> OnEmulators:
         """Local training of the part of the adapter that lies in the blocks of a task's level."""

@@ -32,6 +32,7 @@ from fedpeat_ray.models.lora import Lora, save_adapter
 from fedpeat_ray.training.client_batch import TrainClientBatch
 from fedpeat_ray.training.evaluation import EvaluateLora
 from fedpeat_ray.training.map_clients import MapClients
+from fedpeat_ray.training.with_data import WithData, assign
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,11 @@ class FedPEFT:
     ) -> tuple[ServerState, RoundResult]:
         """One round; the work of devices that will not complete it is never done."""
         device_ids = conditions.sample(round)
-        tasks = data.tasks(device_ids, round)
+        tasks = assign(map_clients, data, device_ids, round)
         demand = self.demand(np.array([task.num_tokens for task in tasks]))
         costs, admission = conditions.settle(round, now_s, device_ids, demand)
 
-        train = self.trainer(state)
+        train = WithData(self.trainer(state), data)
         chosen = [task for task, completes in zip(tasks, admission.completed, strict=True) if completes]
         chosen.sort(key=lambda task: -task.num_steps)  # batches of like lengths waste nothing
         mean, reports = map_clients(train, state.model_P, chosen, WeightedMean(), self.client_batch_size)

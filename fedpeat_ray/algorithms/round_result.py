@@ -15,7 +15,7 @@ from fedpeat_ray.data.client_data import ClientData
 from fedpeat_ray.fleet.conditions import Conditions
 from fedpeat_ray.fleet.costs import Admission, Costs, ServerCosts
 from fedpeat_ray.models.layout import Layout
-from fedpeat_ray.records import ClientReport, ClientTask
+from fedpeat_ray.records import Assignment, ClientReport
 from fedpeat_ray.training.map_clients import MapClients
 
 
@@ -24,7 +24,7 @@ class RoundResult:
     """The facts of one round, a device a position; `reports` of those that trained."""
 
     device_ids: np.ndarray
-    tasks: Sequence[ClientTask]
+    tasks: Sequence[Assignment]
     costs: Costs
     admission: Admission
     reports: Sequence[ClientReport]

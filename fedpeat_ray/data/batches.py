@@ -28,15 +28,22 @@ def client_sequences(corpus: Corpus, documents: np.ndarray, sequence_length: int
 
     Returns tokens_NT int64 and lengths_N int64, the tokens of each sequence that are not padding.
     """
-    pieces = [corpus.tokens[corpus.offsets[i] : corpus.offsets[i + 1]] for i in documents]
-    tokens = np.concatenate(pieces) if pieces else corpus.tokens[:0]
-    num_sequences = max(1, math.ceil((len(tokens) - 1) / sequence_length))
-    tokens = tokens[: num_sequences * sequence_length]
-    tokens_NT = np.full((num_sequences, sequence_length), corpus.eos_id, dtype=np.int64)
+    stored, offsets = np.asarray(corpus.tokens), corpus.offsets  # slices of a memory map are slow as such
+    pieces = [stored[offsets[i] : offsets[i + 1]] for i in documents]
+    tokens = np.concatenate(pieces) if pieces else stored[:0]
+    lengths_N = sequence_lengths(len(tokens), sequence_length)
+    tokens = tokens[: lengths_N.sum()]
+    tokens_NT = np.full((len(lengths_N), sequence_length), corpus.eos_id, dtype=np.int64)
     tokens_NT.ravel()[: len(tokens)] = tokens
-    lengths_N = np.full(num_sequences, sequence_length, dtype=np.int64)
-    lengths_N[-1] = len(tokens) - (num_sequences - 1) * sequence_length
     return tokens_NT, lengths_N
+
+
+def sequence_lengths(num_tokens: int, sequence_length: int) -> np.ndarray:
+    """Lengths (N,) of the sequences into which so many tokens are packed (see `client_sequences`)."""
+    num_sequences = max(1, math.ceil((num_tokens - 1) / sequence_length))
+    lengths_N = np.full(num_sequences, sequence_length, dtype=np.int64)
+    lengths_N[-1] = min(num_tokens - (num_sequences - 1) * sequence_length, sequence_length)
+    return lengths_N
 
 
 def num_steps(num_sequences: int, local: LocalConfig) -> int:
@@ -48,27 +55,34 @@ def num_steps(num_sequences: int, local: LocalConfig) -> int:
 def client_batches(
     tokens_NT: np.ndarray, lengths_N: np.ndarray, num_steps: int, batch_size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The batches of `num_steps` steps: pass after pass over the sequences, each pass in a new order.
-
-    A batch that a pass cannot fill goes on with the next pass, beginning with sequences it does not
-    have yet. With fewer sequences than `batch_size`, every batch is one pass, and rows of length 0
-    fill it up. So no sequence counts twice in a step, and after k passes each has counted k times.
+    """The batches of `num_steps` steps, in the order of `batch_order`; rows of length 0 fill up what it leaves free.
 
     Returns tokens_SBT int64 and lengths_SB int64.
     """
-    num_rows = min(batch_size, len(tokens_NT))
-    order = np.empty(0, dtype=np.int64)
-    while len(order) < num_steps * num_rows:
-        begun = order[len(order) // num_rows * num_rows :]
-        fresh = rng.permutation(len(tokens_NT))
-        repeats = np.isin(fresh, begun)
-        order = np.concatenate([order, fresh[~repeats], fresh[repeats]])
-    order_SB = order[: num_steps * num_rows].reshape(num_steps, num_rows)
+    order_SB = batch_order(len(tokens_NT), num_steps, batch_size, rng)
+    num_rows = order_SB.shape[1]
     tokens_SBT = np.zeros((num_steps, batch_size, tokens_NT.shape[1]), dtype=np.int64)
     lengths_SB = np.zeros((num_steps, batch_size), dtype=np.int64)
     tokens_SBT[:, :num_rows] = tokens_NT[order_SB]
     lengths_SB[:, :num_rows] = lengths_N[order_SB]
     return tokens_SBT, lengths_SB
+
+
+def batch_order(num_sequences: int, num_steps: int, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Which sequences each step has (S, min(batch_size, N)): pass after pass over all, each pass in a new order.
+
+    A batch that a pass cannot fill goes on with the next pass, beginning with sequences it does not
+    have yet. With fewer sequences than `batch_size`, every batch is one pass. So no sequence counts twice in a
+    step, and after k passes each has counted k times.
+    """
+    num_rows = min(batch_size, num_sequences)
+    order = rng.permutation(num_sequences)
+    while len(order) < num_steps * num_rows:
+        begun = order[len(order) // num_rows * num_rows :]
+        fresh = rng.permutation(num_sequences)
+        repeats = np.isin(fresh, begun)
+        order = np.concatenate([order, fresh[~repeats], fresh[repeats]])
+    return order[: num_steps * num_rows].reshape(num_steps, num_rows)
 
 
 def heldout_sequences(

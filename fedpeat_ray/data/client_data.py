@@ -9,19 +9,18 @@ import numpy as np
 
 from fedpeat_ray.config import EvaluationConfig, LocalConfig
 from fedpeat_ray.data.batches import (
+    batch_order,
     client_batches,
     client_sequences,
     device_heldout_sequences,
     heldout_sequences,
     num_steps,
+    sequence_lengths,
 )
 from fedpeat_ray.data.corpus import Corpus
 from fedpeat_ray.data.partition import Partition
-from fedpeat_ray.records import ClientTask, TextBatch
+from fedpeat_ray.records import SERVER, Assignment, ClientTask, TextBatch
 from fedpeat_ray.seeding import generator
-
-SERVER = -1
-"""Stands for the server where a device id is asked for."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,22 @@ class ClientData:
     local: LocalConfig
     seed: int
 
+    def assignments(self, device_ids: np.ndarray, round: int) -> list[Assignment]:
+        """What each device trains in this round, in numbers; no text is read."""
+        num_documents = self.partition.num_documents(device_ids).tolist()
+        return [self._assignment(*device, round) for device in zip(device_ids.tolist(), num_documents, strict=True)]
+
+    def task(self, assignment: Assignment) -> ClientTask:
+        """A device's text: its share, packed, in an order of the round's own."""
+        device_id, length, batch_size = assignment.device_id, self.local.sequence_length, self.local.batch_size
+        tokens_NT, lengths_N = client_sequences(self.corpus, self.partition.documents(device_id), length)
+        order = self._order(assignment.round, device_id)
+        batches = client_batches(tokens_NT, lengths_N, assignment.num_steps, batch_size, order)
+        return ClientTask(device_id, assignment.num_examples, *batches, assignment.level)
+
     def tasks(self, device_ids: Iterable[int], round: int) -> list[ClientTask]:
-        """What each device trains on in this round: its share, packed, in an order of the round's own."""
-        return [self._task(int(device_id), round) for device_id in device_ids]
+        """The same for several devices at once."""
+        return [self.task(assignment) for assignment in self.assignments(np.asarray(device_ids), round)]
 
     def pooled_task(self, num_steps: int, batch_size: int) -> ClientTask:
         """All private training text as one client's task: the reference of centralised tuning."""
@@ -83,12 +95,13 @@ class ClientData:
         tokens, lengths = zip(*parts, strict=True)
         return np.concatenate(tokens), np.concatenate(lengths)
 
-    def _task(self, device_id: int, round: int) -> ClientTask:
-        tokens_NT, lengths_N = client_sequences(
-            self.corpus, self.partition.documents(device_id), self.local.sequence_length
-        )
-        steps = num_steps(len(tokens_NT), self.local)
-        order = generator(self.seed, "batch order", round, device_id)
-        return ClientTask(
-            device_id, len(tokens_NT), *client_batches(tokens_NT, lengths_N, steps, self.local.batch_size, order)
-        )
+    def _assignment(self, device_id: int, num_documents: int, round: int) -> Assignment:
+        documents, offsets = self.partition.documents(device_id, num_documents), self.corpus.offsets
+        num_tokens = int((offsets[documents + 1] - offsets[documents]).sum())
+        lengths_N = sequence_lengths(num_tokens, self.local.sequence_length)
+        steps = num_steps(len(lengths_N), self.local)
+        order_SB = batch_order(len(lengths_N), steps, self.local.batch_size, self._order(round, device_id))
+        return Assignment(device_id, round, len(lengths_N), steps, int(lengths_N[order_SB].sum()))
+
+    def _order(self, round: int, device_id: int) -> np.random.Generator:
+        return generator(self.seed, "batch order", round, device_id)

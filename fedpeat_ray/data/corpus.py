@@ -9,6 +9,7 @@ Shapes: D documents, N tokens of all documents, G groups.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -55,6 +56,21 @@ class Corpus:
         return len(self.offsets) - 1
 
     @property
+    def files(self) -> list[Path]:
+        """What other processes read the tokens from."""
+        return [Path(self.tokens.filename)] if isinstance(self.tokens, np.memmap) and self.tokens.filename else []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """To be sent: tokens that are mapped from a file travel as its name."""
+        files = self.files
+        return self.__dict__ | ({"tokens": files[0]} if files else {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(state["tokens"], Path):
+            state = state | {"tokens": _mapped(state["tokens"])}
+        self.__dict__.update(state)
+
+    @property
     def num_tokens(self) -> np.ndarray:
         """(D,) int64 tokens of each document, with its end."""
         return np.diff(self.offsets)
@@ -82,7 +98,7 @@ def load_corpus(
     heldout = table["heldout"].to_numpy()
     texts = table["text"].to_pylist()
     key = _sha256([str(_CACHE_VERSION), _tokenizer_json(tokenizer), *texts])
-    path = (cache_dir or user_cache_dir()) / f"tokens-{key[:16]}.npz"
+    path = (cache_dir or user_cache_dir()) / f"tokens-{key[:16]}.npy"
     tokens, offsets = _cached_tokens(path, texts, tokenizer)
     return Corpus(
         tokens=tokens,
@@ -121,13 +137,18 @@ def _groups(table: pa.Table, config: DataConfig) -> list[str]:
 
 
 def _cached_tokens(path: Path, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    if path.exists():
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays["tokens"], arrays["offsets"]
-    tokens, offsets = tokenise(texts, tokenizer)
-    with written_whole(path) as part, part.open("wb") as file:
-        np.savez(file, tokens=tokens, offsets=offsets)
-    return tokens, offsets
+    offsets_path = path.with_suffix(".offsets.npy")
+    if not (path.exists() and offsets_path.exists()):
+        for array, place in zip(tokenise(texts, tokenizer), (path, offsets_path), strict=True):
+            with written_whole(place) as part, part.open("wb") as file:
+                np.save(file, array)
+    return _mapped(path), np.load(offsets_path, allow_pickle=False)
+
+
+@functools.lru_cache(maxsize=4)
+def _mapped(path: Path) -> np.memmap:
+    """The tokens in a file, of which every process of a node has the same pages."""
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:

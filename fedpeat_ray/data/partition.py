@@ -53,6 +53,7 @@ class Partition:
         self._config, self._seed = config, seed
         num_groups = int(group_D.max(initial=0)) + 1
         self._train_D, self._starts_G, self._sizes_G = _sorted_by_group(group_D, ~heldout_D, num_groups)
+        self._prior_G = self._sizes_G / max(1, self._sizes_G.sum())
         self._heldout_D, _, self._heldout_sizes_G = _sorted_by_group(group_D, heldout_D, num_groups)
         self._heldout_group_D = group_D[self._heldout_D]
         if not len(self._train_D) or not len(self._heldout_D):
@@ -60,10 +61,21 @@ class Partition:
             raise DataError(f"a partition needs at least one document of each kind; there are {counts}")
         self._check()
 
-    def documents(self, device_id: int) -> np.ndarray:
-        """Indices of the device's training documents, ascending and without repeats; int64, at least one."""
+    def num_documents(self, device_ids: np.ndarray) -> np.ndarray:
+        """How many documents each device is to have: (N,) -> (N,) int64, at least 1."""
+        spread_N = normals(derive_seed(self._seed, "number of documents"), device_ids)
+        log_number_N = np.log(self._config.documents_per_device) + self._config.quantity_sigma * spread_N
+        number_N = np.exp(np.minimum(log_number_N, math.log(len(self._train_D))))
+        return np.maximum(1, np.round(number_N)).astype(np.int64)
+
+    def documents(self, device_id: int, num_documents: int | None = None) -> np.ndarray:
+        """Indices of the device's training documents, ascending and without repeats; int64, at least one.
+
+        `num_documents`: its own, if it is known already.
+        """
         rng = generator(self._seed, "documents", device_id)
-        num_documents = self._num_documents(device_id)
+        if num_documents is None:
+            num_documents = int(self.num_documents(np.array([device_id]))[0])
         if self._config.kind == "iid" or (self._config.kind == "dirichlet" and num_documents == len(self._train_D)):
             chosen = rng.choice(len(self._train_D), num_documents, replace=False)
         elif self._config.kind == "shards":
@@ -98,7 +110,7 @@ class Partition:
 
     def mixture(self, device_id: int) -> np.ndarray:
         """The device's share of every group before the number of documents is drawn. Shape (G,), sums to 1."""
-        prior_G = self._sizes_G / self._sizes_G.sum()
+        prior_G = self._prior_G
         rng = generator(self._seed, "mixture", device_id)
         mixture_G = np.zeros(len(prior_G))
         match self._config.kind:
@@ -112,11 +124,6 @@ class Partition:
                 group = np.searchsorted(self._starts_G, self._shard_positions(device_id), side="right") - 1
                 mixture_G = np.bincount(group, minlength=len(prior_G)) / len(group)
         return mixture_G
-
-    def _num_documents(self, device_id: int) -> int:
-        spread = normals(derive_seed(self._seed, "number of documents"), np.array([device_id]))[0]
-        log_number = np.log(self._config.documents_per_device) + self._config.quantity_sigma * spread
-        return max(1, round(math.exp(min(log_number, math.log(len(self._train_D))))))
 
     def _shard_positions(self, device_id: int) -> np.ndarray:
         """Positions, in the order by group, of the documents of the device's shards."""

@@ -1,4 +1,4 @@
-"""The upper reference: the same adapter tuned centrally on the foundation, on all private text and as many tokens."""
+"""The centralised reference: what an algorithm trains, tuned in one place on all private text and as many tokens."""
 
 from __future__ import annotations
 
@@ -6,35 +6,53 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
 
 from fedpeat_ray.aggregation.mean import WeightedMean
-from fedpeat_ray.config import SimulationConfig
+from fedpeat_ray.config import LocalConfig, SimulationConfig
 from fedpeat_ray.data.client_data import ClientData
 from fedpeat_ray.files import user_cache_dir, written_whole
-from fedpeat_ray.models.foundation import Foundation
+from fedpeat_ray.records import ClientTask, TextBatch
 from fedpeat_ray.training.adapters import Adapter
-from fedpeat_ray.training.evaluation import EvaluationTask, ScoreSum
-from fedpeat_ray.training.map_clients import MapClients
+from fedpeat_ray.training.client_batch import build_optimizer
+from fedpeat_ray.training.map_clients import MapClients, Where, split
 
 BATCH_SIZE = 8  # sequences a step: small enough for many steps, large enough to be efficient
+PART_SIZE = 2  # sequences of a step that one host has at a time
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is tuned centrally to judge an algorithm by: the tensors it trains itself, on the model it has them in."""
+
+    adapter: Adapter
+    where: Where
+    """Who has that model."""
+    key: tuple[str, ...]
+    """All that the perplexity depends on besides configuration and text: digests of models."""
 
 
 def tune_centrally(
-    foundation: Foundation,
+    reference: Reference,
     data: ClientData,
-    adapter: Adapter,
     config: SimulationConfig,
     num_tokens: int,
     map_clients: MapClients,
-    heldout: list[EvaluationTask],
+    judge: Callable[[Tensor], float],
 ) -> float:
-    """Held-out perplexity of one client that has everything and trains on `num_tokens` tokens.
+    """Held-out perplexity, by `judge(adapter_P)`, of one that has everything and trains on `num_tokens` tokens.
 
-    The device's optimizer and learning rate, BATCH_SIZE sequences a step, one optimizer state
-    throughout. Cached by all it depends on.
+    The device's optimizer and learning rate, BATCH_SIZE sequences a step, one optimizer state throughout.
+    With few tokens it may end worse than federated training, which takes more and smaller steps in parallel.
+    Cached by all it depends on.
     """
-    key = [adapter.kind, adapter.layout.names, foundation.digest, foundation.training_dtype, data.corpus.digest]
-    key += [num_tokens, BATCH_SIZE, config.foundation.num_shards > 1]  # shards train in the exact type
+    adapter = reference.adapter
+    key = [*reference.key, adapter.kind, adapter.layout.names, config.foundation.dtype, data.corpus.digest]
+    key += [num_tokens, BATCH_SIZE, PART_SIZE, config.foundation.num_shards > 1]  # shards train in the exact type
     parts = (config.seed, config.lora, config.local, config.evaluation)
     key += [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
@@ -43,15 +61,41 @@ def tune_centrally(
         return json.loads(path.read_text())["perplexity"]
     num_steps = max(1, math.ceil(num_tokens / (BATCH_SIZE * config.local.sequence_length)))
     task = data.pooled_task(num_steps, BATCH_SIZE)
-    start_P = adapter.init(config.seed)
-    local = dataclasses.replace(config.local, prox_mu=0.0)
-    mean, _ = map_clients(adapter.trainer(local), start_P, [task], WeightedMean(), where="driver")
-    delta_P = mean.result()
-    if delta_P is None:  # it diverged
+    start_P, local = adapter.init(config.seed), dataclasses.replace(config.local, prox_mu=0.0)
+    tune = _step_by_step if adapter.gradient() else _as_one_client
+    adapter_P = tune(reference, start_P, task, local, map_clients)
+    if adapter_P is None or not adapter_P.isfinite().all():  # it diverged
         return math.inf
-    adapter_P = (start_P.double() + delta_P).to(start_P.dtype)
-    scores, _ = map_clients(adapter.evaluator(), adapter_P, heldout, ScoreSum(), where="driver")
-    (score,) = scores.result().values()
+    perplexity = judge(adapter_P)
     with written_whole(path) as part:
-        part.write_text(json.dumps({"perplexity": score.perplexity}))
-    return score.perplexity
+        part.write_text(json.dumps({"perplexity": perplexity}))
+    return perplexity
+
+
+def _step_by_step(
+    reference: Reference, start_P: Tensor, task: ClientTask, local: LocalConfig, map_clients: MapClients
+) -> Tensor:
+    """Hosts share the sequences of each step; the mean of their gradients is the gradient of the step."""
+    gradient = reference.adapter.gradient()
+    theta_P = nn.Parameter(start_P.clone())
+    optimizer = build_optimizer(local, [theta_P])
+    for tokens_BT, lengths_B in zip(task.tokens_SBT, task.lengths_SB, strict=True):
+        rows = zip(split(tokens_BT, PART_SIZE), split(lengths_B, PART_SIZE), strict=True)
+        parts = [TextBatch(*part) for part in rows if part[1].any()]
+        mean, _ = map_clients(gradient, theta_P.detach(), parts, WeightedMean(), where=reference.where)
+        gradient_P = mean.result()
+        if gradient_P is None:  # it diverged
+            return torch.full_like(start_P, torch.nan)
+        theta_P.grad = gradient_P.to(theta_P.dtype)
+        optimizer.step()
+    return theta_P.detach()
+
+
+def _as_one_client(
+    reference: Reference, start_P: Tensor, task: ClientTask, local: LocalConfig, map_clients: MapClients
+) -> Tensor | None:
+    """Where gradients are too large to be sent in every step."""
+    train = reference.adapter.trainer(local)
+    mean, _ = map_clients(train, start_P, [task], WeightedMean(), where=reference.where)
+    delta_P = mean.result()
+    return None if delta_P is None else (start_P.double() + delta_P).to(start_P.dtype)

@@ -1,19 +1,20 @@
 """MapClients on Ray: a few long-lived actors embody all devices.
 
 Each host holds the backbone once (a private memory map), trains one client batch at a time with a
-fixed number of threads, and returns a partial aggregate. Idle hosts take the next batch, so a slow
-one holds up nobody; partial aggregates are merged in batch order, so the result does not depend on
-who did what. A host that is lost is replaced and its batch rerun, once.
+fixed number of threads, and returns a partial aggregate. Idle hosts take the next batches, so a slow
+one holds up nobody. Partial aggregates are merged in an order that does not depend on who did what; large
+ones stay in the object store and hosts merge them, so that the main process receives one. A host that is lost
+is replaced and its batches rerun, once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,14 +27,19 @@ from fedpeat_ray.errors import ConfigError, HostLostError
 from fedpeat_ray.fleet.population import Fleet
 from fedpeat_ray.fleet.tiers import TIERS
 from fedpeat_ray.models.foundation import Foundation, load_backbone
-from fedpeat_ray.records import MEMORY, ClientReport, ClientTask
+from fedpeat_ray.records import MEMORY, Assignment, ClientReport, ClientTask
+from fedpeat_ray.runtime.host_jobs import MOST_BATCHES, Away, HostJobs, Job
 from fedpeat_ray.runtime.node_files import Sent, files_of, receive, send
 from fedpeat_ray.runtime.process import cap_memory, is_out_of_memory, keep_freed_memory
 from fedpeat_ray.runtime.serial import Serial
-from fedpeat_ray.training.map_clients import Aggregator, Where, split
+from fedpeat_ray.training.map_clients import Aggregator, Where
 
 _GIB = 2**30
-_HOST_LOST = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
+_LARGE_BYTES = 2**20  # a sum beyond this stays where it is
+_HOST_LOST = (RayActorError, OutOfMemoryError, NodeDiedError)
+
+Facts = tuple[list[Any], int]
+"""What the main process is told of an aggregate, which itself may stay away: the reports, and its size in bytes."""
 
 
 class Host:
@@ -58,42 +64,54 @@ class Host:
 
     def run(
         self,
-        batch: Sequence[Any],
+        tasks: Sequence[Any],
+        batch_size: int,
         train: Callable,
         shared: Any,
         aggregator: Aggregator,
         where: Where,
         files: dict[Path, Sent],
-    ) -> tuple[Any, list[Any]]:
-        """Train one batch; returns its partial aggregate and reports."""
+    ) -> tuple[Any, Facts]:
+        """Train some batches; returns their aggregate, and what is to be known of it."""
         receive(files, self._known_files)
-        return self._serial(train, shared, batch, aggregator, len(batch), where)
+        total, reports = self._serial(train, shared, tasks, aggregator, batch_size, where)
+        return total, (reports, _num_bytes(total))
 
     def run_capped(
-        self, batch: Sequence[ClientTask], train: Callable, shared: Any, aggregator: Aggregator, *rest: Any
-    ) -> tuple[Any, list[ClientReport]]:
+        self,
+        tasks: Sequence[ClientTask | Assignment],
+        batch_size: int,
+        train: Callable,
+        shared: Any,
+        aggregator: Aggregator,
+        *rest: Any,
+    ) -> tuple[Any, Facts]:
         """The same for devices with a memory cap: running into it is a fact about the device, not an error."""
         try:
-            return self.run(batch, train, shared, aggregator, *rest)
+            return self.run(tasks, batch_size, train, shared, aggregator, *rest)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            return aggregator, [ClientReport(task.device_id, None, MEMORY, 0.0) for task in batch]
+            return aggregator, ([ClientReport(task.device_id, None, MEMORY, 0.0) for task in tasks], 0)
+
+    def merge(self, first: Any, second: Any) -> tuple[Any, Facts]:
+        """One aggregate of two."""
+        total = first.merge(second)
+        return total, ([], _num_bytes(total))
 
     def process_id(self) -> int:
         """For tests that kill a host."""
         return os.getpid()
 
 
-@dataclass
-class _Batch:
-    index: int
-    tasks: Sequence[Any]
-    lost_hosts: int = 0
+def _num_bytes(aggregate: Any) -> int:
+    return getattr(aggregate, "num_bytes", 0)
 
 
 class RayHosts:
     """A pool of hosts; use as a context manager. Joins the cluster it runs in, or starts a local Ray."""
+
+    _most_batches = MOST_BATCHES
 
     def __init__(
         self,
@@ -159,43 +177,61 @@ class RayHosts:
         where: Where = "hosts",
     ) -> tuple[Any, list[Any]]:
         """See MapClients. Raises HostLostError for a batch that two hosts did not survive."""
-        batches = deque(_Batch(index, batch) for index, batch in enumerate(split(tasks, batch_size)))
-        results: list[tuple[Any, list[Any]] | None] = [None] * len(batches)
+        if not tasks:
+            return aggregator, []
         self._sent = send(files_of(train), self._weights | self._sent)
-        work = (ray.put(train), ray.put(shared), ray.put(aggregator), where, self._sent)
-        running: dict[ray.ObjectRef, tuple[Any, _Batch]] = {}
+        work = (batch_size, ray.put(train), ray.put(shared), ray.put(aggregator), where, self._sent)
+        jobs = HostJobs(tasks, batch_size, self.num_hosts, self._most_batches)
+        running: dict[ray.ObjectRef, tuple[Any, Job, ray.ObjectRef]] = {}
         try:
-            while batches or running:
-                while batches and (host := self._take(batches[0], len(running))) is not None:
-                    batch = batches.popleft()
-                    running[self._start(host, batch, work)] = (host, batch)
-                (done,), _ = ray.wait(list(running))
-                host, batch = running[done]
-                try:
-                    results[batch.index] = ray.get(done)
-                except _HOST_LOST as error:
-                    del running[done]
-                    self._discard(host)
-                    batches.appendleft(self._lost(batch, error))
-                else:
-                    del running[done]
-                    self._give_back(host)
+            while True:
+                while (job := jobs.next()) is not None:
+                    if (host := self._take(job, len(running))) is None:
+                        jobs.give_back(job)
+                        break
+                    part, facts = self._start(host, job, work)
+                    running[facts] = (host, job, part)
+                if running:
+                    (done,), _ = ray.wait(list(running), fetch_local=False)
+                    self._take_in(jobs, running, done)
+                    continue
+                with contextlib.suppress(ObjectLostError):
+                    return ray.get(jobs.total.ref) if isinstance(jobs.total, Away) else jobs.total, jobs.reports
+                jobs.parts_lost()
         finally:  # after an error in the training code the pool can still be used
-            for host, _ in running.values():
+            for host, *_ in running.values():
                 self._give_back(host)
-        total, reports = aggregator, []
-        for result in results:
-            assert result is not None
-            total = total.merge(result[0])
-            reports += result[1]
-        return total, reports
 
-    def _take(self, batch: _Batch, num_running: int) -> Any | None:
-        """A host that is free for this batch, if there is one."""
+    def _take_in(self, jobs: HostJobs, running: dict[ray.ObjectRef, tuple[Any, Job, Any]], done: ray.ObjectRef) -> None:
+        """What came of a job. Large aggregates stay where they are."""
+        host, job, part = running[done]
+        try:
+            reports, num_bytes = ray.get(done)
+            part = Away(part) if num_bytes > _LARGE_BYTES else ray.get(part)
+        except _HOST_LOST as error:
+            del running[done]
+            self._discard(host)
+            self._lost(job, error)
+            jobs.lost(job)
+        except ObjectLostError:  # the aggregates to be merged went with the node they lay on
+            del running[done]
+            self._give_back(host)
+            jobs.parts_lost(job)
+        else:
+            del running[done]
+            self._give_back(host)
+            jobs.done(job, part, reports)
+
+    def _take(self, job: Job, num_running: int) -> Any | None:
+        """A host that is free for this job, if there is one."""
         return self._idle.popleft() if self._idle else None
 
-    def _start(self, host: Any, batch: _Batch, work: tuple[Any, ...]) -> ray.ObjectRef:
-        return host.run.remote(batch.tasks, *work)
+    def _start(self, host: Any, job: Job, work: tuple[Any, ...]) -> list[ray.ObjectRef]:
+        """Where the aggregate will be, and its facts."""
+        if job.parts is None:
+            return host.run.options(num_returns=2).remote(job.tasks, *work)
+        parts = [part.ref if isinstance(part, Away) else part for part in job.parts]
+        return host.merge.options(num_returns=2).remote(*parts)
 
     def _give_back(self, host: Any) -> None:
         self._idle.append(host)
@@ -214,15 +250,14 @@ class RayHosts:
         self._weights = send([each.weights for each in (self._foundation, driver) if each], self._weights)
         return self._foundation, driver, self._weights, self._num_threads
 
-    def _lost(self, batch: _Batch, error: RayError) -> _Batch:
-        """The batch to run again. A lost host is not a dropped device."""
-        device_ids = [getattr(task, "device_id", None) for task in batch.tasks]
+    def _lost(self, job: Job, error: RayError) -> None:
+        """A lost host is not a dropped device: its job is done again, once."""
+        device_ids = [getattr(task, "device_id", None) for task in job.tasks]
         reason = str(error).splitlines()[0]
-        self._on_event("host_lost", batch=batch.index, device_ids=device_ids, error=reason)
-        if batch.lost_hosts:
-            message = f"batch {batch.index} ended two hosts; its devices are {device_ids}: {reason}"
+        self._on_event("host_lost", batch=job.span[0], device_ids=device_ids, error=reason)
+        if job.lost_hosts:
+            message = f"batch {job.span[0]} ended two hosts; its devices are {device_ids}: {reason}"
             raise HostLostError(message) from error
-        return _Batch(batch.index, batch.tasks, batch.lost_hosts + 1)
 
 
 class ExclusiveHosts(RayHosts):
@@ -232,6 +267,8 @@ class ExclusiveHosts(RayHosts):
     seconds. Work that is not a device's (evaluation) runs on the ordinary hosts. Client batches are of
     one client, so the bits are those of client_batch_size = 1.
     """
+
+    _most_batches = 1
 
     def __init__(
         self,
@@ -259,10 +296,10 @@ class ExclusiveHosts(RayHosts):
         """See MapClients; always one client at a time in a process."""
         return super().__call__(train, shared, tasks, aggregator, batch_size=1, where=where)
 
-    def _take(self, batch: _Batch, num_running: int) -> Any | None:
-        (task,) = batch.tasks
-        if not isinstance(task, ClientTask) or task.device_id < 0:
-            return super()._take(batch, num_running)
+    def _take(self, job: Job, num_running: int) -> Any | None:
+        task = next(iter(job.tasks), None)
+        if not isinstance(task, ClientTask | Assignment) or task.device_id < 0:
+            return super()._take(job, num_running)
         if num_running >= self._num_slots:
             return None
         tier = TIERS[self._fleet.tier[task.device_id]]
@@ -273,9 +310,10 @@ class ExclusiveHosts(RayHosts):
         self._devices.add(host)
         return host
 
-    def _start(self, host: Any, batch: _Batch, work: tuple[Any, ...]) -> ray.ObjectRef:
-        run = host.run_capped if host in self._devices else host.run
-        return run.remote(batch.tasks, *work)
+    def _start(self, host: Any, job: Job, work: tuple[Any, ...]) -> list[ray.ObjectRef]:
+        if host in self._devices:
+            return host.run_capped.options(num_returns=2).remote(job.tasks, *work)
+        return super()._start(host, job, work)
 
     def _give_back(self, host: Any) -> None:
         if host in self._devices:

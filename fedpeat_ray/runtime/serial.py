@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpeat_ray.models.foundation import Backbone
-from fedpeat_ray.training.map_clients import Aggregator, Where, split
+from fedpeat_ray.training.map_clients import Aggregator, Where, merged, split
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,11 @@ class Serial:
         where: Where = "hosts",
     ) -> tuple[Any, list[Any]]:
         backbone = self.driver if where == "driver" and self.driver else self.backbone
-        total, reports = aggregator, []
-        for batch in split(tasks, batch_size):
-            updates = train(backbone, shared, batch)
-            total = total.merge(aggregator.add(updates))
-            reports += [update.report for update in updates]
-        return total, reports
+        batches, reports = split(tasks, batch_size), []
+
+        def part(batch: int) -> Any:
+            updates = train(backbone, shared, batches[batch])
+            reports.extend(update.report for update in updates)
+            return aggregator.add(updates)
+
+        return merged(part, (0, len(batches))) if batches else aggregator, reports

@@ -1,4 +1,4 @@
-"""What is trained in the adapter blocks of emulators: LoRA, biases, or whole blocks. One interface for the three."""
+"""What is trained: LoRA, biases, whole blocks, or all weights. One interface for the four."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fedpeat_ray.models.layout import Layout
 from fedpeat_ray.models.lora import Lora, save_adapter
 from fedpeat_ray.training.client_batch import TrainClientBatch, stacked_lora
 from fedpeat_ray.training.evaluation import EvaluateLora, EvaluateWeights, replaced_weights
+from fedpeat_ray.training.gradients import LoraGradient
 from fedpeat_ray.training.one_client import TrainAllWeights
 
 
@@ -27,7 +28,7 @@ class Adapter(Protocol):
     """Tensors that are trained while everything else is frozen."""
 
     @property
-    def kind(self) -> Literal["lora", "bias", "blocks"]: ...
+    def kind(self) -> Literal["lora", "bias", "blocks", "all"]: ...
 
     @property
     def layout(self) -> Layout: ...
@@ -47,6 +48,11 @@ class Adapter(Protocol):
 
     def trainer(self, local: LocalConfig) -> Callable:
         """`train(backbone, adapter_P, tasks)` of clients."""
+        ...
+
+    def gradient(self) -> Callable | None:
+        """`train(backbone, adapter_P, batches)`: gradients of batches of text; None if there are too many elements to
+        be sent in every step."""
         ...
 
     def evaluator(self) -> Callable:
@@ -86,6 +92,9 @@ class LoraAdapter:
     def trainer(self, local: LocalConfig) -> TrainClientBatch:
         return TrainClientBatch(self.lora, local)
 
+    def gradient(self) -> LoraGradient:
+        return LoraGradient(self.lora)
+
     def evaluator(self) -> EvaluateLora:
         return EvaluateLora(self.lora)
 
@@ -101,9 +110,9 @@ class LoraAdapter:
 
 @dataclass(frozen=True)
 class WeightsAdapter:
-    """Some of the foundation's own weights, trained one client after another."""
+    """Some of the foundation's own weights, or all, trained one client after another."""
 
-    kind: Literal["bias", "blocks"]
+    kind: Literal["bias", "blocks", "all"]
     layout: Layout
     foundation: Foundation
     rank: None = None
@@ -117,6 +126,9 @@ class WeightsAdapter:
 
     def trainer(self, local: LocalConfig) -> TrainAllWeights:
         return TrainAllWeights(self.layout, local)
+
+    def gradient(self) -> None:
+        return None
 
     def evaluator(self) -> EvaluateWeights:
         return EvaluateWeights(self.layout)

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from fedpeat_ray.config import LocalConfig
 from fedpeat_ray.models.foundation import Backbone, is_sharded, plain_head
 from fedpeat_ray.models.lora import Lora
-from fedpeat_ray.records import NON_FINITE, ClientReport, ClientTask
+from fedpeat_ray.records import NON_FINITE, ClientReport, ClientTask, TextBatch
 
 IGNORED = -100  # label of padding
 HEAD_LOGITS = {"cpu": 2**20, "cuda": 2**26}  # logits that exist at one time: on a CPU, what its cache holds
@@ -37,9 +37,9 @@ class ClientUpdate:
     report: ClientReport
     weight: float
     delta_P: Tensor
-    """float64, so that start + delta is exactly what the client had."""
+    """float64, so that start + delta is exactly what the client had; of the elements that its level has."""
     level: int | None = None
-    """Of the emulator it was trained on."""
+    """Of the emulator it was trained on; None: the foundation, which has all elements."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ def train_stacked(
     At step s only the clients that have a step s are in the batch: a prefix of all.
     """
     device = next(backbone.parameters()).device
-    dtype = torch.float64 if next(backbone.parameters()).dtype == torch.float64 else torch.float32
-    start_P = start_P.to(device, dtype)
+    start_P = start_P.to(device, training_dtype(backbone))
     theta_KP = start_P.repeat(len(tasks), 1)
     losses_K = torch.zeros(len(tasks), dtype=torch.float64, device=device)
     num_steps_K = np.array([task.num_steps for task in tasks])
@@ -90,7 +89,7 @@ def train_stacked(
             lengths_KB = _stack([task.lengths_SB[step] for task in tasks[:num_active]], device)
             labels_KN = next_token_labels(tokens_KBT, lengths_KB).flatten(1)
             set_factors(theta)
-            loss_K = _summed_losses(backbone, tokens_KBT, labels_KN)
+            loss_K = summed_losses(backbone, tokens_KBT, labels_KN)
             loss_K = loss_K / (labels_KN != IGNORED).sum(dim=1).clamp(min=1)
             loss_K.sum().backward()
             if local.prox_mu:
@@ -99,6 +98,11 @@ def train_stacked(
             optimizer.zero_grad()
             losses_K[:num_active] += loss_K.detach()
     return theta_KP, losses_K / torch.from_numpy(num_steps_K).to(device)
+
+
+def training_dtype(backbone: PreTrainedModel) -> torch.dtype:
+    """Of what is trained: float32, or float64 as the backbone."""
+    return torch.float64 if next(backbone.parameters()).dtype == torch.float64 else torch.float32
 
 
 def _stack(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
@@ -224,6 +228,14 @@ def _loss_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
+def tensors(batch: TextBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T) and lengths (B,) as int64 on the device."""
+    return (
+        torch.from_numpy(batch.tokens_BT.astype(np.int64)).to(device),
+        torch.from_numpy(batch.lengths_B.astype(np.int64)).to(device),
+    )
+
+
 def next_token_labels(tokens_KBT: Tensor, lengths_KB: Tensor) -> Tensor:
     """Labels (K, B, T): the token after each position, IGNORED at the last valid one and in padding."""
     positions = torch.arange(tokens_KBT.shape[-1], device=tokens_KBT.device)
@@ -231,7 +243,7 @@ def next_token_labels(tokens_KBT: Tensor, lengths_KB: Tensor) -> Tensor:
     return shifted.masked_fill(positions >= lengths_KB.unsqueeze(-1) - 1, IGNORED)
 
 
-def _summed_losses(backbone: PreTrainedModel, tokens_KBT: Tensor, labels_KN: Tensor) -> Tensor:
+def summed_losses(backbone: PreTrainedModel, tokens_KBT: Tensor, labels_KN: Tensor) -> Tensor:
     """Next-token loss of each client (K,), summed. Rows are padded on the right and attention is causal, so
     padding needs no mask."""
     tokens, head_VD = tokens_KBT.flatten(0, 1), plain_head(backbone)

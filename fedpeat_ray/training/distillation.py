@@ -27,9 +27,8 @@ from fedpeat_ray.models.foundation import Backbone, Foundation, load
 from fedpeat_ray.models.lora import Lora
 from fedpeat_ray.models.proxy import proxy_logits
 from fedpeat_ray.records import TextBatch
-from fedpeat_ray.training.client_batch import IGNORED, next_token_labels, stacked_lora
+from fedpeat_ray.training.client_batch import IGNORED, next_token_labels, stacked_lora, tensors
 from fedpeat_ray.training.collect import Result
-from fedpeat_ray.training.emulators import tensors
 from fedpeat_ray.training.evaluation import EvaluationTask, GroupScore, score_of
 
 ROWS_AT_A_TIME = 2  # sequences whose logits of three models exist at one time

@@ -22,7 +22,7 @@ from fedpeat_ray.models.emulator import Ladder, on_emulator
 from fedpeat_ray.models.foundation import Backbone
 from fedpeat_ray.records import TextBatch
 from fedpeat_ray.training.adapters import Adapter
-from fedpeat_ray.training.client_batch import ClientUpdate
+from fedpeat_ray.training.client_batch import ClientUpdate, tensors
 from fedpeat_ray.training.collect import Result
 
 
@@ -55,11 +55,8 @@ class OnEmulators:
             train, places = self.parts[level - 1]
             with on_emulator(backbone, self.ladder.block_list, self.ladder.rungs[level - 1]):
                 for update in train(backbone, adapter_P[places], list(group)):
-                    if isinstance(update, ClientUpdate):
-                        delta_P = torch.zeros(len(adapter_P), dtype=torch.float64)
-                        delta_P[places] = update.delta_P
-                        update = dataclasses.replace(update, delta_P=delta_P, level=level)
-                    updates.append(update)
+                    is_training = isinstance(update, ClientUpdate)
+                    updates.append(dataclasses.replace(update, level=level) if is_training else update)
         return updates
 
 
@@ -146,14 +143,6 @@ def output_of(block: nn.Module, keep: Callable[[Tensor], None]) -> Iterator[None
         yield
     finally:
         hook.remove()
-
-
-def tensors(batch: TextBatch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens (B, T) and lengths (B,) as int64 on the device."""
-    return (
-        torch.from_numpy(batch.tokens_BT.astype(np.int64)).to(device),
-        torch.from_numpy(batch.lengths_B.astype(np.int64)).to(device),
-    )
 
 
 def half_precision(model: PreTrainedModel, dtype: str) -> contextlib.AbstractContextManager:

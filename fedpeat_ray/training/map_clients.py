@@ -1,4 +1,8 @@
-"""The seam between algorithms and machinery: what `map_clients` promises, whoever runs it."""
+"""The seam between algorithms and machinery: what `map_clients` promises, whoever runs it.
+
+Partial aggregates of consecutive batches are merged two and two, in a tree that the number of batches alone
+decides: so whoever merges what, and where, the bits are the same.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,15 @@ Task = TypeVar("Task")
 Where = Literal["hosts", "driver"]
 """Who does the work: the hosts, which embody devices, or the driver, which has the whole foundation."""
 
+Span = tuple[int, int]
+"""Consecutive batches: the first, and the one after the last."""
+
 
 class Aggregator(Protocol):
-    """A monoid over updates, immutable; an instance with nothing added is its zero."""
+    """A monoid over updates, immutable; an instance with nothing added is its zero.
+
+    A sum that may be large says its size as `num_bytes`: it is then merged where it lies, and travels once.
+    """
 
     def add(self, updates: Sequence[Any]) -> Any: ...
     def merge(self, other: Any) -> Any: ...
@@ -25,7 +35,7 @@ class MapClients(Protocol):
 
     `train(backbone, shared, tasks) -> updates`, one update with a `.report` a task. The backbone is
     resident where the work is done; what else the work reads from disk it names as `train.files`, and it
-    will be there. Partial aggregates are merged in batch order, and the batches depend on `tasks` and
+    will be there. Partial aggregates are merged in the order of `merged`, and the batches depend on `tasks` and
     `batch_size` alone, so every implementation gives the same bits. Where hosts have the whole foundation
     too, they also do the driver's work.
     """
@@ -65,3 +75,19 @@ class HostsAndDriver:
 def split(tasks: Sequence[Task], batch_size: int) -> list[Sequence[Task]]:
     """Consecutive batches of at most batch_size tasks."""
     return [tasks[start : start + batch_size] for start in range(0, len(tasks), batch_size)]
+
+
+def halves(span: Span) -> tuple[Span, Span]:
+    """The two parts whose aggregates are merged to that of the span: the first as long as a power of two can be."""
+    start, stop = span
+    middle = start + 2 ** ((stop - start - 1).bit_length() - 1)
+    return (start, middle), (middle, stop)
+
+
+def merged(part: Callable[[int], Any], span: Span) -> Any:
+    """The aggregate of a span, of `part(batch)` of each of its batches, which are asked for one after another."""
+    start, stop = span
+    if stop - start == 1:
+        return part(start)
+    first, second = halves(span)
+    return merged(part, first).merge(merged(part, second))

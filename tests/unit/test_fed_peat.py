@@ -34,14 +34,13 @@ from fedpeat_ray.config import (
     ServerConfig,
 )
 from fedpeat_ray.control.plan import Prospects
-from fedpeat_ray.data.client_data import SERVER
 from fedpeat_ray.errors import ConfigError, DataError
 from fedpeat_ray.files import user_cache_dir
 from fedpeat_ray.fleet.memory import training_memory
 from fedpeat_ray.models.emulator import Ladder, Rung
 from fedpeat_ray.models.foundation import load, load_backbone, model_shape
 from fedpeat_ray.models.foundation import prepare as find_foundation
-from fedpeat_ray.records import DROP_REASONS, TextBatch
+from fedpeat_ray.records import DROP_REASONS, SERVER, TextBatch
 from fedpeat_ray.runtime.run_log import RunLog, read_config
 from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.training import emulator_distillation
