@@ -226,6 +226,9 @@ class DataConfig:
     """Split of a hub dataset."""
     heldout_share: Annotated[float, Bounds(math.ulp(0.0), 1 - 2**-53, "above 0 and below 1")] = 0.1
     """Share of the documents of every source kept for evaluation (hub and local data)."""
+    heldout_by: Literal["document", "source"] = "document"
+    """What is held out: documents of every source, or whole sources, so users whose text is never trained on
+    (hub and local data of devices)."""
     partition: PartitionConfig = field(default_factory=PartitionConfig)
 
 

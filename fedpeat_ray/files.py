@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -35,3 +35,12 @@ def written_whole(path: Path) -> Iterator[Path]:
         hidden.replace(path)
     finally:
         hidden.unlink(missing_ok=True)
+
+
+def sha256_of(values: Iterable[str]) -> str:
+    """Of texts in order, each with its length: no two lists of texts share a digest, whatever is in them."""
+    sha = hashlib.sha256()
+    for value in values:
+        encoded = value.encode("utf-8", "replace")
+        sha.update(b"%d:" % len(encoded) + encoded)
+    return sha.hexdigest()

@@ -15,6 +15,7 @@ from fedpeat_ray.aggregation.server_optimizer import ServerState
 from fedpeat_ray.algorithms.fed_peat import FedPEAT
 from fedpeat_ray.algorithms.fed_pt import FedPT
 from fedpeat_ray.config import SimulationConfig
+from fedpeat_ray.data.corpus import Corpus
 from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.runtime.centralised import tune_centrally
 from fedpeat_ray.runtime.checkpoint import Facts, load_checkpoint, save_checkpoint
@@ -64,6 +65,9 @@ class Simulation:
             progress = stack.enter_context(Progress(config.rounds, first_round=before[1].round + 1 if before else 1))
             progress.stage(f"loading {config.foundation.name} and {config.data.name}")
             world = prepare(config, directory)
+            for side, corpus in world.corpora.items():
+                if corpus.removed.total:
+                    progress.note(f"{side} text: {corpus.num_documents} documents; left out: {corpus.removed}")
             if config.foundation.num_shards > 1:
                 progress.stage(f"dividing {config.foundation.name} into {config.foundation.num_shards} shards")
             driver = stack.enter_context(driver_of(world, on_event))
@@ -217,6 +221,7 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
         "foundation_sha256": world.foundation.digest,
         "num_trained_elements": world.algorithm.layout.num_elements,
         "payload_bytes": world.algorithm.layout.payload_bytes(),
+        "documents": {side: _documents(corpus) for side, corpus in world.corpora.items()},
     }
     if isinstance(world.algorithm, FedPEAT):
         costs = world.algorithm.emulator_costs
@@ -231,7 +236,18 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
             for rung in world.algorithm.ladder.rungs
         ]
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return RunLog.create(directory, settings, resolved, data_digest=world.data.corpus.digest, gpus=gpus)
+    log = RunLog.create(directory, settings, resolved, data_digest=world.data.corpus.digest, gpus=gpus)
+    for side, corpus in world.corpora.items():
+        if corpus.removed.total:
+            log.event("documents_removed", side=side, **dataclasses.asdict(corpus.removed))
+    return log
+
+
+def _documents(corpus: Corpus) -> dict[str, Any]:
+    """How many documents a side has, and how many were left out."""
+    heldout = int(corpus.heldout.sum())
+    removed = dataclasses.asdict(corpus.removed)
+    return {"training": corpus.num_documents - heldout, "heldout": heldout, "removed": removed}
 
 
 _MAY_CHANGE = ("out", "resume", "rounds", "checkpoint_every", "hosts")

@@ -24,7 +24,7 @@ from fedpeat_ray.control.greedy import Greedy
 from fedpeat_ray.control.plan import Controller
 from fedpeat_ray.control.random import Random
 from fedpeat_ray.data.client_data import ClientData, ServerData
-from fedpeat_ray.data.corpus import load_corpus
+from fedpeat_ray.data.corpus import Corpus, load_corpus
 from fedpeat_ray.data.partition import Partition
 from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.files import file_sha256, user_cache_dir
@@ -74,6 +74,16 @@ class World:
     data: ClientData
     heldout: list[EvaluationTask]
     heldout_by_tier: list[EvaluationTask]
+
+    @property
+    def corpora(self) -> dict[str, Corpus]:
+        """The text that the run reads, by side: private, and public if the algorithm asks for it."""
+        algorithm, public = self.algorithm, None
+        if isinstance(algorithm, FedPT):
+            algorithm, public = algorithm.on_small, algorithm.public
+        if isinstance(algorithm, FedPEAT):
+            public = public or algorithm.workshop.public
+        return {"private": self.data.corpus} | ({"public": public.corpus} if public else {})
 
     def heldout_by_level(self, levels: Sequence[int]) -> list[EvaluationTask]:
         """The held-out text for emulators."""

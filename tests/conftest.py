@@ -102,17 +102,35 @@ def deep_dir(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three files of JSON lines, 20 short documents each, every file with words of its own."""
-    directory, rng = tmp_path_factory.mktemp("text"), random.Random(0)
-    vocabularies = {
-        "harbour": "ship rope tide anchor gull mast sail wind".split(),
-        "kitchen": "pan salt bread oven knife butter onion broth".split(),
-        "workshop": "saw plane nail bench glue clamp chisel oak".split(),
-    }
+    """Three files of JSON lines, 20 short documents each, every file with words of its own; `public_dir` is beside."""
+    directory = tmp_path_factory.mktemp("texts")
+    _write_text(
+        directory / "private",
+        harbour="ship rope tide anchor gull mast sail wind",
+        kitchen="pan salt bread oven knife butter onion broth",
+        workshop="saw plane nail bench glue clamp chisel oak",
+    )
+    _write_text(
+        directory / "public",
+        garden="seed soil rake leaf hedge spade rain moss",
+        library="page shelf ink index spine map atlas folio",
+        station="rail clock bell track signal porter ticket engine",
+    )
+    return directory / "private"
+
+
+@pytest.fixture(scope="session")
+def public_dir(text_dir: Path) -> Path:
+    """The same for a server: other words."""
+    return text_dir.with_name("public")
+
+
+def _write_text(directory: Path, **vocabularies: str) -> None:
+    directory.mkdir()
+    rng = random.Random(0)
     for source, words in vocabularies.items():
-        texts = [f"{source} {i}: " + " ".join(rng.choices(words, k=rng.randint(4, 16))) for i in range(20)]
+        texts = [f"{source} {i}: " + " ".join(rng.choices(words.split(), k=rng.randint(4, 16))) for i in range(20)]
         (directory / f"{source}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return directory
 
 
 def _write_model(directory: Path, kind: type[PreTrainedModel], config: GPT2Config | LlamaConfig) -> Path:

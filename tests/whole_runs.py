@@ -23,7 +23,10 @@ from fedpeat_ray.config import (
 
 
 def tiny(model: Path, text: Path, **changes: Any) -> SimulationConfig:
-    """Three rounds of six of fourteen devices on a page of text, judged at the end: about a second."""
+    """Three rounds of six of fourteen devices on a page of text, judged at the end: about a second.
+
+    The server's text is the folder `public` beside `text`.
+    """
     config = SimulationConfig(
         rounds=3,
         cohort_size=6,
@@ -32,7 +35,9 @@ def tiny(model: Path, text: Path, **changes: Any) -> SimulationConfig:
         local=LocalConfig(sequence_length=32, max_steps=3, learning_rate=0.02),
         lora=LoraConfig(rank=2),
         foundation=FoundationConfig(str(model), dtype="float32"),
-        data=DataConfig(str(text), public_name=str(text), partition=PartitionConfig(documents_per_device=4)),
+        data=DataConfig(
+            str(text), public_name=str(text.with_name("public")), partition=PartitionConfig(documents_per_device=4)
+        ),
         fleet=FleetConfig(num_devices=14),
         evaluation=EvaluationConfig(
             every=99, num_sequences=8, num_sequences_per_tier=0, sequence_length=32, upper_bound=False

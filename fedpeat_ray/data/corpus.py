@@ -8,12 +8,9 @@ Shapes: D documents, N tokens of all documents, G groups.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +18,14 @@ import numpy as np
 import pyarrow as pa
 
 from fedpeat_ray.config import DataConfig
-from fedpeat_ray.data import hub, python_docs
-from fedpeat_ray.errors import ConfigError, DataError, ModelError
-from fedpeat_ray.files import user_cache_dir, written_whole
+from fedpeat_ray.data.documents import Removed, load_documents
+from fedpeat_ray.errors import ConfigError, ModelError
+from fedpeat_ray.files import sha256_of, user_cache_dir, written_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CACHE_VERSION = 1  # part of the cache key: raise it when what is stored changes
+_CACHE_VERSION = 2  # part of the cache key: raise it when what is stored changes
 _TEXTS_A_CALL = 4096  # bounds the memory of the tokenizer's own results
 
 
@@ -50,6 +47,8 @@ class Corpus:
     """Token that ends a document, and pads sequences."""
     digest: str
     """SHA-256 of texts, groups, held-out marks and tokenizer: the same digest means the same data."""
+    removed: Removed = field(default_factory=Removed)
+    """Documents that are not among these, by why."""
 
     @property
     def num_documents(self) -> int:
@@ -84,20 +83,18 @@ def load_corpus(
     Tokens are cached by what they depend on, the texts and the tokenizer. Documents may be longer
     than the model's context: packing cuts them (data/batches.py).
 
-    Raises DataError if there are no such documents (of hub and local data all are private, and the server
-    has the text that `config.public_name` names);
-    ConfigError if the partition needs labels and there are none; ModelError if the tokenizer is not a
-    fast one or has no end-of-text token.
+    Raises DataError if there are no such documents (data/documents.py); ConfigError if the partition needs
+    labels and there are none; ModelError if the tokenizer is not a fast one or has no end-of-text token.
     """
     eos_id = tokenizer.eos_token_id
     if not tokenizer.is_fast or not isinstance(eos_id, int):
         raise ModelError(f"the tokenizer of {tokenizer.name_or_path!r} must be a fast one with an end-of-text token")
-    table = _documents(config, public)
+    table, removed = load_documents(config, public=public, cache_dir=cache_dir)
     names = table["source"].to_pylist() if public else _groups(table, config)
     group_names, group = np.unique(np.asarray(names, dtype=object), return_inverse=True)
     heldout = table["heldout"].to_numpy()
     texts = table["text"].to_pylist()
-    key = _sha256([str(_CACHE_VERSION), _tokenizer_json(tokenizer), *texts])
+    key = sha256_of([str(_CACHE_VERSION), _tokenizer_json(tokenizer), *texts])
     path = (cache_dir or user_cache_dir()) / f"tokens-{key[:16]}.npy"
     tokens, offsets = _cached_tokens(path, texts, tokenizer)
     return Corpus(
@@ -107,23 +104,9 @@ def load_corpus(
         group_names=tuple(group_names),
         heldout=heldout,
         eos_id=eos_id,
-        digest=_sha256([key, *names, *map(str, heldout)]),
+        digest=sha256_of([key, *names, *map(str, heldout)]),
+        removed=removed,
     )
-
-
-def _documents(config: DataConfig, public: bool) -> pa.Table:
-    """A table with hub.SCHEMA; the label of python_docs is the package."""
-    if public and config.public_name:
-        config, public = dataclasses.replace(config, name=config.public_name, public_name=None), False
-        if config.name != "python_docs":
-            return hub.load(config)
-    if config.name == "python_docs":
-        table = python_docs.load()
-        table = table.filter(table["public"].to_numpy() == public)
-        return table.rename_columns({"package": "label"}).select(hub.SCHEMA.names)
-    if public:
-        raise DataError(f"data.name = {config.name!r} has no public part: name the server's text by data.public_name")
-    return hub.load(config)
 
 
 def _groups(table: pa.Table, config: DataConfig) -> list[str]:
@@ -173,10 +156,3 @@ def _tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
     parts = json.loads(backend.to_str())
     parts |= {"padding": None, "truncation": None, "eos_token_id": tokenizer.eos_token_id}
     return json.dumps(parts, sort_keys=True)
-
-
-def _sha256(values: Iterable[str]) -> str:
-    sha = hashlib.sha256()
-    for value in values:
-        sha.update(value.encode("utf-8", "replace") + b"\x00")
-    return sha.hexdigest()

@@ -1,8 +1,8 @@
 """Your own text: a dataset of the Hugging Face hub, or a local directory of Parquet, JSON lines or text.
 
 Hub datasets go through `datasets.load_dataset`, which runs no code of theirs; directories are plain
-reads. Either becomes one table with SCHEMA, held in memory. All of it is the devices' own (private)
-text: nobody has said which part of it a server may see.
+reads. Either becomes one table with SCHEMA, held in memory. Which side it is, private or public, is for
+the caller to say (data/documents.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow.json as pj
 import pyarrow.parquet as pq
 
 from fedpeat_ray.config import DataConfig
-from fedpeat_ray.data.python_docs import mark_heldout
+from fedpeat_ray.data.python_docs import mark_heldout, mark_heldout_sources
 from fedpeat_ray.errors import DataError
 
 SCHEMA = pa.schema(
@@ -29,46 +29,55 @@ SCHEMA = pa.schema(
 )
 FORMATS = (".parquet", ".jsonl", ".json", ".txt")  # .json: JSON lines too
 
+_JSON_BLOCK_BYTES = 2**30  # read at once, and the most a line may have; pyarrow counts in 32 bits
 
-def load(config: DataConfig) -> pa.Table:
-    """The documents of `config.name` as a table with SCHEMA, in the order of the files.
 
-    Documents without text are left out, and so are repeated texts: one that is both trained on and
-    held out would flatter the evaluation. Of every source the share `config.heldout_share` is held out.
+def load(config: DataConfig, field: str = "data.name") -> tuple[pa.Table, int]:
+    """The documents of `config.name` as a table with SCHEMA, in the order of the files, and how many were equal.
+
+    Documents without text are left out, and so are texts equal to an earlier one: one that is both trained
+    on and held out would flatter the evaluation. The share `config.heldout_share` is held out, by
+    documents or by whole sources. `field` is the setting that `config.name` comes from.
 
     Raises DataError, with field, value and what is there, if nothing can be read, a column is missing
     or of the wrong type, or no document is left to train on.
     """
     directory = Path(config.name).expanduser()
     if directory.is_dir():
-        table = pa.concat_tables(_columns(_read(path), config, path.stem) for path in _files(directory, config.name))
+        paths = _files(directory, config.name, field)
+        table = pa.concat_tables(_columns(_read(path, field), config, path.stem, field) for path in paths)
     else:
-        table = _columns(_load_dataset(config), config, config.name)
+        table = _columns(_load_dataset(config, field), config, config.name, field)
     rows = table.to_pydict()
+    filled = [i for i, text in enumerate(rows["text"]) if text.strip()]
+    if not filled:
+        raise DataError(f"{field} = {config.name!r} has no text: {table.num_rows} documents, all empty")
     seen: set[str] = set()
-    kept = [i for i, text in enumerate(rows["text"]) if text.strip() and not (text in seen or seen.add(text))]
-    if not kept:
-        raise DataError(f"data.name = {config.name!r} has no text: {table.num_rows} documents, all empty")
+    kept = [i for i in filled if not (rows["text"][i] in seen or seen.add(rows["text"][i]))]
     source, label, text = ([rows[name][i] for i in kept] for name in ("source", "label", "text"))
-    heldout = mark_heldout(source, text, config.heldout_share)
+    if config.heldout_by == "source":
+        heldout = mark_heldout_sources(source, config.heldout_share)
+    else:
+        heldout = mark_heldout(source, text, config.heldout_share)
     if all(heldout):
         raise DataError(
-            f"data.name = {config.name!r} has one document a source, which is held out, so none to train on: "
-            "set data.source_column, or put several in a file (in .txt files a blank line ends a document)"
+            f"{field} = {config.name!r} has nothing left to train on: all of its documents, {len(kept)} of "
+            f"{len(set(source))} sources, are held out (data.heldout_by = {config.heldout_by!r}, data.heldout_share = "
+            f"{config.heldout_share}); in .txt files a blank line ends a document"
         )
-    return pa.table([source, label, heldout, text], schema=SCHEMA)
+    return pa.table([source, label, heldout, text], schema=SCHEMA), len(filled) - len(kept)
 
 
-def _files(directory: Path, name: str) -> list[Path]:
+def _files(directory: Path, name: str, field: str) -> list[Path]:
     """Every file of a supported format below the directory, sorted; hidden ones and `_SUCCESS`-like ones are not."""
     paths = (path.relative_to(directory) for path in directory.rglob("*") if path.suffix in FORMATS and path.is_file())
     files = [directory / path for path in sorted(paths) if not any(part[0] in "._" for part in path.parts)]
     if not files:
-        raise DataError(f"data.name = {name!r} is a directory without a file to read: {', '.join(FORMATS)}")
+        raise DataError(f"{field} = {name!r} is a directory without a file to read: {', '.join(FORMATS)}")
     return files
 
 
-def _read(path: Path) -> pa.Table:
+def _read(path: Path, field: str) -> pa.Table:
     try:
         if path.suffix == ".parquet":
             return pq.ParquetFile(path).read()
@@ -76,13 +85,14 @@ def _read(path: Path) -> pa.Table:
             return pa.table({"text": re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))})
         if path.stat().st_size == 0:
             return pa.table({})
-        # One block a file: a line longer than a block is an error.
-        return pj.read_json(path, read_options=pj.ReadOptions(block_size=path.stat().st_size + 1))
+        block_bytes = min(path.stat().st_size + 1, _JSON_BLOCK_BYTES)
+        return pj.read_json(path, read_options=pj.ReadOptions(block_size=block_bytes))
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise DataError(f"data.name: {path} cannot be read: {error}") from error
+        reason = f"a line has more than {_JSON_BLOCK_BYTES} bytes" if "straddling" in str(error) else error
+        raise DataError(f"{field}: {path} cannot be read: {reason}") from error
 
 
-def _load_dataset(config: DataConfig) -> pa.Table:
+def _load_dataset(config: DataConfig, field: str) -> pa.Table:
     import datasets  # a second to import, and only hub datasets need it
 
     try:
@@ -90,11 +100,11 @@ def _load_dataset(config: DataConfig) -> pa.Table:
     except Exception as error:  # of many libraries and types: network, names, splits, formats
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(
-            f"data.name = {config.name!r} with data.split = {config.split!r} is neither a local directory "
+            f"{field} = {config.name!r} with data.split = {config.split!r} is neither a local directory "
             f"nor a dataset that the hub gives: {reason}"
         ) from error
     if not isinstance(dataset, datasets.Dataset):
-        raise DataError(f"data.split = {config.split!r} is not one split of data.name = {config.name!r}")
+        raise DataError(f"data.split = {config.split!r} is not one split of {field} = {config.name!r}")
     table: pa.Table = dataset.with_format("arrow")[:]
     for name, feature in dataset.features.items():
         if isinstance(feature, datasets.ClassLabel):
@@ -103,14 +113,15 @@ def _load_dataset(config: DataConfig) -> pa.Table:
     return table
 
 
-def _columns(table: pa.Table, config: DataConfig, place: str) -> pa.Table:
-    """Source, label and text of one file or dataset, all strings; `place` names it, and is the default source."""
+def _columns(table: pa.Table, config: DataConfig, name: str, field: str) -> pa.Table:
+    """Source, label and text of one file or dataset, all strings; `name` names it, and is the default source."""
+    place = name if field == "data.name" else f"{name} of {field}"
     if table.num_rows == 0:
-        raise DataError(f"data.name = {config.name!r} is empty: {place} has no rows")
+        raise DataError(f"{field} = {config.name!r} is empty: {name} has no rows")
     text = _column(table, "data.text_column", config.text_column, place)
     if not (pa.types.is_string(text.type) or pa.types.is_large_string(text.type)):
         raise DataError(f"data.text_column = {config.text_column!r} has type {text.type} in {place}: must be string")
-    source = pa.array([place] * len(text))
+    source = pa.array([name] * len(text))
     if config.source_column is not None:
         source = _names(table, "data.source_column", config.source_column, place).fill_null("unknown")
     label = pa.nulls(len(text), pa.string())

@@ -4,6 +4,9 @@ Sources are read with `ast`, nothing is imported. A document is one docstring; i
 package and second-level module (`scipy.stats`), so a split over devices by source is naturally
 non-IID. PUBLIC packages are what a server would have (pre-training, distillation); PRIVATE ones play
 the devices' own data, a domain of its own: numerical and scientific documentation.
+
+Documents that for the most part repeat others are left out (data/repeats.py): of the private ones all, of
+the public ones those held out. So what the embedded foundations were trained on stays what it was.
 """
 
 from __future__ import annotations
@@ -23,11 +26,13 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fedpeat_ray.data.repeats import grams_of, repeats
 from fedpeat_ray.errors import DataError
-from fedpeat_ray.files import user_cache_dir, written_whole
+from fedpeat_ray.files import sha256_of, user_cache_dir, written_whole
 
 STDLIB = "stdlib"
 PUBLIC_PACKAGES = (STDLIB, "torch", "transformers")
@@ -35,7 +40,7 @@ PRIVATE_PACKAGES = ("scipy", "sympy", "pandas", "networkx", "numpy", "matplotlib
 
 MIN_CHARS = 40  # a shorter docstring ("Return x.") teaches a language model nothing
 HELDOUT_SHARE = 0.1  # of the documents of every source, at least one
-EXTRACTOR_VERSION = 1  # part of the cache key: raise it when what is extracted changes
+EXTRACTOR_VERSION = 2  # part of the cache key: raise it when what is extracted changes
 
 _SKIPPED_FOLDERS = frozenset(
     ("test", "tests", "testing", "site-packages", "__pycache__", "idlelib", "lib2to3", "thirdparty_files")
@@ -47,12 +52,19 @@ SCHEMA = pa.schema(
         ("name", pa.string()),
         ("public", pa.bool_()),
         ("heldout", pa.bool_()),
+        ("repeat", pa.bool_()),  # not used
         ("text", pa.string()),
     ]
 )
 
 
 def load(cache_dir: Path | None = None) -> pa.Table:
+    """The documents as a table with SCHEMA, without repeats (see `load_all`)."""
+    table = load_all(cache_dir)
+    return table.filter(~table["repeat"].to_numpy())
+
+
+def load_all(cache_dir: Path | None = None) -> pa.Table:
     """All documents as a table with SCHEMA, from the cache if this set of versions was read before.
 
     Takes under half a minute on two cores the first time. Raises DataError if a package is missing.
@@ -81,15 +93,11 @@ def package_versions() -> dict[str, str]:
 
 def digest(table: pa.Table) -> str:
     """SHA-256 of names and texts in order: two runs with the same digest saw the same data."""
-    sha = hashlib.sha256()
-    for column in ("name", "text"):
-        for value in table.column(column).to_pylist():
-            sha.update(value.encode("utf-8", "replace") + b"\x00")
-    return sha.hexdigest()
+    return sha256_of([*table["name"].to_pylist(), *table["text"].to_pylist()])
 
 
 def extract() -> pa.Table:
-    """Read every source file (all cores), drop repeated texts, mark what is held out."""
+    """Read every source file (all cores), drop equal texts, mark what is held out and what are repeats."""
     files = [(package, str(root), str(path)) for package, root in _roots().items() for path in _source_files(root)]
     chunks = [files[start : start + 64] for start in range(0, len(files), 64)]
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -98,9 +106,12 @@ def extract() -> pa.Table:
     seen: set[str] = set()
     unique = [row for row in rows if not (row[3] in seen or seen.add(row[3]))]
     package, source, name, text = (list(column) for column in zip(*unique, strict=True))
-    public = pa.array([item in PUBLIC_PACKAGES for item in package])
-    heldout = pa.array(mark_heldout(source, name, HELDOUT_SHARE))
-    table = pa.table([package, source, name, public, heldout, text], schema=SCHEMA)
+    public = np.array([item in PUBLIC_PACKAGES for item in package])
+    heldout = np.array(mark_heldout(source, name, HELDOUT_SHARE, every_source=True))
+    grams, repeat = grams_of(text), np.zeros(len(text), dtype=bool)
+    for side in (public, ~public):
+        repeat[side] = repeats(grams.of(side), heldout[side], may_go=(heldout | ~public)[side])
+    table = pa.table([package, source, name, public, heldout, repeat, text], schema=SCHEMA)
     return table.combine_chunks()
 
 
@@ -109,22 +120,51 @@ def select(table: pa.Table, *, public: bool, heldout: bool) -> pa.Table:
     return table.filter((table["public"].to_numpy() == public) & (table["heldout"].to_numpy() == heldout))
 
 
-def mark_heldout(sources: list[str], names: list[str], share: float) -> list[bool]:
-    """Of every source, the `share` of its documents whose names have the smallest hashes, at least one.
+def mark_heldout(sources: list[str], names: list[str], share: float, *, every_source: bool = False) -> list[bool]:
+    """Of every source, the `share` of its documents whose names have the smallest hashes, but not all of them.
+
+    Sources so small that this is none are taken together: of their documents the share is held out,
+    at most one a source, the one with the smallest hash, of the sources that come first by that hash. With
+    `every_source` each of them has one held out instead. At least one document is held out in all.
 
     A function of the names, not of the order: adding documents moves few others. Shapes: (D,), (D,) -> (D,).
     """
-    order = sorted(range(len(names)), key=lambda i: (sources[i], hashlib.sha256(names[i].encode()).digest(), i))
     heldout = [False] * len(names)
-    start = 0
-    while start < len(order):
-        stop = start
-        while stop < len(order) and sources[order[stop]] == sources[order[start]]:
-            stop += 1
-        for i in order[start : start + max(1, round(share * (stop - start)))]:
+    small: list[list[tuple[bytes, int]]] = []
+    for documents in _hashed_by_source(sources, names).values():
+        count = min(round(share * len(documents)), len(documents) - 1)
+        if every_source:
+            count = max(1, round(share * len(documents)))
+        for _, i in documents[:count]:
             heldout[i] = True
-        start = stop
+        if not count:
+            small.append(documents)
+    wanted = max(round(share * sum(map(len, small))), 0 if any(heldout) else 1)
+    for _, i in sorted(documents[0] for documents in small)[:wanted]:
+        heldout[i] = True
     return heldout
+
+
+def mark_heldout_sources(sources: list[str], share: float) -> list[bool]:
+    """Whole sources, those whose names have the smallest hashes, until they have the `share` of the documents."""
+    by_hash = sorted(_hashed_by_source(sources, sources).values())
+    wanted, marked = share * len(sources), 0
+    heldout = [False] * len(sources)
+    for documents in by_hash:
+        if marked >= wanted:
+            break
+        marked += len(documents)
+        for _, i in documents:
+            heldout[i] = True
+    return heldout
+
+
+def _hashed_by_source(sources: list[str], names: list[str]) -> dict[str, list[tuple[bytes, int]]]:
+    """Of every source (hash of the name, index) of its documents, sorted."""
+    found: dict[str, list[tuple[bytes, int]]] = {}
+    for i, (source, name) in enumerate(zip(sources, names, strict=True)):
+        found.setdefault(source, []).append((hashlib.sha256(name.encode("utf-8", "replace")).digest(), i))
+    return {source: sorted(documents) for source, documents in found.items()}
 
 
 def _roots() -> dict[str, Path]:

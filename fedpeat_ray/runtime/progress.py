@@ -63,6 +63,10 @@ class Progress:
         else:
             self._print(text)
 
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self._print(text)
+
     def round(self, row: Mapping[str, Any]) -> None:
         """Say how a round went; `row` is its row of the rounds table."""
         self._walls_s.append(row["wall_s"])

@@ -27,12 +27,12 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.fixture(scope="session")
-def peat_arguments(deep_gpt2_dir: Path, text_dir: Path) -> Callable[..., list[str]]:
+def peat_arguments(deep_gpt2_dir: Path, text_dir: Path, public_dir: Path) -> Callable[..., list[str]]:
     """The command line of a tiny FedPEAT: a level at random, elastic weights, re-aligned after every other round."""
     words = """--algorithm fed-peat --control.kind random --emulator.first 1 --emulator.last 1 --emulator.shares 0.2 0.6
         --emulator.weights elastic --emulator.realign-every 2 --emulator.realign-steps 2
         --emulator.distil.steps 4 --emulator.distil.batch-size 2 --emulator.distil.sequence-length 16"""
-    own = [*words.split(), "--data.public-name", str(text_dir)]
+    own = [*words.split(), "--data.public-name", str(public_dir)]
     return lambda *more: tiny_runs.arguments(deep_gpt2_dir, text_dir, *own, *more)
 
 

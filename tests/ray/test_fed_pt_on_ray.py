@@ -16,11 +16,11 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.fixture(scope="session")
-def proxy_arguments(deep_llama_dir: Path, gpt2_dir: Path, text_dir: Path) -> Callable[..., list[str]]:
+def proxy_arguments(deep_llama_dir: Path, gpt2_dir: Path, text_dir: Path, public_dir: Path) -> Callable[..., list[str]]:
     """The command line of a tiny FedPT: two rounds, two steps of distillation each."""
     words = """--algorithm fed-pt --rounds 2 --proxy.steps 2 --proxy.batch-size 2 --proxy.sequence-length 24
         --proxy.top-k 50 --foundation.dtype float32"""
-    own = [*words.split(), "--proxy.small", str(gpt2_dir), "--data.public-name", str(text_dir)]
+    own = [*words.split(), "--proxy.small", str(gpt2_dir), "--data.public-name", str(public_dir)]
     return lambda *more: tiny_runs.arguments(deep_llama_dir, text_dir, *own, *more)
 
 

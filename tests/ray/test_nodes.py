@@ -72,20 +72,22 @@ def same_as_in_this_process(
     assert not events(directory / "run", "host_lost")
 
 
-def test_realigned_emulators_come_to_every_node(cluster, deep_gpt2_dir, text_dir, tmp_path):
+def test_realigned_emulators_come_to_every_node(cluster, deep_gpt2_dir, text_dir, public_dir, tmp_path):
     words = """--algorithm fed-peat --control.kind random --emulator.first 1 --emulator.last 1 --emulator.shares 0.2 0.6
         --emulator.realign-every 1 --emulator.realign-steps 2 --emulator.distil.steps 4 --emulator.distil.batch-size 2
         --emulator.distil.sequence-length 16 --rounds 2"""
-    own = [*words.split(), "--data.public-name", text_dir]
+    own = [*words.split(), "--data.public-name", public_dir]
     arguments = functools.partial(tiny_runs.arguments, deep_gpt2_dir, text_dir, *own)
     same_as_in_this_process(cluster, tmp_path, arguments, *ON_BOTH)
     here = {path.name: path.read_bytes() for path in (tmp_path / "run/emulators").iterdir()}
     assert cluster.files(tmp_path / "run/emulators") == here and len(here) == 2
 
 
-def test_the_small_model_comes_to_the_shards_of_the_large_one(cluster, deep_llama_dir, gpt2_dir, text_dir, tmp_path):
+def test_the_small_model_comes_to_the_shards_of_the_large_one(
+    cluster, deep_llama_dir, gpt2_dir, text_dir, public_dir, tmp_path
+):
     words = """--algorithm fed-pt --rounds 2 --proxy.steps 2 --proxy.batch-size 2 --proxy.sequence-length 24
         --foundation.dtype float32"""
-    own = [*words.split(), "--proxy.small", gpt2_dir, "--data.public-name", text_dir]
+    own = [*words.split(), "--proxy.small", gpt2_dir, "--data.public-name", public_dir]
     arguments = functools.partial(tiny_runs.arguments, deep_llama_dir, text_dir, *own)
     same_as_in_this_process(cluster, tmp_path, arguments)

@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from fedpeat_ray.config import DataConfig, LocalConfig, PartitionConfig
 from fedpeat_ray.data import batches, hub, python_docs
 from fedpeat_ray.data.corpus import Corpus, load_corpus
+from fedpeat_ray.data.documents import Removed, load_documents
 from fedpeat_ray.data.partition import Partition
 from fedpeat_ray.errors import ConfigError, DataError, ModelError
+from fedpeat_ray.files import sha256_of
 
 EOS = 0
 WORDS = [f"w{i}" for i in range(50)]
@@ -63,7 +65,7 @@ def test_every_local_format_is_read_and_the_file_is_the_source(tmp_path: Path):
     (tmp_path / ".hidden.txt").write_text("hidden")
     (tmp_path / "readme.md").write_text("not data")
 
-    table = hub.load(DataConfig(name=str(tmp_path)))
+    table, _ = hub.load(DataConfig(name=str(tmp_path)))
 
     assert table.schema == hub.SCHEMA
     assert set(zip(table["source"].to_pylist(), table["text"].to_pylist(), strict=True)) == {
@@ -71,8 +73,7 @@ def test_every_local_format_is_read_and_the_file_is_the_source(tmp_path: Path):
         *(("four", "first\nparagraph"), ("four", "second paragraph\n")),
     }
     assert table["label"].null_count == table.num_rows
-    heldout = table.filter(table["heldout"])["source"].to_pylist()
-    assert sorted(heldout) == ["four", "one", "three", "two"]  # one of two of each
+    assert table["heldout"].to_numpy().sum() == 1  # of eight, in sources of two
 
 
 def test_columns_are_mapped_and_repeats_and_empty_texts_left_out(tmp_path: Path):
@@ -80,14 +81,13 @@ def test_columns_are_mapped_and_repeats_and_empty_texts_left_out(tmp_path: Path)
     pq.write_table(pa.table({"body": body, "user": [7, 8, 7, 7, 7, None], "topic": [True] * 6}), tmp_path / "a.parquet")
 
     config = DataConfig(name=str(tmp_path), text_column="body", source_column="user", label_column="topic")
-    with pytest.raises(DataError, match="one document a source"):
-        hub.load(config)
-    table = hub.load(dataclasses.replace(config, source_column=None))
-    assert table["text"].to_pylist() == ["x", "y", "z"]
+    table, num_equal = hub.load(config)
+    assert table["text"].to_pylist() == ["x", "y", "z"] and num_equal == 1
+    assert table["source"].to_pylist() == ["7", "8", "unknown"]
     assert table["label"].to_pylist() == ["true"] * 3
 
     pq.write_table(pa.table({"body": ["p", "q"], "user": [7, 7], "topic": [False] * 2}), tmp_path / "b.parquet")
-    assert hub.load(config)["source"].to_pylist() == ["7", "8", "unknown", "7", "7"]
+    assert hub.load(config)[0]["source"].to_pylist() == ["7", "8", "unknown", "7", "7"]
 
 
 def test_heldout_share_is_by_source_and_does_not_depend_on_the_order():
@@ -96,6 +96,77 @@ def test_heldout_share_is_by_source_and_does_not_depend_on_the_order():
     heldout = python_docs.mark_heldout(sources, names, 0.2)
     assert (sum(heldout[:100]), sum(heldout[100:])) == (20, 1)
     assert python_docs.mark_heldout(sources[::-1], names[::-1], 0.2) == heldout[::-1]
+
+
+@pytest.mark.parametrize(("each", "share"), [(1, 0.1), (3, 0.1), (5, 0.1), (10, 0.1), (1, 0.6), (10, 0.5)])
+def test_many_small_sources_have_the_share_held_out(each, share):
+    sources = [f"user {i // each}" for i in range(1000)]
+    names = [f"text {i}" for i in range(1000)]
+    heldout = np.array(python_docs.mark_heldout(sources, names, share))
+    assert heldout.sum() == pytest.approx(1000 * share, abs=1)
+    all_have_one = np.array(python_docs.mark_heldout(sources, names, share, every_source=True))
+    assert not (heldout & ~all_have_one).any(), "of a small source, the same document as if each had one held out"
+    assert all_have_one.sum() == max(1, round(share * each)) * len(set(sources))
+    order = np.random.default_rng(0).permutation(1000)
+    shuffled = python_docs.mark_heldout([sources[i] for i in order], [names[i] for i in order], share)
+    assert np.array_equal(shuffled, heldout[order])
+
+
+def test_something_is_held_out_and_no_source_of_several_documents_whole():
+    assert sum(python_docs.mark_heldout(["a", "b", "c"], ["1", "2", "3"], 1e-9)) == 1
+    assert sum(python_docs.mark_heldout(["a", "a", "b", "b"], ["1", "2", "3", "4"], 0.99)) == 2
+    for share in (0.1, 0.3):
+        both = python_docs.mark_heldout(["big"] * 20 + ["small"] * 2, [str(i) for i in range(22)], share)
+        assert sum(both[:20]) == 20 * share
+
+
+def test_whole_sources_are_held_out(tmp_path: Path):
+    sources = [f"user {i % 40}" for i in range(400)]
+    heldout = np.array(python_docs.mark_heldout_sources(sources, 0.1))
+    assert heldout.sum() == 40 and len({sources[i] for i in np.flatnonzero(heldout)}) == 4
+    assert python_docs.mark_heldout_sources(sources[::-1], 0.1) == heldout[::-1].tolist()
+
+    texts = {f"user {i}": [f"w{i} w1", f"w{i} w2"] for i in range(10)}
+    config = write_documents(tmp_path, texts, heldout_by="source", heldout_share=0.3)
+    table, _ = hub.load(config)
+    of_source = {}
+    for source, mark in zip(table["source"].to_pylist(), table["heldout"].to_pylist(), strict=True):
+        of_source.setdefault(source, set()).add(mark)
+    assert sorted(map(list, of_source.values())) == [[False]] * 7 + [[True]] * 3
+    with pytest.raises(DataError, match=r"nothing left to train on: .* 20 of 10 sources, .*heldout_by = 'source'"):
+        hub.load(dataclasses.replace(config, heldout_share=0.95))
+    with pytest.raises(ConfigError, match=r"data.heldout_by = 'source' is not allowed: 'document' with .*python_docs"):
+        load_documents(DataConfig(heldout_by="source"))
+
+
+def test_devices_are_judged_where_most_groups_have_nothing_held_out():
+    group_D, heldout_D = np.arange(1000), np.arange(1000) % 10 == 0
+    corpus = corpus_of([3] * 1000, group_D.tolist(), heldout_D.tolist())
+    assert len(batches.heldout_sequences(corpus, 50, 8, seed=0)[0]) == 50
+    for kind in KINDS:
+        shares = Partition(PartitionConfig(kind=kind), group_D, heldout_D, seed=0)
+        for device_id in range(5):
+            assert corpus.heldout[shares.heldout_documents(device_id)].all()
+            tokens_NT, lengths_N = batches.device_heldout_sequences(corpus, shares, device_id, 4, 8)
+            assert len(tokens_NT) and lengths_N.min() > 1
+
+
+def test_json_lines_are_read_in_blocks_of_which_none_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lines = [json.dumps({"text": f"document {i}"} | ({"user": i} if i else {})) for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    config = DataConfig(name=str(tmp_path))
+    whole, _ = hub.load(config)
+    monkeypatch.setattr(hub, "_JSON_BLOCK_BYTES", 100)
+    assert hub.load(config)[0].equals(whole)
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, json.dumps({"text": "w" * 200})]))
+    with pytest.raises(DataError, match=r"a.jsonl cannot be read: a line has more than 100 bytes$"):
+        hub.load(config)
+
+
+def test_texts_with_other_ends_have_other_digests():
+    assert sha256_of(["a\0b"]) != sha256_of(["a", "b"])
+    assert sha256_of(["a\0", "b"]) != sha256_of(["a", "\0b"])
+    assert sha256_of(["1:a"]) != sha256_of(["", "a"])
 
 
 @pytest.mark.parametrize(
@@ -136,7 +207,7 @@ def test_hub_dataset(monkeypatch: pytest.MonkeyPatch):
     dataset = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "y": [1, 0, -1]}, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, split: {"train": dataset, "all": {}}[split])
 
-    table = hub.load(DataConfig(name="some/dataset", label_column="y"))
+    table, _ = hub.load(DataConfig(name="some/dataset", label_column="y"))
     assert table["label"].to_pylist() == ["yes", "no", "unknown"]
     assert set(table["source"].to_pylist()) == {"some/dataset"}
     with pytest.raises(DataError, match=r"data.split = 'all' is not one split"):
@@ -174,7 +245,7 @@ if True:
 
 
 def test_corpus_holds_every_document_with_its_end(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
-    config = write_documents(tmp_path, {"b": ["w1 w2", "w3"], "a": ["w4 w5 w6", "w7 w8"]})
+    config = write_documents(tmp_path, {"b": ["w1 w2", "w3"], "a": ["w4 w5 w6", "w7 w8"]}, heldout_share=0.5)
     cache = tmp_path / "cache"
     corpus = load_corpus(config, tokenizer, cache_dir=cache)
     assert corpus.tokens.tolist() == [2, 3, EOS, 4, EOS, 5, 6, 7, EOS, 8, 9, EOS]
@@ -184,16 +255,17 @@ def test_corpus_holds_every_document_with_its_end(tmp_path: Path, tokenizer: Pre
     assert corpus.group_names == ("a", "b") and corpus.group.tolist() == [1, 1, 0, 0]
     assert corpus.heldout.sum() == 2
 
-    assert len(list(cache.iterdir())) == 2  # tokens and offsets, and nothing half-written beside them
-    stamps = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    stamps = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+    kinds = sorted(name.split("-")[0] for name in stamps)
+    assert kinds == ["repeats", "tokens", "tokens"]  # nothing half-written beside them
     tokenizer(["w1 w2", "w3"], padding=False, truncation=True, max_length=1)  # leaves state in the tokenizer
     again = load_corpus(config, tokenizer, cache_dir=cache)
     assert again.digest == corpus.digest and np.array_equal(again.tokens, corpus.tokens)
-    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == stamps
+    assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == stamps
 
     other = write_documents(tmp_path, {"b": ["w1 w2", "w3"], "a": ["w4 w5 w6", "w7 w9"]})
     assert load_corpus(other, tokenizer, cache_dir=cache).digest != corpus.digest
-    assert len(list(cache.iterdir())) == 4
+    assert len(list(cache.iterdir())) == 6
 
 
 def test_groups_are_sources_or_labels(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
@@ -210,17 +282,21 @@ def test_groups_are_sources_or_labels(tmp_path: Path, tokenizer: PreTrainedToken
 
 def test_embedded_text_has_two_sides(tmp_path, monkeypatch, tokenizer: PreTrainedTokenizerFast):
     rows = [
-        ("scipy", "scipy.a", "n1", False, False, "w1"),
-        ("torch", "torch.a", "n2", True, False, "w2 w3"),
-        ("sympy", "sympy.a", "n3", False, True, "w4"),
+        ("scipy", "scipy.a", "n1", False, False, False, "w1"),
+        ("torch", "torch.a", "n2", True, False, False, "w2 w3"),
+        ("sympy", "sympy.a", "n3", False, True, False, "w4"),
+        ("sympy", "sympy.a", "n4", False, True, True, "W1"),
     ]
     table = pa.table(list(map(list, zip(*rows, strict=True))), schema=python_docs.SCHEMA)
-    monkeypatch.setattr(python_docs, "load", lambda: table)
+    monkeypatch.setattr(python_docs, "load_all", lambda cache_dir: table)
     private = load_corpus(DataConfig(), tokenizer, cache_dir=tmp_path)
     assert private.tokens.tolist() == [2, EOS, 5, EOS] and private.heldout.tolist() == [False, True]
+    assert private.removed == Removed(repeated_heldout=1)
     packages = DataConfig(partition=PartitionConfig(group_by="label"))
     assert load_corpus(packages, tokenizer, cache_dir=tmp_path).group_names == ("scipy", "sympy")
-    assert load_corpus(DataConfig(), tokenizer, public=True, cache_dir=tmp_path).tokens.tolist() == [3, 4, EOS]
+    for named in (None, "python_docs"):
+        public = load_corpus(DataConfig(public_name=named), tokenizer, public=True, cache_dir=tmp_path)
+        assert public.tokens.tolist() == [3, 4, EOS] and public.removed.total == 0
     with pytest.raises(DataError, match=r"data.name = '.*' has no public part"):
         load_corpus(DataConfig(name=str(tmp_path)), tokenizer, public=True)
     with pytest.raises(ModelError, match="must be a fast one with an end-of-text token"):
