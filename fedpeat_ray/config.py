@@ -26,7 +26,13 @@ from fedpeat_ray.settings import (
     check,
     from_plain,
     to_plain,
+    without,
 )
+
+REMOVED = {
+    "evaluation.num_sequences_per_tier": "quality by tier, while the text of devices does not depend on their tier",
+}
+"""Settings that there once were and what for: config.json of older runs still has them, and they are ignored."""
 
 
 @dataclass(frozen=True)
@@ -305,8 +311,6 @@ class EvaluationConfig:
     """Rounds between evaluations; the last round is always evaluated."""
     num_sequences: PositiveInt = 128
     """Held-out sequences for the overall figure."""
-    num_sequences_per_tier: NonNegativeInt = 32
-    """Held-out sequences of devices of each tier for the per-tier figure; 0: none."""
     sequence_length: SequenceLength = 128
     """Tokens a held-out sequence."""
     upper_bound: bool = True
@@ -426,5 +430,5 @@ class SimulationConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SimulationConfig:
-        """The inverse of `to_dict`; raises ConfigError for a field that does not exist."""
-        return from_plain(cls, values)
+        """The inverse of `to_dict`; ignores what was REMOVED, raises ConfigError for a field that never was."""
+        return from_plain(cls, without(values, REMOVED))

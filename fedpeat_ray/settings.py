@@ -7,7 +7,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -103,6 +103,15 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def without(values: dict[str, Any], paths: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """Plain values less those of these dotted paths."""
+    return {
+        name: without(value, paths, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in values.items()
+        if f"{prefix}{name}" not in paths
+    }
 
 
 def from_plain(cls: type, values: dict[str, Any], prefix: str = "") -> Any:

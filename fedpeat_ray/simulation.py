@@ -86,7 +86,7 @@ def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress)
     if state is None or facts is None:
         progress.stage("measuring zero-shot")
         state = algorithm.init(config.seed)
-        tasks = world.heldout + world.heldout_by_tier + world.heldout_by_level(algorithm.levels)
+        tasks = world.heldout + world.heldout_by_level(algorithm.levels)
         zero_shot = evaluate(world, map_clients, state, tasks)
         facts = Facts(0, 0.0, 0, {group: dataclasses.asdict(score) for group, score in zero_shot.items()})
         save_checkpoint(log.directory, state, facts)
@@ -128,12 +128,12 @@ def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress)
 def _finish(
     world: World, map_clients: MapClients, log: RunLog, progress: Progress, state: ServerState, facts: Facts
 ) -> dict[str, Any]:
-    """Save the model, judge it by tier and against centralised tuning, and sum up the log."""
+    """Save the model, judge it, also against centralised tuning, and sum up the log."""
     config = world.config
     world.algorithm.save(log.directory / "adapter", state.model_P)
-    progress.stage("evaluating by tier")
+    progress.stage("evaluating what came out")
     levels = world.algorithm.levels
-    tasks = world.heldout + world.heldout_by_tier + world.heldout_by_level(levels)
+    tasks = world.heldout + world.heldout_by_level(levels)
     tuned = evaluate(world, map_clients, state, tasks)
     zero_shot = {group: Score(**values) for group, values in facts.zero_shot.items()}
     upper_bound = None
@@ -172,11 +172,6 @@ def _finish(
         "gap_closed": gap,
         **emulators,
         "token_accuracy": {"zero_shot": zero_shot[ALL].token_accuracy, "tuned": tuned[ALL].token_accuracy},
-        "perplexity_by_tier": {
-            tier: {"zero_shot": zero_shot[tier].perplexity, "tuned": tuned[tier].perplexity}
-            for tier in world.conditions.fleet.tier_names
-            if tier in tuned
-        },
     }
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel
 
 from fedpeat_ray.algorithms.fed_avg import FedAvg
@@ -49,7 +48,6 @@ from fedpeat_ray.training.evaluation import EvaluationTask, evaluation_tasks
 from fedpeat_ray.training.map_clients import HostsAndDriver, MapClients
 
 ALL = "all"  # the group of held-out text that stands for the whole fleet
-_DEVICES_PER_TIER = 8  # whose held-out text stands for their tier
 _STEPS_A_LINE = 50  # of distillation, between two lines of progress
 
 
@@ -72,7 +70,6 @@ class World:
     conditions: Conditions
     data: ClientData
     heldout: list[EvaluationTask]
-    heldout_by_tier: list[EvaluationTask]
 
     def heldout_by_level(self, levels: Sequence[int]) -> list[EvaluationTask]:
         """The held-out text for emulators."""
@@ -113,9 +110,8 @@ def prepare(config: SimulationConfig, directory: Path) -> World:
             size = _first_batch_size(config)
             algorithm = FedPEFT(lora, shape, config.local, config.server, size, config.foundation.name)
     heldout = evaluation_tasks(ALL, *data.heldout(config.evaluation))
-    by_tier = _heldout_by_tier(conditions, data, config)
     held = algorithm.small.foundation if isinstance(algorithm, FedPT) else foundation
-    return World(config, foundation, held, adapter, algorithm, conditions, data, heldout, by_tier)
+    return World(config, foundation, held, adapter, algorithm, conditions, data, heldout)
 
 
 def build_fed_peat(config: SimulationConfig, foundation: Foundation, shape: ModelShape, directory: Path) -> FedPEAT:
@@ -297,14 +293,3 @@ def _with_client_batch_size(algorithm: Algorithm, size: int) -> Algorithm:
 def _first_batch_size(config: SimulationConfig) -> int:
     """The client batch size, until it is measured."""
     return 1 if config.client_batch_size == "auto" else config.client_batch_size
-
-
-def _heldout_by_tier(conditions: Conditions, data: ClientData, config: SimulationConfig) -> list[EvaluationTask]:
-    """Held-out text of the first devices of each tier; a tier without devices has none."""
-    tasks: list[EvaluationTask] = []
-    if config.evaluation.num_sequences_per_tier:
-        for tier, name in enumerate(conditions.fleet.tier_names):
-            device_ids = np.flatnonzero(conditions.fleet.tier == tier)[:_DEVICES_PER_TIER]
-            if len(device_ids):
-                tasks += evaluation_tasks(name, *data.heldout_of(device_ids, config.evaluation))
-    return tasks

@@ -109,9 +109,6 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         table.add_row("privacy gap", _number(summary["privacy_gap"]))
     table.add_row("token accuracy", _change(summary["token_accuracy"], _percent))
     table.add_section()
-    for tier, values in (summary.get("perplexity_by_tier") or {}).items():
-        table.add_row(f"perplexity, {tier}", _change(values, _number))
-    table.add_section()
     table.add_row("updates used", f"{summary['num_completed']:,}")
     table.add_row("devices dropped", f"{summary['num_dropped']:,}")
     for reason, count in (summary.get("drop_reasons") or {}).items():

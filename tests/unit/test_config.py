@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fedpeat_ray.config import (
+    REMOVED,
     AvailabilityConfig,
     DataConfig,
     FleetConfig,
@@ -91,6 +92,15 @@ def test_what_a_file_leaves_out_is_the_default():
     assert SimulationConfig.from_dict({}) == SimulationConfig()
     config = SimulationConfig.from_dict({"rounds": 3, "data": {"partition": {"alpha": 2.0}}})
     assert config.rounds == 3 and config.data.partition == PartitionConfig(alpha=2.0)
+
+
+@pytest.mark.parametrize("path", REMOVED)
+def test_a_setting_that_there_once_was_is_read_and_ignored(path):
+    values = SimulationConfig(rounds=3).to_dict()
+    part, name = path.split(".")
+    values[part][name] = 7
+    assert SimulationConfig.from_dict(values) == SimulationConfig(rounds=3)
+    assert values[part][name] == 7, "what was read stays as it was"
 
 
 @pytest.mark.parametrize("path", ["ruonds", "local.learningrate", "data.partition.aplha"])

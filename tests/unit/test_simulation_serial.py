@@ -52,7 +52,7 @@ def tiny(gpt2_dir: Path, text_dir: Path) -> SimulationConfig:
         checkpoint_every=2,
         fleet=FleetConfig(num_devices=40),
         data={"public_name": None},
-        evaluation={"every": 1, "num_sequences_per_tier": 2},
+        evaluation={"every": 1},
     )
 
 
@@ -96,8 +96,6 @@ def test_a_run_leaves_what_is_promised(tiny, tmp_path):
     assert returned["virtual_s"] == rounds["virtual_s"].iloc[-1]
     assert returned["drop_reasons"] == {r: int((dropped["drop_reason"] == r).sum()) for r in DROP_REASONS}
     resolved = read_config(directory)["resolved"]
-    assert set(returned["perplexity_by_tier"]) <= set(resolved["tiers"])
-    assert all(tier["zero_shot"] > 1 and tier["tuned"] > 1 for tier in returned["perplexity_by_tier"].values())
     payload = resolved["payload_bytes"]
     assert set(completed["upload_bytes"]) == set(completed["download_bytes"]) == {payload}
     assert (directory / "adapter" / "adapter_model.safetensors").stat().st_size == pytest.approx(payload, rel=0.2)
