@@ -14,7 +14,8 @@ from fedpeat_ray.aggregation.server_optimizer import ServerState
 from fedpeat_ray.algorithms.fed_peat import FedPEAT
 from fedpeat_ray.algorithms.fed_pt import FedPT
 from fedpeat_ray.config import SimulationConfig
-from fedpeat_ray.errors import ConfigError
+from fedpeat_ray.errors import ConfigError, RunFailedError
+from fedpeat_ray.runtime import verdict
 from fedpeat_ray.runtime.centralised import tune_centrally
 from fedpeat_ray.runtime.checkpoint import Facts, load_checkpoint, save_checkpoint
 from fedpeat_ray.runtime.process import process_settings
@@ -47,7 +48,8 @@ class Simulation:
         """The run directory, known once `run` has started."""
 
     def run(self) -> dict[str, Any]:
-        """Run all rounds. Raises a FedPeatError, with nothing written, if something does not fit."""
+        """Run all rounds. Raises a FedPeatError, with nothing written, if something does not fit; RunFailedError, with
+        everything written, if nothing came out."""
         config, started, log = self.config, time.monotonic(), None
         directory = config.resume or config.out or default_run_dir(config.algorithm, config.seed)
         if not config.resume:
@@ -74,8 +76,10 @@ class Simulation:
             log = _open_log(world, directory, num_hosts)
             self.directory = log.directory
             summary = _run(world, map_clients, log, progress)
-        summary["wall_s"] = time.monotonic() - started
+        summary |= {"failure": verdict.failure(summary), "wall_s": time.monotonic() - started}
         log.write_summary(summary)
+        if summary["failure"]:
+            raise RunFailedError(summary["failure"], summary)
         return summary
 
 
@@ -118,6 +122,8 @@ def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress)
         for report in result.reports:
             if report.failure:
                 log.event(report.failure, round=round, device_id=report.device_id)
+        if result.refused:
+            log.event("refused", round=round, what=result.refused, why="the server's state would be not finite")
         facts = Facts(round, row["virtual_s"], facts.num_tokens + row["num_tokens"], facts.zero_shot)
         if round % config.checkpoint_every == 0 or round == config.rounds:
             save_checkpoint(log.directory, state, facts)

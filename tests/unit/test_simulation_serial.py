@@ -31,7 +31,7 @@ from fedpeat_ray.config import (
     PartitionConfig,
     ServerConfig,
 )
-from fedpeat_ray.errors import ConfigError, RunDirError
+from fedpeat_ray.errors import ConfigError, RunDirError, RunFailedError
 from fedpeat_ray.records import CLIENT_COLUMNS, DROP_REASONS, ROUND_COLUMNS
 from fedpeat_ray.runtime.run_log import RunLog, read_config
 from fedpeat_ray.simulation import gap_closed
@@ -254,11 +254,12 @@ def test_a_round_for_which_nobody_is_available_leaves_the_model_as_it_was_and_th
 def test_a_run_in_which_nobody_ever_comes_ends_where_it_began(run, tiny, tmp_path):
     trace = tmp_path / "trace.csv"
     trace.write_text("device_id,start_s,stop_s\n0,1e8,1e9\n")
-    directory = run(
-        fleet=FleetConfig(num_devices=40, availability=AvailabilityConfig(kind="trace", trace=trace)),
-        evaluation=dataclasses.replace(tiny.evaluation, upper_bound=True),
-    )
-    result = summary(directory)
+    with pytest.raises(RunFailedError, match="no update was used in any of 4 rounds: devices dropped 32 unavailable"):
+        run(
+            fleet=FleetConfig(num_devices=40, availability=AvailabilityConfig(kind="trace", trace=trace)),
+            evaluation=dataclasses.replace(tiny.evaluation, upper_bound=True),
+        )
+    result = summary(tmp_path / "run")
     assert result["perplexity"]["tuned"] == result["perplexity"]["zero_shot"]
     assert result["perplexity"]["upper_bound"] is None and result["gap_closed"] is None
     assert result["num_completed"] == result["num_tokens"] == result["energy_j"] == 0
@@ -282,21 +283,27 @@ def test_a_deadline_drops_the_slow_and_ends_the_round(run):
     assert (spent_s <= deadline_s * (1 + 1e-12)).all()
 
 
-def test_devices_that_are_too_small_drop_out_for_memory(run):
-    directory = run(fleet=FleetConfig(num_devices=40, availability=ALWAYS, memory_scale=1e-9))
+def test_devices_that_are_too_small_drop_out_for_memory(run, tmp_path):
+    with pytest.raises(RunFailedError, match="devices dropped 32 memory"):
+        run(fleet=FleetConfig(num_devices=40, availability=ALWAYS, memory_scale=1e-9))
+    directory = tmp_path / "run"
     clients = table(directory, "clients")
     assert set(clients["drop_reason"]) == {"memory"}
     assert (clients["memory_bytes"] > clients["memory_cap_bytes"]).all()
     assert summary(directory)["drop_reasons"]["memory"] == len(clients)
 
 
-def test_updates_that_are_not_finite_are_dropped_told_of_and_leave_the_model_alone(run, tiny):
+def test_updates_that_are_not_finite_are_dropped_told_of_and_leave_the_model_alone(run, tiny, tmp_path):
     local = LocalConfig(sequence_length=32, max_steps=3, optimizer="sgd", learning_rate=1e30)
     partition = PartitionConfig(documents_per_device=12.0, quantity_sigma=0.0)  # three steps for everybody
-    directory = run(local=local, data=dataclasses.replace(tiny.data, partition=partition))
+    with pytest.raises(RunFailedError, match="no update was used"):
+        run(local=local, data=dataclasses.replace(tiny.data, partition=partition))
+    directory = tmp_path / "run"
     clients, result = table(directory, "clients"), summary(directory)
     trained = clients[clients["drop_reason"] == "non_finite"]
     assert len(trained) >= 4 and not (clients["outcome"] == "completed").any()
+    assert not trained["upload_bytes"].any(), "nothing was sent that could be used"
+    assert (trained[["download_bytes", "compute_s", "upload_s", "energy_j"]] > 0).all(axis=None), "it took its time"
     told = [(event["round"], event["device_id"]) for event in events(directory) if event["kind"] == "non_finite"]
     assert sorted(told) == sorted(zip(trained["round"], trained["device_id"], strict=True))
     assert result["perplexity"]["tuned"] == result["perplexity"]["zero_shot"]
