@@ -19,7 +19,7 @@ from fedpeat_ray.runtime import verdict
 from fedpeat_ray.runtime.centralised import tune_centrally
 from fedpeat_ray.runtime.checkpoint import Facts, load_checkpoint, save_checkpoint
 from fedpeat_ray.runtime.process import process_settings
-from fedpeat_ray.runtime.progress import Progress
+from fedpeat_ray.runtime.progress import Progress, fits_table
 from fedpeat_ray.runtime.rows import client_columns, round_row
 from fedpeat_ray.runtime.run_log import RunLog, default_run_dir, read_config
 from fedpeat_ray.settings import differences
@@ -65,6 +65,7 @@ class Simulation:
             progress = stack.enter_context(Progress(config.rounds, first_round=before[1].round + 1 if before else 1))
             progress.stage(f"loading {config.foundation.name} and {config.data.name}")
             world = prepare(config, directory)
+            progress.show(fits_table(world.fits))
             if config.foundation.num_shards > 1:
                 progress.stage(f"dividing {config.foundation.name} into {config.foundation.num_shards} shards")
             driver = stack.enter_context(driver_of(world, on_event))
@@ -213,6 +214,7 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
         "foundation_sha256": world.foundation.digest,
         "num_trained_elements": world.algorithm.layout.num_elements,
         "payload_bytes": world.algorithm.layout.payload_bytes(),
+        "fits": dataclasses.asdict(world.fits),
     }
     if isinstance(world.algorithm, FedPEAT):
         costs = world.algorithm.emulator_costs

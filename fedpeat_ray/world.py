@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from fedpeat_ray.algorithms.fed_avg import FedAvg
@@ -28,6 +29,7 @@ from fedpeat_ray.data.partition import Partition
 from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.files import file_sha256, user_cache_dir
 from fedpeat_ray.fleet.conditions import Conditions, build_conditions
+from fedpeat_ray.fleet.fits import Fits, check_fits, fits
 from fedpeat_ray.fleet.memory import ModelShape
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models import weight_files
@@ -70,6 +72,8 @@ class World:
     conditions: Conditions
     data: ClientData
     heldout: list[EvaluationTask]
+    fits: Fits
+    """Which devices have the memory to take part."""
 
     def heldout_by_level(self, levels: Sequence[int]) -> list[EvaluationTask]:
         """The held-out text for emulators."""
@@ -110,8 +114,10 @@ def prepare(config: SimulationConfig, directory: Path) -> World:
             size = _first_batch_size(config)
             algorithm = FedPEFT(lora, shape, config.local, config.server, size, config.foundation.name)
     heldout = evaluation_tasks(ALL, *data.heldout(config.evaluation))
+    who_fits = fits(conditions.fleet, memory_needs(algorithm))
+    check_fits(who_fits, conditions.fleet, config.fleet.memory_scale)
     held = algorithm.small.foundation if isinstance(algorithm, FedPT) else foundation
-    return World(config, foundation, held, adapter, algorithm, conditions, data, heldout)
+    return World(config, foundation, held, adapter, algorithm, conditions, data, heldout, who_fits)
 
 
 def build_fed_peat(config: SimulationConfig, foundation: Foundation, shape: ModelShape, directory: Path) -> FedPEAT:
@@ -186,6 +192,18 @@ def build_fed_pt(
     public = ServerData(load_corpus(config.data, tokenizer, public=True)) if proxy.steps else None
     costs = proxy_step_costs(proxy, shape, small_shape, lora)
     return FedPT(on_small, SmallModel(foundation_of_small, lora), small_level, proxy, public, costs, config.seed)
+
+
+def memory_needs(algorithm: Algorithm) -> dict[str, int]:
+    """Bytes that a device must have to take part: for each level it may get, or for the one model there is."""
+    if isinstance(algorithm, FedPT):
+        return memory_needs(algorithm.on_small)
+    if isinstance(algorithm, FedPEAT):
+        controller = algorithm.controller
+        levels = (controller.level,) if isinstance(controller, Fixed) else algorithm.levels
+        return {level_group(level): int(algorithm.emulator_costs.memory_bytes_L[level - 1]) for level in levels}
+    assert isinstance(algorithm, FedAvg | FedPEFT)
+    return {"model": int(algorithm.demand(np.zeros(1)).memory_bytes)}
 
 
 def build_controller(config: ControlConfig, seed: int) -> Controller:

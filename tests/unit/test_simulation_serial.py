@@ -211,6 +211,10 @@ def test_a_directory_with_another_run_is_refused_before_anything_is_loaded(run, 
         ({"evaluation": EvaluationConfig(sequence_length=65)}, "evaluation.sequence_length = 65"),
         ({"data": DataConfig("python_docs", partition=PartitionConfig(alpha=-1))}, "data.partition.alpha = -1"),
         ({"fleet": FleetConfig(num_devices=40, tier_shares=(1.0,))}, "fleet.tier_shares = (1.0,)"),
+        (
+            {"fleet": FleetConfig(num_devices=40, memory_scale=1e-9)},
+            "fleet.memory_scale = 1e-09 is not allowed",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_refused_and_nothing_is_written(run, tmp_path, change, said):
@@ -283,14 +287,17 @@ def test_a_deadline_drops_the_slow_and_ends_the_round(run):
     assert (spent_s <= deadline_s * (1 + 1e-12)).all()
 
 
-def test_devices_that_are_too_small_drop_out_for_memory(run, tmp_path):
-    with pytest.raises(RunFailedError, match="devices dropped 32 memory"):
-        run(fleet=FleetConfig(num_devices=40, availability=ALWAYS, memory_scale=1e-9))
-    directory = tmp_path / "run"
+def test_devices_that_are_too_small_drop_out_for_memory_and_the_share_that_fits_is_known_before(run, capsys):
+    directory = run(fleet=FleetConfig(num_devices=40, availability=ALWAYS, memory_scale=2e-4))
     clients = table(directory, "clients")
-    assert set(clients["drop_reason"]) == {"memory"}
-    assert (clients["memory_bytes"] > clients["memory_cap_bytes"]).all()
-    assert summary(directory)["drop_reasons"]["memory"] == len(clients)
+    too_small = clients["memory_bytes"] > clients["memory_cap_bytes"]
+    assert 0 < too_small.sum() < len(clients) and (too_small == (clients["drop_reason"] == "memory")).all()
+    fits = read_config(directory)["resolved"]["fits"]
+    assert fits["memory_bytes"] == {"model": clients["memory_bytes"].iloc[0]}
+    assert sum(fits["num_devices"].values()) == 2 * fits["num_devices"]["all"] == 80
+    assert fits["shares"]["phone-low"]["model"] < fits["shares"]["all"]["model"] < 1
+    said = capsys.readouterr().out
+    assert "devices that have the memory to train" in said and "phone-low" in said.split("measuring zero-shot")[0]
 
 
 def test_updates_that_are_not_finite_are_dropped_told_of_and_leave_the_model_alone(run, tiny, tmp_path):
