@@ -167,8 +167,8 @@ class LocalConfig:
     """Passes over the device's share; steps = min(max_steps, ceil(epochs * sequences / batch_size))."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimizer on the device; its state starts anew every round."""
-    learning_rate: Positive = 2e-3
-    """Constant learning rate on the device."""
+    learning_rate: Positive | Literal["auto"] = "auto"
+    """Constant learning rate on the device; auto: 2e-3 for LoRA and biases, 5e-4 where whole weights are trained."""
     weight_decay: NonNegative = 0.0
     """Decoupled (AdamW) or L2 (SGD) weight decay of the trained tensors."""
     prox_mu: NonNegative = 0.0
@@ -423,6 +423,12 @@ class SimulationConfig:
             raise ConfigError.of("foundation.num_shards", shards, f"1 if emulator.trained = {emulator.trained!r}")
         if emulator.realign_every and emulator.eight_bit:
             raise ConfigError.of("emulator.realign_every", emulator.realign_every, "0 if emulator.eight_bit")
+
+    @property
+    def auto_learning_rate(self) -> float:
+        """What local.learning_rate = auto stands for: whole weights want a smaller step than adapters."""
+        whole = self.algorithm == "fed-avg" or (self.algorithm == "fed-peat" and self.emulator.trained == "blocks")
+        return 5e-4 if whole else 2e-3
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: paths as strings, tuples as lists, infinity as "inf"."""

@@ -130,7 +130,7 @@ def from_plain(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
             value = tuple(value)
         elif Path in options and value is not None:
             value = Path(value)
-        elif float in options and isinstance(value, str):
+        elif float in options and isinstance(value, str) and not _is_a(value, hint):
             value = float(value)
         built[name] = value
     return cls(**built)

@@ -42,7 +42,7 @@ from fedpeat_ray.runtime.process import process_settings
 from fedpeat_ray.runtime.progress import Progress
 from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.settings import get
-from fedpeat_ray.training.adapters import Adapter, LoraAdapter, find_weights
+from fedpeat_ray.training.adapters import Adapter, LoraAdapter, WeightsAdapter, find_weights
 from fedpeat_ray.training.costs import emulator_costs, proxy_step_costs, weight_bytes
 from fedpeat_ray.training.distillation import SmallModel
 from fedpeat_ray.training.emulator_workshop import Workshop
@@ -67,7 +67,7 @@ class World:
     held: Foundation
     """What hosts load: the foundation, or with several shards the blocks of it that emulators have."""
     adapter: Adapter
-    """What is tuned centrally on the foundation for comparison: the algorithm's own, or LoRA."""
+    """What is tuned centrally on the foundation for comparison: the same as in the algorithm; LoRA in FedPT."""
     algorithm: Algorithm
     conditions: Conditions
     data: ClientData
@@ -89,6 +89,9 @@ def prepare(config: SimulationConfig, directory: Path) -> World:
     if config.foundation.dtype == "auto":
         dtype = foundations.fast_training_dtype()
         config = dataclasses.replace(config, foundation=dataclasses.replace(config.foundation, dtype=dtype))
+    if config.local.learning_rate == "auto":
+        local = dataclasses.replace(config.local, learning_rate=config.auto_learning_rate)
+        config = dataclasses.replace(config, local=local)
     conditions = build_conditions(config.fleet, config.seed, config.cohort_size, config.over_sample, config.deadline_s)
     foundation = foundations.prepare(config.foundation.name, config.foundation.dtype)
     model = foundations.load(foundation)
@@ -101,15 +104,16 @@ def prepare(config: SimulationConfig, directory: Path) -> World:
     shape = foundations.model_shape(model, weight_bytes(config.fleet))
     if config.algorithm == "fed-peat":
         algorithm: Algorithm = (peat := build_fed_peat(config, foundation, shape, directory))
-        adapter = peat.adapter
+        adapter: Adapter = peat.adapter
+    elif config.algorithm == "fed-avg":
+        layout = foundations.weights_layout(model)
+        algorithm = FedAvg(layout, shape, config.local, config.server, foundation)
+        adapter = WeightsAdapter("blocks", layout, foundation)
     else:
         lora = find_lora(model, config.lora)
         adapter = LoraAdapter(lora)
         if config.algorithm == "fed-pt":
             algorithm = build_fed_pt(config, foundation, model, shape, directory)
-        elif config.algorithm == "fed-avg":
-            layout = foundations.weights_layout(model)
-            algorithm = FedAvg(layout, shape, config.local, config.server, foundation)
         else:
             size = _first_batch_size(config)
             algorithm = FedPEFT(lora, shape, config.local, config.server, size, config.foundation.name)

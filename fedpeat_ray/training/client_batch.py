@@ -129,6 +129,7 @@ def _next_optimizer(local: LocalConfig, theta: Tensor, previous: torch.optim.Opt
 
 def build_optimizer(local: LocalConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """The device's optimizer, as the configuration says."""
+    assert local.learning_rate != "auto", "it stands for a number that depends on the algorithm"
     if local.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=local.learning_rate, weight_decay=local.weight_decay, fused=True)
     return torch.optim.SGD(parameters, lr=local.learning_rate, weight_decay=local.weight_decay)

@@ -62,7 +62,7 @@ FULL = SimulationConfig(
     deadline_s=12.5,
     client_batch_size=7,
     out=Path("runs") / "a",
-    local=LocalConfig(optimizer="sgd", prox_mu=0.1),
+    local=LocalConfig(optimizer="sgd", learning_rate=0.1, prox_mu=0.1),
     lora=LoraConfig(targets=("c_attn", "c_fc")),
     data=DataConfig(subset="x", partition=PartitionConfig(kind="iid", documents_per_device=math.inf)),
     fleet=FleetConfig(
@@ -185,6 +185,26 @@ def test_settings_that_do_not_go_together_are_refused(changes, said):
         config = with_value(config, path, value)
     with pytest.raises(ConfigError, match=re.escape(said)):
         config.validate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "rate"),
+    [
+        ({"algorithm": "fed-peat"}, 2e-3),
+        ({"algorithm": "fed-peft"}, 2e-3),
+        ({"algorithm": "fed-pt"}, 2e-3),
+        ({"algorithm": "fed-avg"}, 5e-4),
+        ({"emulator.trained": "bias"}, 2e-3),
+        ({"emulator.trained": "blocks"}, 5e-4),
+        ({"algorithm": "fed-avg", "emulator.trained": "bias"}, 5e-4),
+        ({"algorithm": "fed-peft", "emulator.trained": "blocks"}, 2e-3),
+    ],
+)
+def test_the_learning_rate_suits_what_is_trained(changes, rate):
+    config = SimulationConfig()
+    for path, value in changes.items():
+        config = with_value(config, path, value)
+    assert config.local.learning_rate == "auto" and config.auto_learning_rate == rate
 
 
 def test_differences_name_the_path_and_both_values():

@@ -130,6 +130,26 @@ def test_the_batch_size_that_was_measured_is_written_down_and_repeats_the_run(ru
     assert_same_bits(one, tmp_path / "again")
 
 
+@pytest.mark.parametrize(("algorithm", "rate"), [("fed-peft", 2e-3), ("fed-avg", 5e-4)])
+def test_the_learning_rate_that_suits_the_algorithm_is_written_down_and_resumed(run, tiny, tmp_path, algorithm, rate):
+    local = LocalConfig(sequence_length=32, max_steps=3)
+    settings: dict[str, Any] = {"algorithm": algorithm, "local": local, "rounds": 1}
+    one = run("one", **settings)
+    assert read_config(one)["config"]["local"]["learning_rate"] == rate
+    two = run("two", **(settings | {"local": dataclasses.replace(local, learning_rate=rate)}))
+    assert_same_bits(one, two)
+    Simulation(dataclasses.replace(tiny, resume=one, **(settings | {"rounds": 2}))).run()
+    assert read_config(one)["config"]["local"]["learning_rate"] == rate
+
+
+def test_fed_avg_is_held_against_central_tuning_of_all_weights(run, tiny):
+    evaluation = dataclasses.replace(tiny.evaluation, upper_bound=True)
+    local = LocalConfig(sequence_length=32, max_steps=3, learning_rate=5e-3)
+    settings: dict[str, Any] = {"algorithm": "fed-avg", "evaluation": evaluation, "local": local, "rounds": 1}
+    bounds = [summary(run(f"rank{rank}", lora=LoraConfig(rank), **settings))["perplexity"] for rank in (1, 4)]
+    assert bounds[0] == bounds[1] and bounds[0]["upper_bound"] < bounds[0]["zero_shot"]
+
+
 def stop_in_round(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine goes away when this round is to be written."""
     write = RunLog.write_round
