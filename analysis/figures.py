@@ -217,36 +217,6 @@ def dropouts_by_tier(runs: Runs) -> Figure | None:
     return figure
 
 
-def quality_by_tier(runs: Runs) -> Figure | None:
-    """Perplexity on the text of each tier's devices, zero-shot and tuned."""
-    by_tier = {label: (run.summary or {}).get("perplexity_by_tier") or {} for label, run in runs.items()}
-    tiers = [tier for tier in tier_order(runs) if any(tier in values for values in by_tier.values())]
-    if not tiers:
-        return None
-    figure, (axes,) = _grid(1, 1, 0.7 + len(tiers) * max(0.36, 0.24 * len(runs)))
-    for index, (values, colour) in enumerate(zip(by_tier.values(), _colours(runs), strict=True)):
-        offset = (index - (len(runs) - 1) / 2) * 0.7 / len(runs)
-        for row, tier in enumerate(tiers):
-            zero_shot, tuned = (values.get(tier, {}).get(key) for key in ("zero_shot", "tuned"))
-            if zero_shot is None or tuned is None:
-                continue
-            axes.plot([zero_shot, tuned], [row + offset] * 2, color=colour, alpha=0.3, linewidth=3, zorder=2)
-            axes.scatter(zero_shot, row + offset, 32, facecolor="white", edgecolor=colour, linewidth=1.5, zorder=3)
-            axes.scatter(tuned, row + offset, 40, color=colour, zorder=3)
-    axes.set_yticks(range(len(tiers)), tiers)
-    axes.set_ylim(len(tiers) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x")
-    axes.set_xlabel("perplexity")
-    dot: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 6, "markeredgecolor": GREY}
-    key: list[Any] = [Line2D([], [], markerfacecolor="white", label="zero-shot", **dot)]
-    key.append(Line2D([], [], markerfacecolor=GREY, label="tuned", **dot))
-    if len(runs) > 1:
-        key += [Patch(color=colour, label=label) for label, colour in zip(runs, _colours(runs), strict=True)]
-    figure.legend(handles=key, loc="outside upper left", ncols=5)
-    return figure
-
-
 def memory_by_tier(runs: Runs) -> Figure | None:
     """What a device's task needs, against what the devices of its tier have."""
     if all(_memory(run).empty for run in runs.values()):

@@ -73,13 +73,6 @@ SECTIONS = (
         emulators=True,
     ),
     Section(
-        "Quality by tier",
-        "Perplexity on held-out text of each tier's own devices, before and after: does every class of hardware "
-        "profit, or only the one that takes part most?",
-        figures.quality_by_tier,
-        "Perplexity by tier is measured at the end of a run, if asked for; there is none here.",
-    ),
-    Section(
         "Where the seconds go",
         "Simulated time of a completed device, by tier: receiving the model, training, sending the update.",
         figures.time_by_tier,

@@ -26,7 +26,13 @@ from fedpeat_ray.settings import (
     check,
     from_plain,
     to_plain,
+    without,
 )
+
+REMOVED = {
+    "evaluation.num_sequences_per_tier": "quality by tier, while the text of devices does not depend on their tier",
+}
+"""Settings that there once were and what for: config.json of older runs still has them, and they are ignored."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +167,8 @@ class LocalConfig:
     """Passes over the device's share; steps = min(max_steps, ceil(epochs * sequences / batch_size))."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimizer on the device; its state starts anew every round."""
-    learning_rate: Positive = 2e-3
-    """Constant learning rate on the device."""
+    learning_rate: Positive | Literal["auto"] = "auto"
+    """Constant learning rate on the device; auto: 2e-3 for LoRA and biases, 5e-4 where whole weights are trained."""
     weight_decay: NonNegative = 0.0
     """Decoupled (AdamW) or L2 (SGD) weight decay of the trained tensors."""
     prox_mu: NonNegative = 0.0
@@ -308,8 +314,6 @@ class EvaluationConfig:
     """Rounds between evaluations; the last round is always evaluated."""
     num_sequences: PositiveInt = 128
     """Held-out sequences for the overall figure."""
-    num_sequences_per_tier: NonNegativeInt = 32
-    """Held-out sequences of devices of each tier for the per-tier figure; 0: none."""
     sequence_length: SequenceLength = 128
     """Tokens a held-out sequence."""
     upper_bound: bool = True
@@ -423,11 +427,17 @@ class SimulationConfig:
         if emulator.realign_every and emulator.eight_bit:
             raise ConfigError.of("emulator.realign_every", emulator.realign_every, "0 if emulator.eight_bit")
 
+    @property
+    def auto_learning_rate(self) -> float:
+        """What local.learning_rate = auto stands for: whole weights want a smaller step than adapters."""
+        whole = self.algorithm == "fed-avg" or (self.algorithm == "fed-peat" and self.emulator.trained == "blocks")
+        return 5e-4 if whole else 2e-3
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: paths as strings, tuples as lists, infinity as "inf"."""
         return to_plain(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SimulationConfig:
-        """The inverse of `to_dict`; raises ConfigError for a field that does not exist."""
-        return from_plain(cls, values)
+        """The inverse of `to_dict`; ignores what was REMOVED, raises ConfigError for a field that never was."""
+        return from_plain(cls, without(values, REMOVED))

@@ -6,8 +6,12 @@ FedPeatError
 ├── ModelError       a model cannot be loaded or is not of a supported kind
 ├── RunDirError      a run directory cannot be written, resumed or read
 ├── HostLostError    a client batch ended two hosts; names its devices
-└── DriverLostError  a rank of the sharded foundation is gone; the run can be resumed
+├── DriverLostError  a rank of the sharded foundation is gone; the run can be resumed
+└── RunFailedError   a run came to its end without a result; what it wrote down stays
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 
 class FedPeatError(Exception):
@@ -40,3 +44,11 @@ class HostLostError(FedPeatError):
 
 class DriverLostError(FedPeatError):
     """A process that holds a shard of the foundation is gone, and the others were ended with it."""
+
+
+class RunFailedError(FedPeatError):
+    """A run came to its end without a result; what it wrote down stays. `summary` is what would have been returned."""
+
+    def __init__(self, message: str, summary: Mapping[str, Any]):
+        super().__init__(message)
+        self.summary = summary

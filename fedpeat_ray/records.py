@@ -161,5 +161,5 @@ class ClientReport:
     train_loss: float | None
     """Mean loss over the local steps, nats per token."""
     failure: str | None
-    """NON_FINITE (the update holds a NaN or an infinity) or MEMORY (a real cap was hit): it is not used."""
+    """NON_FINITE (the update is no number, or absurdly long) or MEMORY (a real cap was hit): it is not used."""
     wall_train_s: float

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -105,6 +105,15 @@ def to_plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def without(values: dict[str, Any], paths: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """Plain values less those of these dotted paths."""
+    return {
+        name: without(value, paths, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in values.items()
+        if f"{prefix}{name}" not in paths
+    }
+
+
 def from_plain(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     """The inverse of `to_plain`; what is missing has its default. Raises ConfigError for a field there is not."""
     hints = typing.get_type_hints(cls)
@@ -121,7 +130,7 @@ def from_plain(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
             value = tuple(value)
         elif Path in options and value is not None:
             value = Path(value)
-        elif float in options and isinstance(value, str):
+        elif float in options and isinstance(value, str) and not _is_a(value, hint):
             value = float(value)
         built[name] = value
     return cls(**built)

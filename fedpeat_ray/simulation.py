@@ -16,11 +16,12 @@ from fedpeat_ray.algorithms.fed_peat import FedPEAT
 from fedpeat_ray.algorithms.fed_pt import FedPT
 from fedpeat_ray.config import SimulationConfig
 from fedpeat_ray.data.corpus import Corpus
-from fedpeat_ray.errors import ConfigError
+from fedpeat_ray.errors import ConfigError, RunFailedError
+from fedpeat_ray.runtime import verdict
 from fedpeat_ray.runtime.centralised import tune_centrally
 from fedpeat_ray.runtime.checkpoint import Facts, load_checkpoint, save_checkpoint
 from fedpeat_ray.runtime.process import process_settings
-from fedpeat_ray.runtime.progress import Progress
+from fedpeat_ray.runtime.progress import Progress, fits_table
 from fedpeat_ray.runtime.rows import client_columns, round_row
 from fedpeat_ray.runtime.run_log import RunLog, default_run_dir, read_config
 from fedpeat_ray.settings import differences
@@ -49,7 +50,8 @@ class Simulation:
         """The run directory, known once `run` has started."""
 
     def run(self) -> dict[str, Any]:
-        """Run all rounds. Raises a FedPeatError, with nothing written, if something does not fit."""
+        """Run all rounds. Raises a FedPeatError, with nothing written, if something does not fit; RunFailedError, with
+        everything written, if nothing came out."""
         config, started, log = self.config, time.monotonic(), None
         directory = config.resume or config.out or default_run_dir(config.algorithm, config.seed)
         if not config.resume:
@@ -68,6 +70,7 @@ class Simulation:
             for side, corpus in world.corpora.items():
                 if corpus.removed.total:
                     progress.note(f"{side} text: {corpus.num_documents} documents; left out: {corpus.removed}")
+            progress.show(fits_table(world.fits))
             if config.foundation.num_shards > 1:
                 progress.stage(f"dividing {config.foundation.name} into {config.foundation.num_shards} shards")
             driver = stack.enter_context(driver_of(world, on_event))
@@ -79,8 +82,10 @@ class Simulation:
             log = _open_log(world, directory, num_hosts)
             self.directory = log.directory
             summary = _run(world, map_clients, log, progress)
-        summary["wall_s"] = time.monotonic() - started
+        summary |= {"failure": verdict.failure(summary), "wall_s": time.monotonic() - started}
         log.write_summary(summary)
+        if summary["failure"]:
+            raise RunFailedError(summary["failure"], summary)
         return summary
 
 
@@ -91,7 +96,7 @@ def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress)
     if state is None or facts is None:
         progress.stage("measuring zero-shot")
         state = algorithm.init(config.seed)
-        tasks = world.heldout + world.heldout_by_tier + world.heldout_by_level(algorithm.levels)
+        tasks = world.heldout + world.heldout_by_level(algorithm.levels)
         zero_shot = evaluate(world, map_clients, state, tasks)
         facts = Facts(0, 0.0, 0, {group: dataclasses.asdict(score) for group, score in zero_shot.items()})
         save_checkpoint(log.directory, state, facts)
@@ -123,6 +128,8 @@ def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress)
         for report in result.reports:
             if report.failure:
                 log.event(report.failure, round=round, device_id=report.device_id)
+        if result.refused:
+            log.event("refused", round=round, what=result.refused, why="the server's state would be not finite")
         facts = Facts(round, row["virtual_s"], facts.num_tokens + row["num_tokens"], facts.zero_shot)
         if round % config.checkpoint_every == 0 or round == config.rounds:
             save_checkpoint(log.directory, state, facts)
@@ -133,12 +140,12 @@ def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress)
 def _finish(
     world: World, map_clients: MapClients, log: RunLog, progress: Progress, state: ServerState, facts: Facts
 ) -> dict[str, Any]:
-    """Save the model, judge it by tier and against centralised tuning, and sum up the log."""
+    """Save the model, judge it, also against centralised tuning, and sum up the log."""
     config = world.config
     world.algorithm.save(log.directory / "adapter", state.model_P)
-    progress.stage("evaluating by tier")
+    progress.stage("evaluating what came out")
     levels = world.algorithm.levels
-    tasks = world.heldout + world.heldout_by_tier + world.heldout_by_level(levels)
+    tasks = world.heldout + world.heldout_by_level(levels)
     tuned = evaluate(world, map_clients, state, tasks)
     zero_shot = {group: Score(**values) for group, values in facts.zero_shot.items()}
     upper_bound = None
@@ -181,11 +188,6 @@ def _finish(
         "gap_closed": gap,
         **emulators,
         "token_accuracy": {"zero_shot": zero_shot[ALL].token_accuracy, "tuned": tuned[ALL].token_accuracy},
-        "perplexity_by_tier": {
-            tier: {"zero_shot": zero_shot[tier].perplexity, "tuned": tuned[tier].perplexity}
-            for tier in world.conditions.fleet.tier_names
-            if tier in tuned
-        },
     }
 
 
@@ -222,6 +224,7 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
         "num_trained_elements": world.algorithm.layout.num_elements,
         "payload_bytes": world.algorithm.layout.payload_bytes(),
         "documents": {side: _documents(corpus) for side, corpus in world.corpora.items()},
+        "fits": dataclasses.asdict(world.fits),
     }
     if isinstance(world.algorithm, FedPEAT):
         costs = world.algorithm.emulator_costs

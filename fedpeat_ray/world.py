@@ -29,6 +29,7 @@ from fedpeat_ray.data.partition import Partition
 from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.files import file_sha256, user_cache_dir
 from fedpeat_ray.fleet.conditions import Conditions, build_conditions
+from fedpeat_ray.fleet.fits import Fits, check_fits, fits
 from fedpeat_ray.fleet.memory import ModelShape
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models import weight_files
@@ -50,7 +51,6 @@ from fedpeat_ray.training.evaluation import EvaluationTask, evaluation_tasks
 from fedpeat_ray.training.map_clients import HostsAndDriver, MapClients, Where
 
 ALL = "all"  # the group of held-out text that stands for the whole fleet
-_DEVICES_PER_TIER = 8  # whose held-out text stands for their tier
 _STEPS_A_LINE = 50  # of distillation, between two lines of progress
 
 
@@ -73,7 +73,8 @@ class World:
     conditions: Conditions
     data: ClientData
     heldout: list[EvaluationTask]
-    heldout_by_tier: list[EvaluationTask]
+    fits: Fits
+    """Which devices have the memory to take part."""
 
     @property
     def corpora(self) -> dict[str, Corpus]:
@@ -99,6 +100,9 @@ def prepare(config: SimulationConfig, directory: Path) -> World:
     if config.foundation.dtype == "auto":
         dtype = foundations.fast_training_dtype()
         config = dataclasses.replace(config, foundation=dataclasses.replace(config.foundation, dtype=dtype))
+    if config.local.learning_rate == "auto":
+        local = dataclasses.replace(config.local, learning_rate=config.auto_learning_rate)
+        config = dataclasses.replace(config, local=local)
     conditions = build_conditions(config.fleet, config.seed, config.cohort_size, config.over_sample, config.deadline_s)
     foundation = foundations.prepare(config.foundation.name, config.foundation.dtype)
     model = foundations.load(foundation)
@@ -128,9 +132,10 @@ def prepare(config: SimulationConfig, directory: Path) -> World:
         adapter = LoraAdapter(lora)
     reference = Reference(adapter, where, reference_key)
     heldout = evaluation_tasks(ALL, *data.heldout(config.evaluation))
-    by_tier = _heldout_by_tier(conditions, data, config)
+    who_fits = fits(conditions.fleet, memory_needs(algorithm))
+    check_fits(who_fits, conditions.fleet, config.fleet.memory_scale)
     held = algorithm.small.foundation if isinstance(algorithm, FedPT) else foundation
-    return World(config, foundation, held, reference, algorithm, conditions, data, heldout, by_tier)
+    return World(config, foundation, held, reference, algorithm, conditions, data, heldout, who_fits)
 
 
 def build_fed_peat(config: SimulationConfig, foundation: Foundation, shape: ModelShape, directory: Path) -> FedPEAT:
@@ -205,6 +210,18 @@ def build_fed_pt(
     public = ServerData(load_corpus(config.data, tokenizer, public=True)) if proxy.steps else None
     costs = proxy_step_costs(proxy, shape, small_shape, lora)
     return FedPT(on_small, SmallModel(foundation_of_small, lora), small_level, proxy, public, costs, config.seed)
+
+
+def memory_needs(algorithm: Algorithm) -> dict[str, int]:
+    """Bytes that a device must have to take part: for each level it may get, or for the one model there is."""
+    if isinstance(algorithm, FedPT):
+        return memory_needs(algorithm.on_small)
+    if isinstance(algorithm, FedPEAT):
+        controller = algorithm.controller
+        levels = (controller.level,) if isinstance(controller, Fixed) else algorithm.levels
+        return {level_group(level): int(algorithm.emulator_costs.memory_bytes_L[level - 1]) for level in levels}
+    assert isinstance(algorithm, FedAvg | FedPEFT)
+    return {"model": int(algorithm.demand(np.zeros(1)).memory_bytes)}
 
 
 def build_controller(config: ControlConfig, seed: int) -> Controller:
@@ -312,14 +329,3 @@ def _with_client_batch_size(algorithm: Algorithm, size: int) -> Algorithm:
 def _first_batch_size(config: SimulationConfig) -> int:
     """The client batch size, until it is measured."""
     return 1 if config.client_batch_size == "auto" else config.client_batch_size
-
-
-def _heldout_by_tier(conditions: Conditions, data: ClientData, config: SimulationConfig) -> list[EvaluationTask]:
-    """Held-out text of the first devices of each tier; a tier without devices has none."""
-    tasks: list[EvaluationTask] = []
-    if config.evaluation.num_sequences_per_tier:
-        for tier, name in enumerate(conditions.fleet.tier_names):
-            device_ids = np.flatnonzero(conditions.fleet.tier == tier)[:_DEVICES_PER_TIER]
-            if len(device_ids):
-                tasks += evaluation_tasks(name, *data.heldout_of(device_ids, config.evaluation))
-    return tasks

@@ -56,7 +56,7 @@ def main(settings: Settings) -> int:
         foundation=settings.foundation,
         data=settings.data,
         emulator=settings.emulator,
-        evaluation=EvaluationConfig(num_sequences=settings.num_sequences, num_sequences_per_tier=0),
+        evaluation=EvaluationConfig(num_sequences=settings.num_sequences),
         hosts=HostsConfig(backend="serial", num_threads=settings.num_threads),
     )
     try:

@@ -150,7 +150,7 @@ def world_of(settings: Settings, kind: str, seed: int, progress: Progress) -> Wo
         client_batch_size=1,
         local=LocalConfig(sequence_length=128, learning_rate=settings.learning_rate),
         emulator=dataclasses.replace(KINDS[kind], shares=settings.shares, distil=distil),
-        evaluation=EvaluationConfig(num_sequences=settings.num_sequences, num_sequences_per_tier=0),
+        evaluation=EvaluationConfig(num_sequences=settings.num_sequences),
         hosts=settings.hosts,
     )
     config.validate()

@@ -131,7 +131,7 @@ def configuration(settings: Settings, algorithm: str, seed: int, data: DataConfi
         proxy=ProxyConfig(settings.small, steps=settings.distillation_steps),
         data=data or DataConfig(),
         evaluation=EvaluationConfig(  # the last round is always evaluated
-            every=1000, num_sequences=settings.num_sequences, num_sequences_per_tier=0, upper_bound=False
+            every=1000, num_sequences=settings.num_sequences, upper_bound=False
         ),
         hosts=settings.hosts,
     )

@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from analysis.report import write_report
 from fedpeat_ray import Simulation, SimulationConfig
-from fedpeat_ray.errors import FedPeatError
+from fedpeat_ray.errors import FedPeatError, RunFailedError
 from fedpeat_ray.runtime.progress import print_summary
 from fedpeat_ray.runtime.run_log import read_config
 
@@ -25,10 +25,14 @@ from fedpeat_ray.runtime.run_log import read_config
 def main(arguments: list[str]) -> int:
     """Run the simulation that the command line describes; returns the exit status."""
     disable_progress_bar()  # our own says enough
+    status = 0
     try:
         config = tyro.cli(SimulationConfig, args=arguments, description=__doc__, default=defaults(arguments))
         simulation = Simulation(config)
         summary = simulation.run()
+    except RunFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        summary, status = error.summary, 2
     except FedPeatError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -36,7 +40,7 @@ def main(arguments: list[str]) -> int:
     print_summary(summary)
     print(f"report: {write_report([simulation.directory])}")
     print(simulation.directory)
-    return 0
+    return status
 
 
 def defaults(arguments: list[str]) -> SimulationConfig:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fedpeat_ray.config import ServerConfig
 
+UPDATES, DISTILLATION = "updates", "distillation"  # what a server may have to refuse
+
 
 @dataclass(frozen=True)
 class ServerState:
@@ -53,3 +55,9 @@ def server_step(config: ServerConfig, state: ServerState, mean_delta_P: Tensor |
         step_P = moments["momentum"] / (second_P.sqrt() + config.tau)
     model_P = state.model_P.double() + config.learning_rate * step_P
     return replace(state, model_P=model_P.to(state.model_P.dtype), moments=moments)
+
+
+def accepted(before: ServerState, after: ServerState, what: str = UPDATES) -> tuple[ServerState, str | None]:
+    """The state after a step, and None; if model or moments are not finite the state before it, and what is refused."""
+    finite = all(bool(tensor.isfinite().all()) for tensor in (after.model_P, *after.moments.values()))
+    return (after, None) if finite else (before, what)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fedpeat_ray.aggregation.mean import MeanOverLevels
-from fedpeat_ray.aggregation.server_optimizer import ServerState, init_server, server_step
+from fedpeat_ray.aggregation.server_optimizer import ServerState, accepted, init_server, server_step
 from fedpeat_ray.algorithms.round_result import RoundResult
 from fedpeat_ray.config import LocalConfig, ServerConfig
 from fedpeat_ray.control.plan import SKIP, Controller, Prospects
@@ -109,7 +109,7 @@ class FedPEAT:
             of_server, report = map_clients(InExactType(train), state.model_P, [own], zero, where="driver")
             mean, reports = mean.merge(of_server), [*reports, *report]
 
-        state = server_step(self.server, state, mean.result())
+        state, refused = accepted(state, server_step(self.server, state, mean.result()))
         state = self._remember(state, conditions.fleet.num_devices, device_ids, levels, costs, demand)
         server = self.emulator_costs.server_tuning
         if (every := self.workshop.config.realign_every) and round % every == 0:
@@ -117,7 +117,8 @@ class FedPEAT:
             server = server.then(self.emulator_costs.realignment)
         emulator_bytes = np.minimum(costs.download_bytes, self.emulator_costs.exchange_bytes(levels, held))
         rank = self.adapter.rank
-        return state, RoundResult(device_ids, tasks, costs, admission, reports, rank, levels, emulator_bytes, server)
+        facts = (device_ids, tasks, costs, admission, reports, rank, levels, emulator_bytes, server, refused)
+        return state, RoundResult(*facts)
 
     def prospects(
         self, state: ServerState, conditions: Conditions, device_ids: np.ndarray, tasks: Sequence[Assignment]

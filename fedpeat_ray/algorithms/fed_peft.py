@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from fedpeat_ray.aggregation.mean import WeightedMean
-from fedpeat_ray.aggregation.server_optimizer import ServerState, init_server, server_step
+from fedpeat_ray.aggregation.server_optimizer import ServerState, accepted, init_server, server_step
 from fedpeat_ray.algorithms.round_result import RoundResult
 from fedpeat_ray.config import LocalConfig, ServerConfig
 from fedpeat_ray.data.client_data import ClientData
@@ -81,8 +81,8 @@ class FedPEFT:
         chosen.sort(key=lambda task: -task.num_steps)  # batches of like lengths waste nothing
         mean, reports = map_clients(train, state.model_P, chosen, WeightedMean(), self.client_batch_size)
 
-        state = server_step(self.server, state, mean.result())
-        return state, RoundResult(device_ids, tasks, costs, admission, reports, self.lora.rank)
+        state, refused = accepted(state, server_step(self.server, state, mean.result()))
+        return state, RoundResult(device_ids, tasks, costs, admission, reports, self.lora.rank, refused=refused)
 
     def demand(self, num_tokens: np.ndarray) -> Task:
         """What the round asks of each device."""

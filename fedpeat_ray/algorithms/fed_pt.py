@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedpeat_ray.aggregation.server_optimizer import ServerState
+from fedpeat_ray.aggregation.server_optimizer import DISTILLATION, ServerState, accepted
 from fedpeat_ray.algorithms.round_result import Algorithm, RoundResult
 from fedpeat_ray.config import ProxyConfig
 from fedpeat_ray.data.client_data import ClientData, ServerData
@@ -78,8 +78,10 @@ class FedPT:
         """A round on the devices, then distillation on the server."""
         state, result = self.on_small.run_round(state, round, now_s, conditions, data, map_clients)
         if self.public is not None and self.config.steps:
-            state = dataclasses.replace(state, model_P=self.distil(state.model_P, round, map_clients))
-            result = dataclasses.replace(result, server=self.costs_of_a_step.times(self.config.steps))
+            distilled = dataclasses.replace(state, model_P=self.distil(state.model_P, round, map_clients))
+            state, refused = accepted(state, distilled, DISTILLATION)
+            costs = self.costs_of_a_step.times(self.config.steps)
+            result = dataclasses.replace(result, server=costs, refused=result.refused or refused)
         return state, result
 
     def distil(self, adapter_P: Tensor, round: int, map_clients: MapClients) -> Tensor:

@@ -34,6 +34,8 @@ class RoundResult:
     emulator_bytes: np.ndarray | None = None
     """The part of what was downloaded that is emulators."""
     server: ServerCosts = field(default_factory=ServerCosts)
+    refused: str | None = None
+    """UPDATES or DISTILLATION if the server's state would not have been finite with them."""
 
 
 class Algorithm(Protocol):

@@ -15,7 +15,6 @@ import numpy as np
 
 from fedpeat_ray.config import LocalConfig
 from fedpeat_ray.data.corpus import Corpus
-from fedpeat_ray.data.partition import Partition
 from fedpeat_ray.errors import DataError
 from fedpeat_ray.seeding import generator
 
@@ -108,13 +107,6 @@ def heldout_sequences(
     rank = np.arange(len(documents)) - (np.cumsum(sizes_G) - sizes_G)[group]
     documents = documents[np.argsort((rank + offset_G[group]) / sizes_G[group], kind="stable")]
     return _first_sequences(corpus, documents, num_sequences, sequence_length)
-
-
-def device_heldout_sequences(
-    corpus: Corpus, partition: Partition, device_id: int, num_sequences: int, sequence_length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Held-out text in the device's own mixture over groups, the same every time (see `heldout_sequences`)."""
-    return _first_sequences(corpus, partition.heldout_documents(device_id), num_sequences, sequence_length)
 
 
 def _first_sequences(

@@ -12,7 +12,6 @@ from fedpeat_ray.data.batches import (
     batch_order,
     client_batches,
     client_sequences,
-    device_heldout_sequences,
     heldout_sequences,
     num_steps,
     sequence_lengths,
@@ -84,16 +83,6 @@ class ClientData:
     def heldout(self, config: EvaluationConfig) -> tuple[np.ndarray, np.ndarray]:
         """Held-out text of all groups: tokens (N, T) and lengths (N,); the same for every run on this text."""
         return heldout_sequences(self.corpus, config.num_sequences, config.sequence_length, seed=0)
-
-    def heldout_of(self, device_ids: np.ndarray, config: EvaluationConfig) -> tuple[np.ndarray, np.ndarray]:
-        """Held-out text in the mixtures of these devices, evenly divided among them: tokens (N, T), lengths (N,)."""
-        each = max(1, config.num_sequences_per_tier // len(device_ids))
-        parts = [
-            device_heldout_sequences(self.corpus, self.partition, int(device_id), each, config.sequence_length)
-            for device_id in device_ids
-        ]
-        tokens, lengths = zip(*parts, strict=True)
-        return np.concatenate(tokens), np.concatenate(lengths)
 
     def _assignment(self, device_id: int, num_documents: int, round: int) -> Assignment:
         documents, offsets = self.partition.documents(device_id, num_documents), self.corpus.offsets

@@ -11,6 +11,8 @@ from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.fleet.tiers import TIERS
 from fedpeat_ray.seeding import derive_seed, generator, normals, uniforms
 
+_MOST_BYTES = 2.0**62  # more than anything needs; beyond int64 a cap would turn negative
+
 
 @dataclass(frozen=True)
 class Fleet:
@@ -86,7 +88,7 @@ def build_fleet(config: FleetConfig, seed: int) -> Fleet:
         seed=seed,
         tier=tier,
         flops_per_s=_float32(of_tier([each.flops_per_s(config.precision) for each in TIERS]) * spread("speed")),
-        memory_cap_bytes=(memory_bytes * spread("memory")).astype(np.int64),
+        memory_cap_bytes=np.minimum(memory_bytes * spread("memory"), _MOST_BYTES).astype(np.int64),
         downlink_bytes_per_s=_float32(of_tier([each.downlink_bytes_per_s for each in TIERS]) * link_spread),
         uplink_bytes_per_s=_float32(of_tier([each.uplink_bytes_per_s for each in TIERS]) * link_spread),
         compute_power_w=of_tier([each.compute_power_w for each in TIERS]),

@@ -18,6 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as LiveProgress
 from rich.table import Table
 
+from fedpeat_ray.fleet.fits import Fits
+
 NO_VALUE = "-"  # ASCII: a log may have any encoding
 
 
@@ -86,9 +88,26 @@ class Progress:
         else:
             self._print(f"{line}  {eta}".rstrip())
 
+    def show(self, table: Table) -> None:
+        """Something to be read above the rounds."""
+        self._console.print(table)
+        self._console.file.flush()
+
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)  # a log has no width to wrap at
         self._console.file.flush()
+
+
+def fits_table(found: Fits) -> Table:
+    """The share of devices that have the memory to take part, a row a tier."""
+    table = Table(box=box.SIMPLE, title="devices that have the memory to train", title_justify="left")
+    table.add_column("tier")
+    table.add_column("devices", justify="right")
+    for task, need in found.memory_bytes.items():
+        table.add_column(f"{task}, {human_bytes(need)}", justify="right")
+    for tier, shares in found.shares.items():
+        table.add_row(tier, f"{found.num_devices[tier]:,}", *(f"{share:.1%}" for share in shares.values()))
+    return table
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
@@ -112,9 +131,6 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     if "privacy_gap" in summary:
         table.add_row("privacy gap", _number(summary["privacy_gap"]))
     table.add_row("token accuracy", _change(summary["token_accuracy"], _percent))
-    table.add_section()
-    for tier, values in (summary.get("perplexity_by_tier") or {}).items():
-        table.add_row(f"perplexity, {tier}", _change(values, _number))
     table.add_section()
     table.add_row("updates used", f"{summary['num_completed']:,}")
     table.add_row("devices dropped", f"{summary['num_dropped']:,}")

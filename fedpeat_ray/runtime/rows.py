@@ -6,19 +6,22 @@ from typing import Any
 
 import numpy as np
 
+from fedpeat_ray.aggregation.server_optimizer import UPDATES
 from fedpeat_ray.algorithms.round_result import RoundResult
 from fedpeat_ray.fleet.population import Fleet
-from fedpeat_ray.records import COMPLETED, DROPPED
+from fedpeat_ray.records import COMPLETED, DROPPED, NON_FINITE
 
 
 def client_columns(round: int, result: RoundResult, fleet: Fleet) -> dict[str, Any]:
     """Columns of the clients table for one round, a sampled device a position."""
     reports = {report.device_id: report for report in result.reports}
+    refused = NON_FINITE if result.refused == UPDATES else None
     reasons = [
-        reports[device_id].failure if device_id in reports else reason
+        reports[device_id].failure or refused if device_id in reports else reason
         for device_id, reason in zip(result.device_ids.tolist(), result.admission.drop_reason, strict=True)
     ]
     num_devices, costs = len(result.device_ids), result.costs
+    used = np.array([reason is None for reason in reasons], dtype=bool)
     trained = [reports.get(device_id) for device_id in result.device_ids.tolist()]
     return {
         "round": [round] * num_devices,
@@ -33,7 +36,7 @@ def client_columns(round: int, result: RoundResult, fleet: Fleet) -> dict[str, A
         "num_tokens": [task.num_tokens for task in result.tasks],
         "download_bytes": costs.download_bytes,
         "emulator_bytes": np.zeros(num_devices, int) if result.emulator_bytes is None else result.emulator_bytes,
-        "upload_bytes": costs.upload_bytes,
+        "upload_bytes": np.where(used, costs.upload_bytes, 0),
         "download_s": costs.download_s,
         "compute_s": costs.compute_s,
         "upload_s": costs.upload_s,

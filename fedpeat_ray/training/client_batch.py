@@ -27,6 +27,7 @@ from fedpeat_ray.models.lora import Lora
 from fedpeat_ray.records import NON_FINITE, ClientReport, ClientTask, TextBatch
 
 IGNORED = -100  # label of padding
+_FLOAT32_DIGITS = 2.0**24  # a number this much smaller than another is lost when they are added
 HEAD_LOGITS = {"cpu": 2**20, "cuda": 2**26}  # logits that exist at one time: on a CPU, what its cache holds
 
 
@@ -55,14 +56,24 @@ class TrainClientBatch:
         theta_KP, losses_K = train_stacked(backbone.training, self.lora, self.local, start_P, [tasks[i] for i in order])
         wall_s = (time.perf_counter() - started) / len(tasks)
         delta_KP = theta_KP.double() - start_P.to(theta_KP.device).double()
-        finite_K = delta_KP.isfinite().all(dim=1)
+        usable_K = usable(delta_KP, start_P)
         updates: dict[int, ClientUpdate] = {}
         for row, i in enumerate(order):
             report = ClientReport(
-                tasks[i].device_id, float(losses_K[row]), None if finite_K[row] else NON_FINITE, wall_s
+                tasks[i].device_id, float(losses_K[row]), None if usable_K[row] else NON_FINITE, wall_s
             )
             updates[i] = ClientUpdate(report, float(tasks[i].num_examples), delta_KP[row].cpu())
         return [updates[i] for i in range(len(tasks))]
+
+
+def usable(delta_KP: Tensor, start_P: Tensor) -> Tensor:
+    """Which updates (K,) a server can use: of those in float64, the ones that are numbers and not absurdly long.
+
+    An update that is more than 2^24 times as long (L2) as what it starts from, or as 1 if that is shorter, leaves
+    nothing of the start in their float32 sum: it is no change of the model any more, however finite.
+    """
+    longest = _FLOAT32_DIGITS * max(1.0, float(torch.linalg.vector_norm(start_P.double())))
+    return torch.linalg.vector_norm(delta_KP, dim=1) <= longest  # False also for NaN
 
 
 def train_stacked(
@@ -122,6 +133,7 @@ def _next_optimizer(local: LocalConfig, theta: Tensor, previous: torch.optim.Opt
 
 def build_optimizer(local: LocalConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """The device's optimizer, as the configuration says."""
+    assert local.learning_rate != "auto", "it stands for a number that depends on the algorithm"
     if local.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=local.learning_rate, weight_decay=local.weight_decay, fused=True)
     return torch.optim.SGD(parameters, lr=local.learning_rate, weight_decay=local.weight_decay)

@@ -45,8 +45,9 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean loss a token."""
-        return math.exp(min(self.loss / self.num_tokens, 700.0))  # beyond, a float overflows
+        """exp of the mean loss a token; infinite only if the loss is."""
+        mean = self.loss / self.num_tokens
+        return math.exp(min(mean, 700.0) if math.isfinite(mean) else mean)  # beyond, a float overflows
 
     @property
     def token_accuracy(self) -> float:

@@ -19,7 +19,7 @@ from fedpeat_ray.models.foundation import Backbone
 from fedpeat_ray.models.layout import Layout
 from fedpeat_ray.models.lora import Lora, peft_config
 from fedpeat_ray.records import NON_FINITE, ClientReport, ClientTask
-from fedpeat_ray.training.client_batch import IGNORED, ClientUpdate, build_optimizer, next_token_labels
+from fedpeat_ray.training.client_batch import IGNORED, ClientUpdate, build_optimizer, next_token_labels, usable
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _train_from(
         loss_sum += loss.item()
     with torch.no_grad():
         delta_P = layout.flatten({n: p.detach().double() for n, p in trained.items()}).cpu() - start_P.double()
-    failure = None if delta_P.isfinite().all() else NON_FINITE
+    failure = None if usable(delta_P.unsqueeze(0), start_P).all() else NON_FINITE
     report = ClientReport(task.device_id, loss_sum / task.num_steps, failure, time.perf_counter() - started)
     return ClientUpdate(report, float(task.num_examples), delta_P)
 

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls w
 
 RANK, ALPHA, LEARNING_RATE = 3, 12.0, 2e-3
 NUM_STEPS = (5, 1, 3, 4, 1, 2, 5, 3)  # of 8 clients, in no order
+LOCAL = LocalConfig(learning_rate=LEARNING_RATE)
 ADAMW = functools.partial(torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=0.0)
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 Train = Callable[[Backbone, Tensor, Sequence[ClientTask]], list[ClientUpdate]]
@@ -136,7 +137,7 @@ def test_training_leaves_the_backbone_as_it_was(model_dir, train):
     lora = find_lora(backbone.exact, LoraConfig(rank=RANK))
     modules = {name: type(module) for name, module in backbone.exact.named_modules()}
     kept = {name: tensor.clone() for name, tensor in backbone.exact.state_dict().items()}
-    train(lora, LocalConfig())(backbone, lora.init(0), client_tasks())
+    train(lora, LOCAL)(backbone, lora.init(0), client_tasks())
     assert {name: type(module) for name, module in backbone.exact.named_modules()} == modules
     assert all(tensor.equal(kept[name]) for name, tensor in backbone.exact.state_dict().items())
     assert not any(parameter.requires_grad for parameter in backbone.exact.parameters())
@@ -185,7 +186,7 @@ def test_every_module_starts_with_draws_of_its_own_whatever_else_is_adapted(gpt2
 def test_what_stands_in_padding_changes_nothing(model_dir, train):
     backbone = backbone_of(model_dir, torch.float32)
     lora = find_lora(backbone.exact, LoraConfig(rank=RANK))
-    train_batch, start_P, tasks = train(lora, LocalConfig()), start_of(lora), client_tasks()
+    train_batch, start_P, tasks = train(lora, LOCAL), start_of(lora), client_tasks()
     other = []
     for task in tasks:
         padding = np.arange(16) >= task.lengths_SB[..., None]
@@ -200,7 +201,7 @@ def test_what_stands_in_padding_changes_nothing(model_dir, train):
 def test_more_padding_changes_nothing(gpt2_dir, train):
     backbone = backbone_of(gpt2_dir, torch.float64)
     lora = find_lora(backbone.exact, LoraConfig(rank=RANK))
-    train_batch, start_P, tasks = train(lora, LocalConfig()), start_of(lora), client_tasks()
+    train_batch, start_P, tasks = train(lora, LOCAL), start_of(lora), client_tasks()
     padded = [
         dataclasses.replace(
             task,
@@ -218,7 +219,7 @@ def test_a_step_without_a_token_to_predict_trains_nothing(gpt2_dir, train):
     backbone = backbone_of(gpt2_dir, torch.float32)
     lora = find_lora(backbone.exact, LoraConfig(rank=RANK))
     empty = ClientTask(0, 1, np.zeros((2, 3, 16), np.int64), np.array([[0, 1, 0], [0, 0, 0]]))
-    (update, other) = train(lora, LocalConfig())(backbone, start_of(lora), [empty, client_tasks()[0]])
+    (update, other) = train(lora, LOCAL)(backbone, start_of(lora), [empty, client_tasks()[0]])
     assert not update.delta_P.any() and update.report.train_loss == 0.0 and update.report.failure is None
     assert other.delta_P.any()
 
@@ -227,7 +228,11 @@ def test_a_step_without_a_token_to_predict_trains_nothing(gpt2_dir, train):
 def test_a_client_that_diverges_is_reported_and_the_others_keep_every_bit(llama_dir, poison):
     backbone = backbone_of(llama_dir, torch.float32)
     lora = find_lora(backbone.exact, LoraConfig(rank=RANK))
-    train_batch, start_P, tasks = TrainClientBatch(lora, LocalConfig()), start_of(lora), client_tasks()
+    train_batch, start_P, tasks = (
+        TrainClientBatch(lora, LOCAL),
+        start_of(lora),
+        client_tasks(),
+    )
     tasks[3].tokens_SBT[0, 0, 2] = 255  # in nobody else's data
     healthy = train_batch(backbone, start_P, tasks)
     with torch.no_grad():
@@ -246,17 +251,25 @@ def test_a_client_that_diverges_is_reported_and_the_others_keep_every_bit(llama_
 def test_a_learning_rate_that_is_far_too_high_fails_only_who_goes_on_from_there(gpt2_dir, train):
     backbone = backbone_of(gpt2_dir, torch.float32)
     lora = find_lora(backbone.exact, LoraConfig(rank=RANK))
-    local = LocalConfig(optimizer="sgd", learning_rate=1e30)
+    local = LocalConfig(optimizer="sgd", learning_rate=1e7)
     updates = train(lora, local)(backbone, start_of(lora), client_tasks())
     assert [update.report.failure for update in updates] == [None if n == 1 else NON_FINITE for n in NUM_STEPS]
     assert all(update.delta_P.isfinite().all() for update in updates if update.report.failure is None)
+
+
+@pytest.mark.parametrize("train", [TrainClientBatch, TrainWithPeft])
+def test_a_huge_update_is_no_update_even_if_it_is_finite(gpt2_dir, train):
+    backbone = backbone_of(gpt2_dir, torch.float32)
+    lora = find_lora(backbone.exact, LoraConfig(rank=RANK))
+    updates = train(lora, LocalConfig(learning_rate=3e37))(backbone, start_of(lora), client_tasks()[1:2])
+    assert [update.report.failure for update in updates] == [NON_FINITE] and updates[0].delta_P.isfinite().all()
 
 
 def test_full_fine_tuning_that_diverges_is_reported_and_the_next_client_starts_clean(gpt2_dir):
     backbone = backbone_of(gpt2_dir, torch.float32)
     layout = weights_layout(backbone.exact)
     start_P, tasks = layout.flatten(backbone.exact.state_dict()), client_tasks()
-    train_all = TrainAllWeights(layout, LocalConfig(optimizer="sgd", learning_rate=1e30))
+    train_all = TrainAllWeights(layout, LocalConfig(optimizer="sgd", learning_rate=1e5))
     failed, alone = train_all(backbone, start_P, [tasks[0], tasks[1]])
     assert failed.report.failure == NON_FINITE
     (expected,) = train_all(backbone, start_P, [tasks[1]])

@@ -53,7 +53,7 @@ def everybody_has_everything(model_dir: Path, text_dir: Path, num_devices: int, 
             availability=AvailabilityConfig(kind="always"),
             channel=ChannelConfig(kind="nominal"),
         ),
-        evaluation=EvaluationConfig(num_sequences=8, num_sequences_per_tier=0, sequence_length=32, upper_bound=False),
+        evaluation=EvaluationConfig(num_sequences=8, sequence_length=32, upper_bound=False),
         hosts=HostsConfig(backend="serial"),
     )
     config = dataclasses.replace(config, **settings)
@@ -156,7 +156,7 @@ def test_the_mean_is_weighted_by_examples(gpt2_dir, text_dir, algorithm):
 
 
 def test_client_batches_of_any_size_give_the_same_round_up_to_rounding(gpt2_dir, text_dir):
-    local = LocalConfig(2, sequence_length=32, max_steps=3)
+    local = LocalConfig(2, sequence_length=32, max_steps=3, learning_rate=2e-3)
     data = DataConfig(str(text_dir), partition=PartitionConfig(documents_per_device=6))
     ends = [
         rounds(everybody_has_everything(gpt2_dir, text_dir, 7, local=local, data=data, client_batch_size=size), 2)[2]

@@ -23,7 +23,7 @@ from fedpeat_ray.training.client_batch import TrainClientBatch
 def test_a_device_that_runs_into_its_cap_is_reported_and_the_others_train_the_same_bits(gpt2_dir):
     foundation = foundations.prepare(str(gpt2_dir), "float32")
     lora = find_lora(foundations.load(foundation), LoraConfig(rank=2))
-    start_P, train = lora.init(0), TrainClientBatch(lora, LocalConfig())
+    start_P, train = lora.init(0), TrainClientBatch(lora, LocalConfig(learning_rate=2e-3))
     rng = np.random.default_rng(0)
     # Only this many sequences at once need more than a device of 64 MiB has.
     tasks = [

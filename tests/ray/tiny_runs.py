@@ -30,7 +30,6 @@ def arguments(model: Path, text: Path, *more: object) -> list[str]:
         "--local.max-steps": 3,
         "--lora.rank": 2,
         "--evaluation.num-sequences": 8,
-        "--evaluation.num-sequences-per-tier": 2,
         "--evaluation.sequence-length": 32,
         "--hosts.backend": "serial",
     }

@@ -87,13 +87,12 @@ def write_run(
     if finished:
         tuned = 60.0 - 5 * rounds
         perplexity: dict[str, Any] = {"zero_shot": 60.0, "tuned": tuned, "upper_bound": 30.0}
-        by_tier = {tier: {"zero_shot": 62.0, "tuned": 50.0} for tier in TIERS}
         if emulators:
             perplexity |= {"plug_in": tuned, "emulator_zero_shot": {"1": 150.0, "2": 80.0}}
             perplexity |= {"emulator_tuned": {"1": 90.0, "2": 65.0}}
             summary = {"privacy_gap": 65.0 - tuned, **summary}
         written = {"algorithm": algorithm, "perplexity": perplexity, "gap_closed": 0.5, "wall_s": 6.0}
-        written |= {"token_accuracy": {"zero_shot": 0.25, "tuned": 0.3}, "perplexity_by_tier": by_tier}
+        written |= {"token_accuracy": {"zero_shot": 0.25, "tuned": 0.3}}
         log.write_summary(written | summary)
     return directory
 
@@ -187,10 +186,9 @@ def test_report_is_one_self_contained_page(tmp_path):
     ("run", "missing"),
     [
         ({"dropouts": False}, {"Who drops out, and why"}),
-        ({"rounds": 1, "perplexity_by_tier": {}}, {"Quality by tier"}),
-        ({"perplexity_by_tier": {"phone": {"zero_shot": 60.0, "tuned": None}}}, set()),
+        ({"rounds": 1}, set()),
         ({"perplexity": {"zero_shot": 60.0, "tuned": 50.0, "upper_bound": None}, "gap_closed": None}, set()),
-        ({"empty_round": 2, "finished": False}, {"Quality by tier"}),
+        ({"empty_round": 2, "finished": False}, set()),
         ({"rounds": 1, "empty_round": 1, "finished": False}, ALL - {"Who drops out, and why", "Memory"}),
     ],
     ids=str,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fedpeat_ray.config import (
+    REMOVED,
     AvailabilityConfig,
     DataConfig,
     FleetConfig,
@@ -61,7 +62,7 @@ FULL = SimulationConfig(
     deadline_s=12.5,
     client_batch_size=7,
     out=Path("runs") / "a",
-    local=LocalConfig(optimizer="sgd", prox_mu=0.1),
+    local=LocalConfig(optimizer="sgd", learning_rate=0.1, prox_mu=0.1),
     lora=LoraConfig(targets=("c_attn", "c_fc")),
     data=DataConfig(subset="x", partition=PartitionConfig(kind="iid", documents_per_device=math.inf)),
     fleet=FleetConfig(
@@ -91,6 +92,15 @@ def test_what_a_file_leaves_out_is_the_default():
     assert SimulationConfig.from_dict({}) == SimulationConfig()
     config = SimulationConfig.from_dict({"rounds": 3, "data": {"partition": {"alpha": 2.0}}})
     assert config.rounds == 3 and config.data.partition == PartitionConfig(alpha=2.0)
+
+
+@pytest.mark.parametrize("path", REMOVED)
+def test_a_setting_that_there_once_was_is_read_and_ignored(path):
+    values = SimulationConfig(rounds=3).to_dict()
+    part, name = path.split(".")
+    values[part][name] = 7
+    assert SimulationConfig.from_dict(values) == SimulationConfig(rounds=3)
+    assert values[part][name] == 7, "what was read stays as it was"
 
 
 @pytest.mark.parametrize("path", ["ruonds", "local.learningrate", "data.partition.aplha"])
@@ -175,6 +185,26 @@ def test_settings_that_do_not_go_together_are_refused(changes, said):
         config = with_value(config, path, value)
     with pytest.raises(ConfigError, match=re.escape(said)):
         config.validate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "rate"),
+    [
+        ({"algorithm": "fed-peat"}, 2e-3),
+        ({"algorithm": "fed-peft"}, 2e-3),
+        ({"algorithm": "fed-pt"}, 2e-3),
+        ({"algorithm": "fed-avg"}, 5e-4),
+        ({"emulator.trained": "bias"}, 2e-3),
+        ({"emulator.trained": "blocks"}, 5e-4),
+        ({"algorithm": "fed-avg", "emulator.trained": "bias"}, 5e-4),
+        ({"algorithm": "fed-peft", "emulator.trained": "blocks"}, 2e-3),
+    ],
+)
+def test_the_learning_rate_suits_what_is_trained(changes, rate):
+    config = SimulationConfig()
+    for path, value in changes.items():
+        config = with_value(config, path, value)
+    assert config.local.learning_rate == "auto" and config.auto_learning_rate == rate
 
 
 def test_differences_name_the_path_and_both_values():

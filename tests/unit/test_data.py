@@ -462,13 +462,3 @@ def test_heldout_sequences_are_proportional_over_groups():
     assert lengths_N.sum() == 800 and len(tokens_NT) == 115
     with pytest.raises(DataError, match="no document is held out"):
         batches.heldout_sequences(corpus_of([3], [0], [False]), 1, 8, seed=0)
-
-
-def test_device_heldout_sequences_are_of_its_groups():
-    corpus = corpus_of([3] * 100, [i // 50 for i in range(100)], [i % 5 == 0 for i in range(100)])
-    shares = Partition(PartitionConfig(kind="by_source"), corpus.group, corpus.heldout, seed=0)
-    tokens_NT, lengths_N = batches.device_heldout_sequences(corpus, shares, 3, 2, 8)
-    assert tokens_NT.shape == (2, 8) and lengths_N.tolist() == [8, 8]
-    documents = tokens_NT[:, [0, 4]].ravel() - 1
-    assert corpus.heldout[documents].all()
-    assert set(corpus.group[documents]) == set(np.flatnonzero(shares.mixture(3)))

@@ -37,6 +37,7 @@ from fedpeat_ray.control.plan import Prospects
 from fedpeat_ray.errors import ConfigError, DataError
 from fedpeat_ray.files import user_cache_dir
 from fedpeat_ray.fleet.memory import training_memory
+from fedpeat_ray.fleet.tiers import TIERS
 from fedpeat_ray.models.emulator import Ladder, Rung
 from fedpeat_ray.models.foundation import load, load_backbone, model_shape
 from fedpeat_ray.models.foundation import prepare as find_foundation
@@ -188,6 +189,19 @@ def test_greedy_gives_what_fits_and_those_that_nothing_fits_drop_out_for_memory(
     assert (clients["drop_reason"].fillna("") == "memory").tolist() == (~fits).tolist()
     assert set(clients.loc[fits, "level"]) == {1, 2} and not fits.all()
     assert not clients.loc[~fits, ["download_bytes", "upload_bytes", "energy_j"]].any(axis=None)
+
+
+@pytest.mark.parametrize(
+    ("control", "levels"), [(ControlConfig("greedy"), ["level 1", "level 2"]), (ControlConfig("fixed", 2), ["level 2"])]
+)
+def test_who_can_take_part_is_known_of_the_levels_that_devices_may_get(tiny, control, levels):
+    world = prepare(changed(tiny, control=control), Path())
+    costs = world.algorithm.emulator_costs
+    assert world.fits.memory_bytes == {level: costs.memory_bytes_L[int(level[-1]) - 1] for level in levels}
+    smallest, largest = min(world.fits.memory_bytes.values()), max(TIERS, key=lambda tier: tier.memory_cap_bytes)
+    fleet = FleetConfig(num_devices=14, spread=0.0, memory_scale=0.9 * smallest / largest.memory_cap_bytes)
+    with pytest.raises(ConfigError, match=f"fleet.memory_scale = .* takes {smallest:,} bytes"):
+        prepare(changed(tiny, control=control, fleet=fleet), Path())
 
 
 def test_a_controller_may_leave_devices_out_or_all_of_them(run, monkeypatch):

@@ -68,7 +68,7 @@ def test_a_run_leaves_its_numbers_an_adapter_of_the_small_model_and_what_the_ser
     run, tiny, deep_llama_dir, gpt2_dir
 ):
     files = files_of(gpt2_dir), files_of(deep_llama_dir)
-    directory = run(rounds=4, evaluation={"every": 2, "upper_bound": True, "num_sequences_per_tier": 2})
+    directory = run(rounds=4, evaluation={"every": 2, "upper_bound": True})
     result, rounds = summary(directory), table(directory, "rounds")
     numbers = result["perplexity"]
     assert numbers.keys() == {"zero_shot", "tuned", "upper_bound", "small_zero_shot", "small_tuned", "proxy_tuned"}
@@ -76,7 +76,6 @@ def test_a_run_leaves_its_numbers_an_adapter_of_the_small_model_and_what_the_ser
     assert numbers["proxy_tuned"] == numbers["tuned"] == rounds["perplexity"].iloc[-1] < numbers["zero_shot"]
     assert rounds["device_perplexity"].iloc[-1] == numbers["small_tuned"]
     assert rounds["device_perplexity"].isna().tolist() == rounds["perplexity"].isna().tolist() == [True, False] * 2
-    assert all(tier["tuned"] < tier["zero_shot"] for tier in result["perplexity_by_tier"].values())
 
     large, original, base = (
         AutoModelForCausalLM.from_pretrained(path).eval() for path in (deep_llama_dir, gpt2_dir, gpt2_dir)

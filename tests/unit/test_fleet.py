@@ -13,6 +13,7 @@ from fedpeat_ray.errors import ConfigError, DataError
 from fedpeat_ray.fleet.availability import Availability, build_availability
 from fedpeat_ray.fleet.channel import fading_power, link_ok, link_rates
 from fedpeat_ray.fleet.costs import Admission, Costs, Task, admit, spent, task_costs, training_flops
+from fedpeat_ray.fleet.fits import WHOLE_FLEET, check_fits, fits
 from fedpeat_ray.fleet.memory import Figure, Memory, ModelShape, bias_parameters, training_memory
 from fedpeat_ray.fleet.population import Fleet, build_fleet
 from fedpeat_ray.fleet.tiers import TIERS
@@ -461,3 +462,32 @@ def test_flops_of_an_emulator_by_hand():
         assert training_flops(GPT2, 3, 32, "bias", **kept) == 3 * base
         assert training_flops(GPT2, 3, 32, "blocks", **kept) == 3 * (base + 2 * 2 * block)
         assert training_flops(GPT2, 3, 32, "lora", 70, **kept) == 3 * (base + 6 * 70)
+
+
+def test_who_has_the_memory_is_counted_by_tier_over_the_whole_fleet():
+    fleet = fleet_of(5000, memory_scale=0.001)
+    needs = {"level 1": 10**6, "level 2": 3 * 10**6, "level 3": 2**62}
+    found = fits(fleet, needs)
+    assert found.memory_bytes == needs and found.num_devices[WHOLE_FLEET] == 5000
+    for tier, name in enumerate(fleet.tier_names):
+        caps = fleet.memory_cap_bytes[fleet.tier == tier]
+        assert found.num_devices[name] == len(caps)
+        assert found.shares[name] == {task: (caps >= need).mean() for task, need in needs.items()}
+    assert found.shares[WHOLE_FLEET] == {task: (fleet.memory_cap_bytes >= need).mean() for task, need in needs.items()}
+    check_fits(found, fleet, 0.001)
+
+
+def test_a_tier_without_devices_is_left_out_and_a_fleet_in_which_nothing_fits_is_refused():
+    fleet = fleet_of(50, tier_shares=(0, 0, 0, 0, 1, 0, 0), spread=0.0)
+    need = int(fleet.memory_cap_bytes.max()) + 1
+    found = fits(fleet, {"model": need})
+    assert found.shares == {"laptop": {"model": 0.0}, WHOLE_FLEET: {"model": 0.0}}
+    with pytest.raises(ConfigError, match=rf"fleet.memory_scale = 0.5 .* {need:,} bytes .* {need - 1:,} bytes"):
+        check_fits(found, fleet, 0.5)
+    check_fits(fits(fleet, {"level 1": need - 1, "level 2": need}), fleet, 0.5)
+
+
+@pytest.mark.parametrize("memory_scale", [1e11, 1e300])
+def test_a_huge_memory_stays_a_huge_memory(memory_scale):
+    caps = fleet_of(1000, memory_scale=memory_scale).memory_cap_bytes
+    assert caps.dtype == np.int64 and (caps > 10**18).all()

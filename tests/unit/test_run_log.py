@@ -254,12 +254,11 @@ def test_summary_prints_in_a_log(upper_bound):
     summary |= {"download_bytes": 1000, "upload_bytes": 0, "num_completed": 1234, "num_dropped": 2}
     summary |= {"perplexity": {"zero_shot": 61.2, "tuned": 31.4, "upper_bound": upper_bound}, "gap_closed": 0.9}
     summary |= {"token_accuracy": {"zero_shot": 0.25, "tuned": None}, "drop_reasons": {"memory": 2}}
-    summary |= {"perplexity_by_tier": {"phone": {"zero_shot": 70.0, "tuned": None}}}
     out = io.StringIO()
     print_summary(summary, Console(file=out, width=80))
     text = out.getvalue()
     assert ("28.40" in text) == ("gap" in text) == (upper_bound is not None)
-    assert "70.00 -> -" in text and "12.3 kJ" in text and "1 h 02 min" in text and "\x1b" not in text
+    assert "25.0% -> -" in text and "12.3 kJ" in text and "1 h 02 min" in text and "\x1b" not in text
     assert "emulator" not in text and "plug-in" not in text and "privacy" not in text
 
 

@@ -1,0 +1,30 @@
+"""What a run must say of itself at its end: that it came to nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def failure(summary: Mapping[str, Any]) -> str | None:
+    """One line if the run has no result: no update was used in any round, or a perplexity at its end is no number."""
+    if not summary["num_completed"]:
+        reasons = [f"{count:,} {reason}" for reason, count in summary["drop_reasons"].items() if count]
+        return (
+            f"no update was used in any of {summary['rounds']} rounds: devices dropped {', '.join(reasons) or 'none'}"
+        )
+    wrong = [name for name, value in _numbers(summary["perplexity"]) if not math.isfinite(value)]
+    if wrong:
+        hint = "the updates grew too large, a smaller local.learning_rate or server.learning_rate may help"
+        return f"the perplexity at the end is no number ({', '.join(wrong)}): {hint}"
+    return None
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Perplexities by name, less that of the reference."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{name} ")
+        elif value is not None and name != "upper_bound":
+            yield f"{prefix}{name}", value
