@@ -16,7 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from fedpeat_ray.fleet.memory import Memory, lora_parameters, training_memory
-from fedpeat_ray.models.foundation import block_list_name, model_shape
+from fedpeat_ray.models.foundation import block_list_name
+from fedpeat_ray.models.shape import model_shape
 
 RANK = 8
 
