@@ -13,7 +13,7 @@ import functools
 import gc
 import json
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedpeat_ray.fleet.memory import POWERS, BlockTerms, ModelShape, StepTerms, Terms, Trainable
@@ -40,19 +40,32 @@ _PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.bmm: 0, _aten.baddbmm: 1, _aten.
 _ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu
 
 
+def memory_model(model_type: str) -> str:
+    """How far the memory of a family of models is known: "tested family" (within 10 % of PyTorch's) or "estimate"."""
+    return "tested family" if model_type in TESTED_FAMILIES else "estimate"
+
+
 def model_shape(model: PreTrainedModel, weight_bytes: int) -> ModelShape:
     """What the memory and cost models need to know about a decoder-only model, held in `weight_bytes` an element.
 
-    The model may be without memory for its parameters. Its blocks are taken to be like the first one.
+    The model may be without memory for its parameters. Its blocks are taken to be like the first one. A model whose
+    step cannot be run without data counts as a LLaMA of the same widths.
     """
     config = model.config
     block = next(model.get_submodule(block_list_name(model)).children())
-    weights = {name: parameter for name, parameter in block.named_parameters()}
+    weights = dict(block.named_parameters())
     linears = [module.get_parameter("weight") for module in block.modules() if isinstance(module, nn.Linear | Conv1D)]
     block_parameters = sum(weight.numel() for weight in weights.values())
-    steps, flops = _steps(config.to_json_string(), weight_bytes)
+    steps = _Steps(config.to_json_string(), weight_bytes)
+    try:
+        flops = steps.flops
+    except Exception:  # whatever a family's own code does not do without data
+        if config.model_type in TESTED_FAMILIES:
+            raise
+        steps = _Steps(_llama_like(config).to_json_string(), weight_bytes)
+        flops = steps.flops
     tokens, pairs = POWERS.index((1, 1, 0)), POWERS.index((1, 2, 0))
-    products = flops["block"][tokens] // 2  # the weights that a token is multiplied with
+    products = flops["forward 1"][tokens] // 2  # the weights that a token is multiplied with
     return ModelShape(
         num_blocks=config.num_hidden_layers,
         width=config.hidden_size,
@@ -63,25 +76,49 @@ def model_shape(model: PreTrainedModel, weight_bytes: int) -> ModelShape:
         block_biases=sum(weight.numel() for name, weight in weights.items() if name.endswith("bias")),
         used_parameters=block_parameters - sum(w.numel() for w in weights.values() if w.ndim > 1) + products,
         head_parameters=flops["head"][tokens] // 2,
-        attention_width=flops["block"][pairs] // 4,
+        attention_width=flops["forward 1"][pairs] // 4,
         lora_features=sum(sum(weight.shape) for weight in linears),
         largest_matrix=max(weight.numel() for weight in weights.values() if weight.ndim == 2),
         steps=steps,
     )
 
 
-@functools.lru_cache(maxsize=32)
-def _steps(config_json: str, weight_bytes: int) -> tuple[dict[Trainable, StepTerms], dict[str, Terms]]:
-    """What a step holds, and the operations of the forward pass of a block and of the output layer."""
-    whole = _note_step(config_json, weight_bytes, "all", depth=2, trained=(0, 1))
-    steps: dict[Trainable, StepTerms] = {"all": _step_terms(whole, first=0, other=1, crossed=1)}
-    adapted: tuple[Trainable, ...] = ("lora", "bias", "blocks")
-    for trainable in adapted:
-        # A frozen block that keeps nothing, a trained one, a frozen one that gradients pass through, a trained one.
+@dataclass(frozen=True)
+class _Steps(Mapping[Trainable, StepTerms]):
+    """What a step holds, by what is trained; each is run when it is first asked for."""
+
+    config_json: str
+    weight_bytes: int
+
+    def __getitem__(self, trainable: Trainable) -> StepTerms:
+        terms = _step(self.config_json, self.weight_bytes, trainable)[0]
+        if terms is None:
+            raise KeyError(trainable)
+        return terms
+
+    def __iter__(self) -> Iterator[Trainable]:
+        kinds: tuple[Trainable, ...] = ("all", "lora", "bias", "blocks")
+        return (trainable for trainable in kinds if trainable in self)
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    @property
+    def flops(self) -> dict[str, Terms]:
+        """Operations of matrix products, by the part of a step with all weights."""
+        return _step(self.config_json, self.weight_bytes, "all")[1]
+
+
+@functools.lru_cache(maxsize=128)
+def _step(config_json: str, weight_bytes: int, trainable: Trainable) -> tuple[StepTerms | None, dict[str, Terms]]:
+    """What a step holds, None if there is nothing to train, and the operations of its parts."""
+    if trainable == "all":
+        notes = _note_step(config_json, weight_bytes, trainable, depth=2, trained=(0, 1))
+        terms = _step_terms(notes, first=0, other=1, crossed=1)
+    else:  # a frozen block that keeps nothing, a trained one, a frozen one that gradients pass through, a trained one
         notes = _note_step(config_json, weight_bytes, trainable, depth=4, trained=(1, 3))
-        if notes.largest.any():
-            steps[trainable] = _step_terms(notes, first=1, other=3, crossed=2)
-    return steps, {"block": _plain(whole.flops["forward 1"]), "head": _plain(whole.flops["head"])}
+        terms = _step_terms(notes, first=1, other=3, crossed=2) if notes.largest.any() else None
+    return terms, {part: _plain(flops) for part, flops in notes.flops.items()}
 
 
 @dataclass(frozen=True)
@@ -134,9 +171,7 @@ def _step_terms(notes: _Notes, first: int, other: int, crossed: int) -> StepTerm
     )
 
 
-def _note_step(
-    config_json: str, weight_bytes: int, trainable: Trainable, depth: int, trained: Sequence[int]
-) -> _Notes:
+def _note_step(config_json: str, weight_bytes: int, trainable: Trainable, depth: int, trained: Sequence[int]) -> _Notes:
     """Run a step of a model of `depth` blocks that trains some of these, or with "all" everything."""
     config = _with_depth(json.loads(config_json), depth)
     with torch.device("meta"):
@@ -239,14 +274,13 @@ class _FusedAttention(TorchFunctionMode):
     """The fused kernel as on other devices: the meta device would take attention apart."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not nn.functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        query, key, value, *rest = args
-        options = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest, strict=False)) | (kwargs or {})
-        mask, causal = options.get("attn_mask"), options.get("is_causal", False)
-        if mask is not None and mask.dtype == torch.bool:
-            mask = mask.to(query.dtype)
-        return _ATTENTION(query, key, value, 0.0, causal, attn_mask=mask, scale=options.get("scale"))[0]
+        if func is nn.functional.scaled_dot_product_attention:
+            query, key, value = args
+            mask, causal = kwargs.get("attn_mask"), kwargs.get("is_causal", False)
+            if query.shape[-1] == value.shape[-1] and not (mask is not None and mask.requires_grad):
+                mask = mask.to(query.dtype) if mask is not None and mask.dtype == torch.bool else mask
+                return _ATTENTION(query, key, value, 0.0, causal, attn_mask=mask, scale=kwargs.get("scale"))[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _grouped_mm(one: Tensor, two: Tensor, offs: Tensor, bias: None = None, out_dtype: None = None) -> Tensor:
@@ -269,7 +303,7 @@ def _mark_parts(blocks: list[nn.Module], trace: _Trace) -> None:
         trace.begin(f"forward {number}")
 
     def leave(number: int, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = output if isinstance(output, Tensor) else output[0]
         if hidden.requires_grad:
             hidden.register_hook(lambda _: trace.begin(f"backward {number}"))
         if number == len(blocks) - 1:
@@ -301,12 +335,27 @@ def _adapted(layer: nn.Module, args: tuple[Tensor], result: Tensor) -> Tensor:
 def _with_depth(values: dict[str, Any], depth: int) -> PretrainedConfig:
     """The configuration of a model of so many blocks, with the attention that its family has by default."""
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    by_block = {name: v for name, v in vars(config).items() if isinstance(v, list) and len(v) == config.num_hidden_layers}
+    by_block = {
+        name: v for name, v in vars(config).items() if isinstance(v, list) and len(v) == config.num_hidden_layers
+    }
     config.num_hidden_layers = depth
     for name, entries in by_block.items():  # kinds of layers and the like
         setattr(config, name, [entries[i % len(entries)] for i in range(depth)])
     config.use_cache = False
     return config
+
+
+def _llama_like(config: PretrainedConfig) -> LlamaConfig:
+    heads = config.num_attention_heads
+    return LlamaConfig(
+        num_hidden_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        vocab_size=config.vocab_size,
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
 
 
 def _plain(terms: np.ndarray) -> Terms:
