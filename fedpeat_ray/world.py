@@ -37,6 +37,7 @@ from fedpeat_ray.models.emulator import Ladder, block_number, build_ladder
 from fedpeat_ray.models.foundation import Foundation
 from fedpeat_ray.models.lora import find_lora
 from fedpeat_ray.models.proxy import check_vocabularies
+from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.runtime.centralised import Reference
 from fedpeat_ray.runtime.knee import MAX_SIZE, find_client_batch_size
 from fedpeat_ray.runtime.process import process_settings
@@ -112,7 +113,7 @@ def prepare(config: SimulationConfig, directory: Path) -> World:
     corpus = load_corpus(config.data, foundations.load_tokenizer(foundation.config_dir))
     partition = Partition(config.data.partition, corpus.group, corpus.heldout, config.seed)
     data = ClientData(corpus, partition, config.local, config.seed)
-    shape = foundations.model_shape(model, weight_bytes(config.fleet))
+    shape = model_shape(model, weight_bytes(config.fleet))
     reference_key: tuple[str, ...] = (foundation.digest,)
     where: Where = "driver"
     if config.algorithm == "fed-peat":
@@ -198,7 +199,7 @@ def build_fed_pt(
         most = min(foundations.max_positions(small), foundations.max_positions(large))
         if (length := get(config, field)) > most:
             raise ConfigError.of(field, length, f"at most {most}, the positions of both models")
-    small_shape = foundations.model_shape(small, weight_bytes(config.fleet))
+    small_shape = model_shape(small, weight_bytes(config.fleet))
     lora, small_level = find_lora(small, config.lora), 1
     if proxy.emulators:
         on_small: Algorithm = (peat := build_fed_peat(config, foundation_of_small, small_shape, directory))
@@ -261,7 +262,7 @@ def with_emulators(world: World, driver: Any, progress: Progress) -> World:
                 progress.stage(f"distilling emulators, {num_steps} steps: step {step}")
 
         ladder = workshop.furnish(ladder, map_clients, on_step)
-    shape = foundations.model_shape(foundations.load(world.foundation), weight_bytes(config.fleet))
+    shape = model_shape(foundations.load(world.foundation), weight_bytes(config.fleet))
     costs = emulator_costs(config, world.foundation, shape, ladder, algorithm.adapter)
     algorithm = dataclasses.replace(algorithm, ladder=ladder, workshop=workshop, emulator_costs=costs)
     return dataclasses.replace(world, held=held, algorithm=algorithm)

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GPT2Config, LlamaConfig, PreTrainedModel
 
 from fedpeat_ray import Simulation, SimulationConfig
 from fedpeat_ray.config import (
@@ -50,6 +50,7 @@ from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models.emulator import Rung, emulated, load_blocks
 from fedpeat_ray.models.lora import find_lora, load_adapter
 from fedpeat_ray.models.proxy import proxy_logits
+from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.runtime.progress import Progress
 from fedpeat_ray.seeding import generator
 from fedpeat_ray.training.client_batch import IGNORED, next_token_labels
@@ -332,7 +333,7 @@ def spoilt(settings: Settings, judge: Judge) -> str:
 def savings(settings: Settings) -> str:
     """What a device saves when it tunes the small model instead of the large one, by the memory and cost model."""
     ours = [
-        foundations.model_shape(foundations.load(foundations.prepare(name, "float32")), weight_bytes=4)
+        model_shape(foundations.load(foundations.prepare(name, "float32")), weight_bytes=4)
         for name in (settings.large, settings.small)
     ]
     pairs = {
@@ -366,40 +367,23 @@ def savings(settings: Settings) -> str:
 
 def gpt2(num_blocks: int, width: int, num_heads: int) -> ModelShape:
     """A GPT-2 in half precision."""
-    block = 12 * width**2 + 13 * width
-    return ModelShape(
-        num_blocks=num_blocks,
-        width=width,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        mlp_width=4 * width,
-        gated_mlp=False,
-        vocabulary=50257,
-        num_positions=1024,
-        bias=True,
-        weight_bytes=2,
-        num_parameters=num_blocks * block + (50257 + 1024 + 2) * width,
-        block_parameters=block,
+    config = GPT2Config(
+        n_layer=num_blocks, n_embd=width, n_head=num_heads, activation_function="gelu_pytorch_tanh", vocab_size=50257
     )
+    return model_shape(foundations.empty(config.to_json_string()), weight_bytes=2)
 
 
 def llama(num_blocks: int, width: int, num_heads: int, mlp_width: int) -> ModelShape:
     """A LLaMA in half precision."""
-    block = 4 * width**2 + 3 * width * mlp_width + 2 * width
-    return ModelShape(
-        num_blocks=num_blocks,
-        width=width,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        mlp_width=mlp_width,
-        gated_mlp=True,
-        vocabulary=32000,
-        num_positions=0,
-        bias=False,
-        weight_bytes=2,
-        num_parameters=num_blocks * block + (2 * 32000 + 1) * width,
-        block_parameters=block,
+    config = LlamaConfig(
+        num_hidden_layers=num_blocks,
+        hidden_size=width,
+        num_attention_heads=num_heads,
+        intermediate_size=mlp_width,
+        vocab_size=32000,
+        tie_word_embeddings=False,
     )
+    return model_shape(foundations.empty(config.to_json_string()), weight_bytes=2)
 
 
 def draw_alphas(settings: Settings, sweeps: list[dict[float, float]], rows: dict[str, list[float]]) -> None:

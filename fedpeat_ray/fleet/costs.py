@@ -10,11 +10,10 @@ the power a device draws in place of kappa f^2 cycles, which would ask for figur
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
-from fedpeat_ray.fleet.memory import ModelShape
+from fedpeat_ray.fleet.memory import ModelShape, Trainable
 from fedpeat_ray.fleet.population import Fleet
 from fedpeat_ray.records import DEADLINE, LINK, MEMORY, NOT_NEEDED, UNAVAILABLE
 
@@ -179,7 +178,7 @@ def training_flops(
     shape: ModelShape,
     num_tokens: Figure,
     sequence_length: int,
-    trainable: Literal["all", "lora", "bias", "blocks"],
+    trainable: Trainable,
     lora_parameters: Figure = 0,
     *,
     num_blocks: Figure | None = None,
@@ -187,10 +186,11 @@ def training_flops(
 ) -> Figure:
     """Floating point operations of training on `num_tokens` tokens.
 
-    Per token, with N = L * block_parameters + vocabulary * width (the head; looking up an embedding is free)
-    and T = sequence_length, the forward pass through L = num_blocks (default: all) takes 2 N + 4 L T D: a
-    multiplication and an addition a weight, and the two products of attention, with no discount for the causal
-    mask (Kaplan et al. 2020, section 2.1; Chowdhery et al. 2022, appendix B). The backward pass takes
+    Per token, with N = L * used_parameters + head_parameters (looking up an embedding is free; of experts, those that
+    a token is sent to), T = sequence_length and D = attention_width, the forward pass through L = num_blocks (default:
+    all) takes 2 N + 4 L T D: a multiplication and an addition a weight, and the two products of attention, with no
+    discount for the causal mask (Kaplan et al. 2020, section 2.1; Chowdhery et al. 2022, appendix B). The backward
+    pass takes
 
         2 n + 8 l T D    for the gradients of the activations, n and l as N and L but of the blocks behind the
                          first one that is trained, and it: all, or the last `adapter_blocks` if there are no first
@@ -204,15 +204,15 @@ def training_flops(
     """
     blocks = shape.num_blocks if num_blocks is None else num_blocks
     first, last = (0, blocks) if adapter_blocks is None else adapter_blocks
-    head = shape.vocabulary * shape.width
+    block, head = shape.used_parameters, shape.head_parameters
     crossed = blocks if first else last
-    trained = {"all": blocks * shape.block_parameters + head, "blocks": (first + last) * shape.block_parameters}
-    weights = (blocks + crossed) * shape.block_parameters + 2 * head + trained.get(trainable, 0)
-    attention = (4 * blocks + 8 * crossed) * sequence_length * shape.width
+    trained = {"all": blocks * block + head, "blocks": (first + last) * block}
+    weights = (blocks + crossed) * block + 2 * head + trained.get(trainable, 0)
+    attention = (4 * blocks + 8 * crossed) * sequence_length * shape.attention_width
     return num_tokens * (1.0 * (2 * weights + attention) + 6.0 * lora_parameters)
 
 
 def forward_flops(shape: ModelShape, sequence_length: int) -> float:
     """Floating point operations of a forward pass a token (see `training_flops`)."""
-    weights = shape.num_blocks * shape.block_parameters + shape.vocabulary * shape.width
-    return 2.0 * weights + 4.0 * shape.num_blocks * sequence_length * shape.width
+    weights = shape.num_blocks * shape.used_parameters + shape.head_parameters
+    return 2.0 * weights + 4.0 * shape.num_blocks * sequence_length * shape.attention_width

@@ -1,28 +1,29 @@
-"""Peak memory of a device that trains, term by term, as an equation of the model's shape.
+"""Peak memory of a device that trains, from what one training step of the model was seen to hold.
 
-What is modelled is the plain loop: a decoder-only transformer of transformers with fused attention and no key-value
-cache, dropout 0, no gradient checkpointing, `model(input_ids, labels=labels).loss.backward()`, `optimizer.step()`,
-`optimizer.zero_grad()`. Trained are all weights, or of all blocks, or of an emulator's adapter blocks, one of: LoRA
-by PEFT on every linear layer, the biases (those of norms too), all weights; what is frozen has requires_grad False.
+What is modelled is the plain loop: a decoder-only transformer of transformers with the attention that it has by
+default (fused, if the family has it) and no key-value cache, dropout 0, no gradient checkpointing,
+`model(input_ids, labels=labels).loss.backward()`, `optimizer.step()`, `optimizer.zero_grad()`. Trained are all
+weights, or of all blocks, or of an emulator's adapter blocks, one of: LoRA by PEFT on every linear layer, the biases
+(those of norms too), all weights; what is frozen has requires_grad False.
 
     peak = weights + adapter + optimizer state + the most that a step adds to them
 
-The terms follow from what PyTorch's autograd keeps for the backward pass, counted tensor by tensor as in Korthikanti
-et al. 2022, section 4.1 (there for dropout and unfused attention), and the moments at which the sum of all tensors
-can be greatest: while the backward pass crosses like blocks, activations go and gradients come linearly, so the
-sum is greatest at one end of them. `tests/parity/test_memory_model.py` holds the result to what PyTorch allocates,
-within 10 %.
+`models/shape.py` runs the step of a model of a few blocks without data and notes all that is held at every moment, as
+a sum of products of batch size, length and rank. Here these sums are put together for any depth. Blocks that play the
+same part are alike, so while the backward pass crosses them, activations go and gradients come linearly, and the sum
+is greatest at one end of them. `tests/parity/test_memory_model.py` holds the result to what PyTorch allocates, within
+10 %.
 
-Two families are told apart by `gated_mlp`: GPT-2 (LayerNorm, one projection for queries, keys and values, an MLP with
-one activation) and LLaMA (RMSNorm, three projections, rotary positions, a gated MLP). Heads have width / num_heads
-features. Not counted: the allocator's rounding and fragmentation, the framework itself, and, as they are small, token
-ids, buffers and rotary tables. Other kernels need more: unfused attention keeps a probability for each pair of tokens
-and head, `gelu_new` (eight kernels for what `gelu_pytorch_tanh` does in one) what lies between them, and AdamW with
-`foreach`, PyTorch's default on GPUs, roots for all tensors at once.
+Not counted: the allocator's rounding and fragmentation, the framework itself, what a kernel needs within itself, and,
+as they are small, buffers. Sequences are taken to be no longer than a sliding window of the model. Other kernels need
+more: unfused attention keeps a probability for each pair of tokens and head, and AdamW with `foreach`, PyTorch's
+default on GPUs, roots for all tensors at once.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Literal
@@ -32,47 +33,85 @@ import numpy as np
 Figure = int | np.ndarray
 """One number for all devices, or an int64 array (N,) with one a device."""
 
+Trainable = Literal["all", "lora", "bias", "blocks"]
+"""What is trained: all weights, or of the adapter blocks LoRA, the biases or all weights."""
+
+POWERS = tuple(itertools.product((0, 1), (0, 1, 2), (0, 1)))
+"""Of batch size, sequence length and LoRA rank, in the products that bytes are a sum of."""
+
+Terms = tuple[int, ...]
+"""Bytes for any batch size, length and rank: a coefficient for each of POWERS."""
+
 _FLOAT32 = 4
 
 
 @dataclass(frozen=True)
+class BlockTerms:
+    """What a training step of one block holds."""
+
+    kept: Terms
+    """Kept by the forward pass for the backward pass."""
+    forward: tuple[Terms, ...]
+    """Moments of the forward pass, beside what was there before it."""
+    backward: tuple[Terms, ...]
+    """Moments of the backward pass, beside the same and the gradients of what comes behind the block."""
+    left: Terms
+    """What the backward pass adds for good: gradients of weights."""
+
+
+@dataclass(frozen=True)
+class StepTerms:
+    """What a training step holds, in the order of time."""
+
+    early: tuple[Terms, ...]
+    """Moments before the first block that is trained: embeddings, and frozen blocks that keep nothing."""
+    start: Terms
+    """There when the first block that is trained starts."""
+    first: BlockTerms
+    """The first block that is trained."""
+    trained: BlockTerms
+    """Any other one."""
+    crossed: BlockTerms
+    """A frozen block that gradients pass through."""
+    head: tuple[Terms, ...]
+    """Moments from the last block's output to that output's gradient, beside what blocks keep."""
+    behind: Terms
+    """There with that gradient, beside what blocks keep."""
+    end: tuple[Terms, ...]
+    """Moments after the first block's backward pass, beside what blocks left: of the embedding, if that is trained."""
+    largest: Terms
+    """The largest tensor that is trained."""
+
+
+@dataclass(frozen=True)
 class ModelShape:
-    """What the memory and cost models need to know about a decoder-only transformer."""
+    """What the memory and cost models need to know about a decoder-only transformer of like blocks."""
 
     num_blocks: int
     width: int
     """Features of the residual stream."""
-    num_heads: int
-    """Heads of the queries."""
-    num_kv_heads: int
-    """Heads of the keys and values; fewer than num_heads with grouped queries."""
-    mlp_width: int
-    """Features between the MLP's layers."""
-    gated_mlp: bool
-    """Three linear layers in the MLP, as in LLaMA, instead of two."""
     vocabulary: int
     """Tokens in the vocabulary."""
-    num_positions: int
-    """Rows of the table of learnt positions; 0: none (rotary)."""
-    bias: bool
-    """Whether the linear layers of a block have biases."""
     weight_bytes: int
-    """Bytes of an element of the frozen weights, and so of the activations."""
+    """Bytes of an element of the frozen weights."""
     num_parameters: int
     """Elements of all weights, shared ones once."""
     block_parameters: int
     """Elements of the weights of one block."""
-
-    @property
-    def key_width(self) -> int:
-        """Features of the keys, and of the values, of all heads."""
-        return self.width // self.num_heads * self.num_kv_heads
-
-    @property
-    def tied_head(self) -> bool:
-        """Whether the output layer is the token embedding: besides blocks and positions there is room for one only."""
-        tables = self.num_parameters - self.num_blocks * self.block_parameters - self.num_positions * self.width
-        return tables < 2 * self.vocabulary * self.width
+    block_biases: int
+    """Those of its biases, of norms too."""
+    used_parameters: int
+    """Elements of the weights of one block that a token meets: of experts, only those that it is sent to."""
+    head_parameters: int
+    """Elements of the weights of the output layer."""
+    attention_width: int
+    """Features of the queries, and of the values, of all heads."""
+    lora_features: int
+    """Inputs and outputs of the linear layers of one block, all together."""
+    largest_matrix: int
+    """Elements of the largest matrix of one block."""
+    steps: Mapping[Trainable, StepTerms]
+    """What a training step holds; "bias" is missing if there are none."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +127,7 @@ class Memory:
     gradients_bytes: Figure
     """Gradients of all that is trained, complete at the end of the backward pass."""
     activations_bytes: Figure
-    """What the forward pass keeps for the backward pass, without the logits."""
+    """What the blocks keep of the forward pass for the backward pass."""
     step_bytes: Figure
     """The most that a step adds to weights, adapter and optimizer state."""
 
@@ -100,19 +139,12 @@ class Memory:
 
 def lora_parameters(shape: ModelShape, rank: Figure, num_blocks: Figure | None = None) -> Figure:
     """Elements of LoRA factors of the given rank on every linear layer: rank * (inputs + outputs) each."""
-    D, K, M = shape.width, shape.key_width, shape.mlp_width
-    # q, o, k and v, or c_attn and c_proj; then gate, up and down, or c_fc and c_proj.
-    attention = 2 * (D + D) + 2 * (D + K) if shape.gated_mlp else (D + D + 2 * K) + (D + D)
-    mlp = (3 if shape.gated_mlp else 2) * (D + M)
-    return rank * (attention + mlp) * (shape.num_blocks if num_blocks is None else num_blocks)
+    return rank * shape.lora_features * (shape.num_blocks if num_blocks is None else num_blocks)
 
 
 def bias_parameters(shape: ModelShape, num_blocks: Figure | None = None) -> Figure:
-    """Elements of the biases of the blocks: what is left besides matrices and the gains of the two norms."""
-    D, K, M = shape.width, shape.key_width, shape.mlp_width
-    matrices = 2 * D * D + 2 * D * K + (3 if shape.gated_mlp else 2) * D * M
-    per_block = shape.block_parameters - matrices - 2 * D
-    return per_block * (shape.num_blocks if num_blocks is None else num_blocks)
+    """Elements of the biases of the blocks."""
+    return shape.block_biases * (shape.num_blocks if num_blocks is None else num_blocks)
 
 
 def training_memory(
@@ -120,7 +152,7 @@ def training_memory(
     *,
     batch_size: Figure,
     sequence_length: Figure,
-    trainable: Literal["all", "lora", "bias", "blocks"],
+    trainable: Trainable,
     lora_rank: Figure = 0,
     optimizer: Literal["adamw", "sgd"] = "adamw",
     num_blocks: Figure | None = None,
@@ -143,17 +175,12 @@ def training_memory(
     """
     assert trainable != "lora" or np.all(np.asarray(lora_rank) > 0), "LoRA needs a rank"
     assert trainable != "all" or adapter_blocks is None, "all weights are more than those of adapter blocks"
-    lora = trainable == "lora"
-    rank = lora_rank if lora else 0
+    assert trainable in shape.steps, f"the blocks have nothing to train by {trainable!r}"
     blocks = shape.num_blocks if num_blocks is None else num_blocks
     first, last = (0, blocks) if adapter_blocks is None else adapter_blocks
     frozen = blocks - first - last
     assert np.all(np.asarray(frozen) >= 0), "more adapter blocks than blocks"
     assert np.all(np.asarray(first + last) > 0), "no adapter blocks"
-    tokens = batch_size * sequence_length
-    # LoRA factors, their gradients, and the loss are in float32 even where the model is in half precision.
-    wide = max(_FLOAT32, shape.weight_bytes)
-    tuned = wide if lora else shape.weight_bytes
 
     full_block = shape.block_parameters * shape.weight_bytes
     frozen_block = full_block if frozen_block_bytes is None else frozen_block_bytes
@@ -162,104 +189,55 @@ def training_memory(
         + (first + last) * full_block
         + frozen * frozen_block
     )
-    adapter = lora_parameters(shape, rank, first + last) * wide
-    block_parameters = {
-        "lora": lora_parameters(shape, rank, num_blocks=1),
-        "bias": bias_parameters(shape, num_blocks=1),
-    }.get(trainable, shape.block_parameters)
-    block_gradients = block_parameters * tuned
-    gradients = weights if trainable == "all" else (first + last) * block_gradients
+    # LoRA factors, and so their gradients, are in float32 even where the model is in half precision.
+    factors = lora_parameters(shape, lora_rank, first + last) * max(_FLOAT32, shape.weight_bytes)
+    gradients = {
+        "all": weights,
+        "lora": factors,
+        "bias": bias_parameters(shape, first + last) * shape.weight_bytes,
+        "blocks": (first + last) * full_block,
+    }[trainable]
     state = {"adamw": 2, "sgd": 0}[optimizer] * gradients  # AdamW: first and second moment
 
-    frozen_norm, norm, last_norm, first_norm = _norm_bytes(shape, trainable)
-    crossing = _crossing_bytes(shape)
-    block = tokens * (2 * norm + crossing + (0 if trainable == "bias" else _input_bytes(shape, lora, rank)))
-    crossed = frozen * (tokens * (2 * frozen_norm + crossing)) if first else 0
-    activations = (first + last) * block + crossed + tokens * (last_norm - norm + first_norm)
-
-    logits = tokens * shape.vocabulary * wide
-    embedding = shape.vocabulary * shape.width * tuned if trainable == "all" else 0
-    # The largest tensor that is trained in a block.
-    if trainable == "bias":
-        largest = max(shape.mlp_width, shape.width + 2 * shape.key_width) * tuned
+    step, value = shape.steps[trainable], _Value(batch_size, sequence_length, lora_rank)
+    unpacked = shape.largest_matrix * shape.weight_bytes * (frozen_block < full_block)
+    # Like blocks in a row: behind the first one that is trained those that are beside it, then what is crossed.
+    row: list[tuple[Figure, BlockTerms, Figure]] = [(1, step.first, 0)]
+    if adapter_blocks is not None and first:
+        row += [(first - 1, step.trained, 0), (frozen, step.crossed, unpacked), (last, step.trained, 0)]
     else:
-        largest = (rank if lora else shape.width) * shape.mlp_width * tuned
-    # Backward through a frozen MLP's last layer and what it reads: two gradients as wide as the layer's input, or
-    # three with a gate (its product's and both factors'). Beside them the gradient of the residual stream.
-    through = tokens * ((3 if shape.gated_mlp else 2) * shape.mlp_width + shape.width) * shape.weight_bytes
-    # Through a trained one: LoRA's gradient, the frozen branch's and their sum, each as wide as the layer's input,
-    # which is given up; if weights are trained one gradient and, a step on, that of the activation, or of both
-    # factors of a gate. Beside them the gradients of the residual stream and of the layer's weights.
-    mlp = tokens * ((2 if lora or shape.gated_mlp else 1) * shape.mlp_width + shape.width) * tuned + largest
-    if trainable == "bias":
-        mlp = through + largest
-    unpacked = _largest_matrix(shape) * shape.weight_bytes * (frozen_block < full_block)
-
-    moments = (
-        # The loss, backward: log-probabilities, their gradient, and that of the logits.
-        activations + 3 * logits,
-        # The output layer, backward: the gradients of the logits and of its weights.
-        activations + logits + embedding,
-        # The last block, backward: no activations of other blocks are given up yet.
-        (last > 0) * (activations + mlp + embedding),
-        # The first of the last adapter blocks, backward: the gradients of those behind it are there.
-        (last > 0) * ((first + 1) * block + crossed + mlp + gradients - (first + 1) * block_gradients),
-        # The last frozen block, backward if gradients pass, else forward.
-        (frozen > 0) * (first * block + crossed + through + unpacked + (last * block_gradients if first else 0)),
-        # The last of the first adapter blocks, backward.
-        (first > 0) * (first * block + mlp + last * block_gradients),
-        # The first block, backward: only its own activations are left, and the gradients of all but itself are there.
-        (first > 0) * (block + mlp + gradients - block_gradients),
-        # The token embedding, backward: the output layer's gradient waits for the embedding's, and their sum is new.
-        gradients + (2 * embedding if shape.tied_head else 0),
+        row += [(last - 1, step.trained, 0)]
+    kept: Figure = 0  # by the blocks before
+    left = sum(count * value(block.left) for count, block, _ in row)  # by the blocks behind
+    start, behind = value(step.start), value(step.behind)
+    moments = [value.most(step.early) + (0 if first else (frozen > 0) * unpacked)]
+    for count, block, extra in row:
+        keeps, leaves = value(block.kept), value(block.left)
+        left = left - count * leaves
+        moments.append((count > 0) * (start + kept + (count - 1) * keeps + value.most(block.forward) + extra))
+        for num_before in (count - 1, 0):  # the last of them, and the first
+            there = behind + kept + num_before * keeps + left + (count - 1 - num_before) * leaves
+            moments.append((count > 0) * (there + value.most(block.backward) + extra))
+        kept = kept + count * keeps
+    moments += [
+        kept + value.most(step.head),
+        sum(count * value(block.left) for count, block, _ in row) + value.most(step.end),
         # AdamW, tensor by tensor: the root of the second moment, and the root with its bias corrected.
-        gradients + (2 * np.maximum(embedding, largest) if optimizer == "adamw" else 0),
-    )
-    return Memory(weights, adapter, state, gradients, activations, step_bytes=reduce(np.maximum, moments))
+        gradients + (2 * value(step.largest) if optimizer == "adamw" else 0),
+    ]
+    adapter = factors if trainable == "lora" else 0
+    return Memory(weights, adapter, state, gradients, kept, step_bytes=reduce(np.maximum, moments))
 
 
-def _norm_bytes(shape: ModelShape, trainable: str) -> tuple[int, int, int, int]:
-    """Bytes a token that a norm keeps: in a frozen block, in a trained one, before the output layer, and the first.
+class _Value:
+    """The bytes of terms."""
 
-    The output of a block's norm is the input of a linear layer and counted there.
-    """
-    D, all_trained = shape.width, trainable == "all"
-    if shape.gated_mlp:  # RMSNorm: its input in float32, the factor, and for the gain's gradient the scaled input
-        frozen, gain = (D + 1) * _FLOAT32, D * shape.weight_bytes
-    else:  # LayerNorm: its input, mean and deviation
-        frozen, gain = (D + 2) * shape.weight_bytes, 0
-    norm = frozen + (gain if trainable in ("all", "blocks") else 0)
-    # A trained output layer keeps its input for its weights' gradient, a frozen one does not.
-    last = norm + D * shape.weight_bytes if all_trained else frozen
-    # Unless embeddings are trained, what the first trained block reads needs no gradient: its first norm keeps only
-    # what is for its own; LayerNorm does not tell these apart.
-    nothing = trainable == "lora" or (shape.gated_mlp and not all_trained)
-    return frozen, norm, last, norm - frozen if nothing else norm
+    def __init__(self, batch_size: Figure, sequence_length: Figure, rank: Figure):
+        self.products = [batch_size**i * sequence_length**j * rank**k for i, j, k in POWERS]
 
+    def __call__(self, terms: Terms) -> Figure:
+        return sum(factor * product for factor, product in zip(terms, self.products, strict=True) if factor)
 
-def _crossing_bytes(shape: ModelShape) -> int:
-    """Bytes a token that a block keeps for the gradients that pass through it, its two norms aside."""
-    D, K, M = shape.width, shape.key_width, shape.mlp_width
-    # Attention: queries, keys, values, output, and for each head the logarithm of the softmax's sum.
-    attention = (2 * D + 2 * K) * shape.weight_bytes + shape.num_heads * _FLOAT32
-    # The MLP's activation keeps its input; a gate also the activation, and what it is multiplied with.
-    return attention + (3 if shape.gated_mlp else 1) * M * shape.weight_bytes
-
-
-def _input_bytes(shape: ModelShape, lora: bool, rank: Figure) -> Figure:
-    """Bytes a token that a block keeps besides for the gradients of its weights or LoRA factors."""
-    D, M, held = shape.width, shape.mlp_width, shape.weight_bytes
-    tuned = max(_FLOAT32, held) if lora else held
-    # What is trained in a linear layer (weights or factor A) keeps the layer's input. Layers that read the same input
-    # share it, and attention's output is kept already; but each layer keeps a copy of its own if PEFT has to cast it.
-    copied = tuned != held
-    readers = 5 if copied and shape.gated_mlp else 2  # q, k, v, gate and up, or else c_attn and c_fc
-    inputs = (readers * D + M + (D if copied else 0)) * tuned
-    # Factor B keeps the output of factor A.
-    between = (7 if shape.gated_mlp else 4) * rank * tuned if lora else 0
-    return inputs + between
-
-
-def _largest_matrix(shape: ModelShape) -> int:
-    """Elements of a block's largest matrix: of the MLP, or GPT-2's for queries, keys and values."""
-    return shape.width * max(shape.mlp_width, shape.width + (0 if shape.gated_mlp else 2 * shape.key_width))
+    def most(self, moments: tuple[Terms, ...]) -> Figure:
+        """At the greatest of some moments; 0 if there are none."""
+        return reduce(np.maximum, map(self, moments), 0)

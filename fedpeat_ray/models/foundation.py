@@ -31,7 +31,6 @@ from transformers import (
 
 from fedpeat_ray.errors import ConfigError, ModelError
 from fedpeat_ray.files import file_sha256, user_cache_dir, written_whole
-from fedpeat_ray.fleet.memory import ModelShape
 from fedpeat_ray.models import weight_files
 from fedpeat_ray.models.layout import Layout
 
@@ -204,28 +203,6 @@ def block_view(blocks: nn.Module, numbers: Iterable[int], stand_ins: Blocks | No
     return view
 
 
-def model_shape(model: PreTrainedModel, weight_bytes: int) -> ModelShape:
-    """What the memory and cost models need to know about a decoder-only model, held in `weight_bytes` an element."""
-    config = model.config
-    blocks = model.get_submodule(block_list_name(model))
-    mlp_width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
-    rotary = not any(isinstance(module, nn.Embedding) for module in _position_embeddings(model))
-    return ModelShape(
-        num_blocks=config.num_hidden_layers,
-        width=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        mlp_width=mlp_width,
-        gated_mlp=any(name.endswith("gate_proj") for name, _ in blocks.named_modules()),
-        vocabulary=config.vocab_size,
-        num_positions=0 if rotary else config.max_position_embeddings,
-        bias=any(name.endswith("bias") and "ln" not in name for name, _ in blocks.named_parameters()),
-        weight_bytes=weight_bytes,
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        block_parameters=sum(p.numel() for p in blocks.get_submodule("0").parameters()),
-    )
-
-
 def plain_head(model: PreTrainedModel) -> Tensor | None:
     """The output layer (V, D) where logits are hidden states times its transpose and nothing else.
 
@@ -246,11 +223,6 @@ def is_sharded(model: nn.Module) -> bool:
 def max_positions(model: PreTrainedModel) -> int:
     """Longest sequence the model can read."""
     return model.config.max_position_embeddings
-
-
-def _position_embeddings(model: PreTrainedModel) -> list[nn.Module]:
-    tokens = model.get_input_embeddings()
-    return [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
 
 
 def model_dir(name: str, field: str = "foundation.name") -> Path:

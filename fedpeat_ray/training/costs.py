@@ -82,13 +82,13 @@ def realignment_costs(config: EmulatorConfig, shape: ModelShape, ladder: Ladder)
     """
     distil, levels = config.distil, [rung for rung in ladder.rungs[:-1] if ladder.kept_middle(rung.level)]
     tokens, length = distil.batch_size * distil.sequence_length, distil.sequence_length
-    teacher = forward_flops(shape, length) - 2.0 * shape.vocabulary * shape.width  # its output layer is not asked
+    teacher = forward_flops(shape, length) - 2.0 * shape.head_parameters  # its output layer is not asked
     steps = []
     for rung in levels:
         num_blocks = len(rung.blocks)
         depth = {"num_blocks": num_blocks, "adapter_blocks": (0, num_blocks - ladder.first)}
         flops = tokens * teacher + training_flops(shape, tokens, length, "blocks", **depth)
-        flops -= 2 * tokens * ladder.last * shape.block_parameters  # the last blocks have no gradients of weights
+        flops -= 2 * tokens * ladder.last * shape.used_parameters  # the last blocks have no gradients of weights
         memory = training_memory(
             shape, batch_size=distil.batch_size, sequence_length=length, trainable="blocks", **depth
         )

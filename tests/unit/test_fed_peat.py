@@ -39,8 +39,9 @@ from fedpeat_ray.files import user_cache_dir
 from fedpeat_ray.fleet.memory import training_memory
 from fedpeat_ray.fleet.tiers import TIERS
 from fedpeat_ray.models.emulator import Ladder, Rung
-from fedpeat_ray.models.foundation import load, load_backbone, model_shape
+from fedpeat_ray.models.foundation import load, load_backbone
 from fedpeat_ray.models.foundation import prepare as find_foundation
+from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.records import DROP_REASONS, SERVER, TextBatch
 from fedpeat_ray.runtime.run_log import RunLog, read_config
 from fedpeat_ray.runtime.serial import Serial

@@ -29,8 +29,9 @@ from fedpeat_ray.config import (
 from fedpeat_ray.errors import ConfigError, FedPeatError
 from fedpeat_ray.fleet.costs import forward_flops, training_flops
 from fedpeat_ray.fleet.memory import training_memory
-from fedpeat_ray.models.foundation import load, model_shape
+from fedpeat_ray.models.foundation import load
 from fedpeat_ray.models.foundation import prepare as find_foundation
+from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.runtime.run_log import RunLog
 from fedpeat_ray.world import prepare
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from transformers import GPT2Config, LlamaConfig
 
 from fedpeat_ray.config import AvailabilityConfig, ChannelConfig, FleetConfig
 from fedpeat_ray.errors import ConfigError, DataError
@@ -17,6 +18,8 @@ from fedpeat_ray.fleet.fits import WHOLE_FLEET, check_fits, fits
 from fedpeat_ray.fleet.memory import Figure, Memory, ModelShape, bias_parameters, training_memory
 from fedpeat_ray.fleet.population import Fleet, build_fleet
 from fedpeat_ray.fleet.tiers import TIERS
+from fedpeat_ray.models.foundation import empty
+from fedpeat_ray.models.shape import model_shape
 
 ARRAYS = (
     "tier",
@@ -332,18 +335,19 @@ def test_training_flops_by_hand():
     shape = ModelShape(
         num_blocks=2,
         width=4,
-        num_heads=2,
-        num_kv_heads=2,
-        mlp_width=16,
-        gated_mlp=False,
         vocabulary=10,
-        num_positions=8,
-        bias=True,
         weight_bytes=4,
-        num_parameters=300,
-        block_parameters=100,
+        num_parameters=500,
+        block_parameters=180,
+        block_biases=20,
+        used_parameters=100,
+        head_parameters=40,
+        attention_width=6,
+        lora_features=50,
+        largest_matrix=64,
+        steps={},
     )
-    weights, attention = 2 * 100 + 10 * 4, 12 * 2 * 8 * 4
+    weights, attention = 2 * 100 + 40, 12 * 2 * 8 * 6
     assert training_flops(shape, 5, 8, "all") == 5 * (6 * weights + attention)
     assert training_flops(shape, 5, 8, "lora", 7) == 5 * (4 * weights + 6 * 7 + attention)
     ranks = training_flops(shape, np.array([1, 2]), 8, "lora", np.array([7, 14]))
@@ -352,21 +356,18 @@ def test_training_flops_by_hand():
 
 # Emulators
 
-GPT2 = ModelShape(
-    num_blocks=12,
-    width=64,
-    num_heads=4,
-    num_kv_heads=4,
-    mlp_width=256,
-    gated_mlp=False,
-    vocabulary=128,
-    num_positions=64,
-    bias=True,
-    weight_bytes=4,
-    num_parameters=12 * 49_984 + (128 + 64) * 64 + 2 * 64,
-    block_parameters=49_984,
+SIZES = {
+    "num_hidden_layers": 12,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "vocab_size": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+GPT2 = model_shape(empty(GPT2Config(**SIZES, n_positions=64).to_json_string()), weight_bytes=4)
+LLAMA = model_shape(
+    empty(LlamaConfig(**SIZES, intermediate_size=256, num_key_value_heads=2).to_json_string()), weight_bytes=4
 )
-LLAMA = replace(GPT2, gated_mlp=True, num_kv_heads=2, num_positions=0, bias=False, block_parameters=61_568)
 ADAPTED = ("lora", "bias", "blocks")
 
 
@@ -392,8 +393,13 @@ def test_memory_and_flops_grow_with_depth(trainable, adapter_blocks, optimizer):
     ).all()
 
 
-@pytest.mark.parametrize("shape", [GPT2, LLAMA], ids=["gpt2", "llama"])
-@pytest.mark.parametrize("trainable", ADAPTED)
+@pytest.mark.parametrize(
+    ("trainable", "shape"),
+    [
+        *((trainable, GPT2) for trainable in ADAPTED),
+        *((trainable, LLAMA) for trainable in ("lora", "blocks")),  # it has no biases
+    ],
+)
 def test_adapter_blocks_at_the_end_only_are_cheaper(trainable, shape):
     both, end = (emulator_memory(trainable, 10, blocks, shape=shape) for blocks in ((2, 2), (0, 4)))
     assert end.activations_bytes < both.activations_bytes and end.peak_bytes < both.peak_bytes

@@ -1,0 +1,111 @@
+"""What a training step holds, read off a step without data: of models that are never loaded, and of odd families."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from transformers import AutoConfig, BloomConfig, GPT2Config, LlamaConfig, MixtralConfig
+
+from fedpeat_ray.fleet.memory import POWERS, ModelShape, training_memory
+from fedpeat_ray.models import shape as shapes
+from fedpeat_ray.models.foundation import empty
+from fedpeat_ray.models.shape import model_shape
+
+LLAMA_70B = LlamaConfig(
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    tie_word_embeddings=False,
+)
+TINY = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 101}
+
+
+def shape_of(config, weight_bytes: int = 4) -> ModelShape:
+    return model_shape(empty(config.to_json_string()), weight_bytes)
+
+
+def memory(shape: ModelShape, **settings) -> int:
+    sizes = {"batch_size": 2, "sequence_length": 16, "trainable": "lora", "lora_rank": 4}
+    return int(training_memory(shape, **(sizes | settings)).peak_bytes)
+
+
+def test_a_model_of_70_billion_weights_is_never_in_memory():
+    shape = shape_of(LLAMA_70B, 2)
+    assert round(shape.num_parameters / 1e9, 1) == 70.6
+    blocks = {"num_blocks": 24, "adapter_blocks": (2, 2)}
+    assert 2 * 70.6e9 < memory(shape) < 2 * 70.6e9 + 12e9
+    assert 0.3 < memory(shape, **blocks) / memory(shape) < 0.33
+
+
+def test_a_token_meets_some_of_the_experts():
+    few, all_of_them = (
+        shape_of(MixtralConfig(**TINY, intermediate_size=64, num_local_experts=8, num_experts_per_tok=n))
+        for n in (2, 8)
+    )
+    expert = 3 * 32 * 64
+    assert few.block_parameters == all_of_them.block_parameters == all_of_them.used_parameters
+    assert few.used_parameters == few.block_parameters - 6 * expert
+    assert memory(few) < memory(all_of_them)
+
+
+def test_the_kernels_that_the_simulation_runs_on_do_not_count():
+    config = GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=101, n_positions=64)
+    model = empty(config.to_json_string())
+    model.config._attn_implementation = "eager"
+    eager = model_shape(model, 4)
+    model.config._attn_implementation = "sdpa"
+    assert eager == model_shape(model, 4)
+
+
+def test_length_counts_squared_only_where_scores_are_kept():
+    """Gemma 2 caps the scores of attention, for which no fused kernel is there."""
+    pairs = POWERS.index((1, 2, 0))
+    gemma = AutoConfig.for_model("gemma2", **TINY, intermediate_size=64, num_key_value_heads=2, head_dim=16)
+    llama = LlamaConfig(**TINY, intermediate_size=64, num_key_value_heads=2)
+    assert shape_of(gemma).steps["lora"].trained.kept[pairs] >= 4 * 4 * 2
+    assert shape_of(llama).steps["lora"].trained.kept[pairs] == 0
+
+
+def test_what_was_asked_before_makes_no_difference():
+    config = LlamaConfig(**TINY, intermediate_size=64)
+    before = shape_of(config).steps["lora"]
+    shapes._step.cache_clear()
+    shape_of(config).steps["blocks"]
+    assert shape_of(config).steps["lora"] == before
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "gpt_neox", "falcon", "qwen2_moe", "olmo2"])
+def test_other_families_are_run_too(model_type, monkeypatch):
+    monkeypatch.setattr(shapes, "_llama_like", None)  # not needed
+    shape = shape_of(AutoConfig.for_model(model_type, **TINY))
+    assert memory(shape) > 4 * shape.num_parameters
+
+
+def test_a_step_that_cannot_be_run_counts_as_that_of_a_llama(monkeypatch):
+    note_step = shapes._note_step
+
+    def refuses(config_json: str, *args, **kwargs):
+        if "bloom" in config_json:
+            raise RuntimeError("needs data")
+        return note_step(config_json, *args, **kwargs)
+
+    shapes._step.cache_clear()
+    monkeypatch.setattr(shapes, "_note_step", refuses)
+    shape = shape_of(BloomConfig(**TINY))
+    llama = shape_of(LlamaConfig(**TINY, intermediate_size=128, tie_word_embeddings=True))
+    assert shape.steps["lora"] == llama.steps["lora"] and shape.num_parameters != llama.num_parameters
+    monkeypatch.setattr(shapes, "TESTED_FAMILIES", ("bloom",))
+    with pytest.raises(RuntimeError, match="needs data"):
+        shape_of(BloomConfig(**TINY))
+    shapes._step.cache_clear()
+
+
+@pytest.mark.parametrize("powers", [(1, 1, 0), (1, 2, 0), (0, 0, 1), (1, 1, 1), (0, 0, 0)])
+def test_sizes_are_told_by_the_primes_that_divide_them(powers):
+    primes = (29, 31, 37)
+    terms = shapes._Trace(primes, []).terms(12 * math.prod(p**power for p, power in zip(primes, powers, strict=True)))
+    assert terms[POWERS.index(powers)] == terms.sum() == 12
