@@ -44,3 +44,25 @@ def sha256_of(values: Iterable[str]) -> str:
         encoded = value.encode("utf-8", "replace")
         sha.update(b"%d:" % len(encoded) + encoded)
     return sha.hexdigest()
+
+
+@contextlib.contextmanager
+def written_with_hash(path: Path) -> Iterator[Path]:
+    """`written_whole` for caches: the SHA-256 of what was written lies beside it, see `kept_sha256`."""
+    with written_whole(path) as part:
+        yield part
+        digest = file_sha256(part)
+    with written_whole(_hash_of(path)) as part:
+        part.write_text(digest)
+
+
+def kept_sha256(path: Path) -> str | None:
+    """SHA-256 of a cached file that still holds what `written_with_hash` wrote; None: it has to be made again."""
+    if not path.exists() or not _hash_of(path).exists():
+        return None
+    digest = file_sha256(path)
+    return digest if _hash_of(path).read_text() == digest else None
+
+
+def _hash_of(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")

@@ -16,7 +16,8 @@ from fedpeat_ray.algorithms.fed_peat import FedPEAT
 from fedpeat_ray.algorithms.fed_pt import FedPT
 from fedpeat_ray.config import SimulationConfig
 from fedpeat_ray.data.corpus import Corpus
-from fedpeat_ray.errors import ConfigError, RunFailedError
+from fedpeat_ray.errors import ConfigError, RunDirError, RunFailedError
+from fedpeat_ray.files import file_sha256
 from fedpeat_ray.runtime import verdict
 from fedpeat_ray.runtime.centralised import tune_centrally
 from fedpeat_ray.runtime.checkpoint import Facts, load_checkpoint, save_checkpoint
@@ -215,9 +216,7 @@ def gap_closed(zero_shot: float, tuned: float, upper_bound: float | None) -> flo
 def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
     """A new run directory, or the one to go on with."""
     settings = dataclasses.replace(world.config, out=None, resume=None).to_dict()  # the directory may be moved
-    if world.config.resume:
-        return RunLog.resume(world.config.resume, settings)
-    resolved = {
+    resolved: dict[str, Any] = {
         "num_hosts": num_hosts,
         "tiers": world.conditions.fleet.tier_names,
         "foundation_sha256": world.foundation.digest,
@@ -233,11 +232,15 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
                 "level": rung.level,
                 "blocks": rung.blocks,
                 "weights": rung.weights and rung.weights.name,
+                "weights_sha256": rung.weights and file_sha256(rung.weights),
                 "emulator_bytes": int(costs.emulator_bytes_L[rung.level - 1]),
                 "memory_bytes": int(costs.memory_bytes_L[rung.level - 1]),
             }
             for rung in world.algorithm.ladder.rungs
         ]
+    if world.config.resume:
+        _check_same_weights(world.config.resume, resolved)
+        return RunLog.resume(world.config.resume, settings)
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     log = RunLog.create(directory, settings, resolved, data_digest=world.data.corpus.digest, gpus=gpus)
     for side, corpus in world.corpora.items():
@@ -251,6 +254,17 @@ def _documents(corpus: Corpus) -> dict[str, Any]:
     heldout = int(corpus.heldout.sum())
     removed = dataclasses.asdict(corpus.removed)
     return {"training": corpus.num_documents - heldout, "heldout": heldout, "removed": removed}
+
+
+def _check_same_weights(directory: Path, resolved: dict[str, Any]) -> None:
+    """Raise RunDirError if the run to go on with had another foundation or other emulators, by their hashes."""
+    before = read_config(directory)["resolved"]
+    if before["foundation_sha256"] != (now := resolved["foundation_sha256"]):
+        raise RunDirError(f"{directory} was made with foundation {before['foundation_sha256']}, not {now}")
+    for was, level in zip(before.get("levels", []), resolved.get("levels", []), strict=True):
+        if was["weights_sha256"] != (now := level["weights_sha256"]):
+            name = f"level {level['level']}, {was['weights_sha256']}"
+            raise RunDirError(f"{directory} was made with other emulators than there are now: {name} and {now}")
 
 
 _MAY_CHANGE = ("out", "resume", "rounds", "checkpoint_every", "hosts")

@@ -279,7 +279,8 @@ def _exported(foundation: Foundation, ladder: Ladder, driver: Any) -> Foundation
     key = hashlib.sha256(f"{foundation.digest} {kept}".encode()).hexdigest()[:16]
     path = user_cache_dir() / f"held-{key}.safetensors"
     driver.export(path, names)
-    return dataclasses.replace(foundation, weights=path, digest=file_sha256(path), blocks=tuple(kept))
+    digest = foundations.model_digest(file_sha256(path), foundation.config_json)
+    return dataclasses.replace(foundation, weights=path, digest=digest, blocks=tuple(kept))
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from fedpeat_ray.config import (
     SimulationConfig,
 )
 from fedpeat_ray.errors import FedPeatError
-from fedpeat_ray.files import written_whole
+from fedpeat_ray.files import written_with_hash
 from fedpeat_ray.runtime.progress import Progress
 from fedpeat_ray.simulation import evaluate
 from fedpeat_ray.world import ALL, FedPEAT, World, hosts, level_group, prepare, with_emulators
@@ -97,7 +97,7 @@ def ship(world: World, directory: Path) -> None:
         group = [rung for rung in algorithm.ladder.rungs if rung.weights == path]
         target = directory / "emulators" / algorithm.workshop.shipped(algorithm.ladder, group).name
         if target != path:
-            with written_whole(target) as part:
+            with written_with_hash(target) as part:
                 save_file({name: tensor.to(torch.bfloat16) for name, tensor in load_file(path).items()}, part)
         print(target)
 

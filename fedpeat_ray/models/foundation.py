@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -30,12 +31,14 @@ from transformers import (
 )
 
 from fedpeat_ray.errors import ConfigError, ModelError
-from fedpeat_ray.files import file_sha256, user_cache_dir, written_whole
+from fedpeat_ray.files import file_sha256, kept_sha256, user_cache_dir, written_with_hash
 from fedpeat_ray.models import weight_files
 from fedpeat_ray.models.layout import Layout
 
 EMBEDDED = ("pydoc-base", "pydoc-small")
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # in the configurations of some models
+_VERSION = 1  # of the files of weights: raise it when the same model gives others
+_NOT_THE_MODEL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")  # in a configuration
 _EMBEDDED_DIR = Path(__file__).parent / "embedded"
 _FLOATS = ("F64", "F32", "BF16", "F16")  # as safetensors names them
 
@@ -55,7 +58,7 @@ class Foundation:
     training_dtype: str
     """Type of the frozen weights while adapters are trained: a torch dtype's name."""
     digest: str
-    """SHA-256 of that file."""
+    """SHA-256 of that file and of the configuration: equal for equal models."""
     blocks: tuple[int, ...] | None = None
     """Numbers of the blocks that the file holds; None: all of them."""
 
@@ -102,14 +105,14 @@ def prepare(
     if not source:
         raise ModelError(f"{field} = {name!r}: {config_dir} holds no safetensors file")
     dtype = torch.float64 if training_dtype == "float64" else torch.float32
-    key = hashlib.sha256(str(dtype).encode())
+    key = hashlib.sha256(f"{_VERSION} {transformers.__version__} {dtype}".encode())  # it names the tensors
     for path in (config_dir / "config.json", *source):
         key.update(bytes.fromhex(file_sha256(path)))
     weights = (cache_dir or user_cache_dir()) / f"backbone-{key.hexdigest()[:16]}.safetensors"
     config_json = (config_dir / "config.json").read_text()
-    if not weights.exists():
+    if (sha256 := kept_sha256(weights)) is None:
         files = _files_of_tensors(config_json, source)
-        with written_whole(weights) as part:
+        with written_with_hash(weights) as part:
             if files is None:
                 model = _load_pretrained(f"{field} = {name!r}", config_dir, dtype)
                 first_name = {id(parameter): name for name, parameter in model.named_parameters()}  # tied weights: once
@@ -122,7 +125,14 @@ def prepare(
             else:  # one tensor at a time, for models larger than memory
                 shapes = {name: (dtype, shape) for name, (_, shape) in files.items()}
                 weight_files.write(part, shapes, lambda name: weight_files.read(files[name][0], name).to(dtype))
-    return Foundation(name, config_dir, config_json, weights, training_dtype, file_sha256(weights))
+        sha256 = file_sha256(weights)
+    return Foundation(name, config_dir, config_json, weights, training_dtype, model_digest(sha256, config_json))
+
+
+def model_digest(weights_sha256: str, config_json: str) -> str:
+    """SHA-256 of weights and configuration, without what the latter says about how it was saved."""
+    values = {name: value for name, value in json.loads(config_json).items() if name not in _NOT_THE_MODEL}
+    return hashlib.sha256(f"{weights_sha256} {json.dumps(values, sort_keys=True)}".encode()).hexdigest()
 
 
 def load_backbone(foundation: Foundation, device: torch.device | str = "cpu") -> Backbone:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fedpeat_ray.aggregation.mean import WeightedMean
 from fedpeat_ray.config import LocalConfig, SimulationConfig
 from fedpeat_ray.data.client_data import ClientData
-from fedpeat_ray.files import user_cache_dir, written_whole
+from fedpeat_ray.files import kept_sha256, user_cache_dir, written_with_hash
+from fedpeat_ray.models.arithmetic import arithmetic_key
 from fedpeat_ray.records import ClientTask, TextBatch
 from fedpeat_ray.training.adapters import Adapter
 from fedpeat_ray.training.client_batch import build_optimizer
@@ -53,11 +54,12 @@ def tune_centrally(
     adapter = reference.adapter
     key = [*reference.key, adapter.kind, adapter.layout.names, config.foundation.dtype, data.corpus.digest]
     key += [num_tokens, BATCH_SIZE, PART_SIZE, config.foundation.num_shards > 1]  # shards train in the exact type
+    key += [arithmetic_key()]
     parts = (config.seed, config.lora, config.local, config.evaluation)
     key += [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     path = user_cache_dir() / f"centralised-{digest[:16]}.json"
-    if path.exists():
+    if kept_sha256(path):
         return json.loads(path.read_text())["perplexity"]
     num_steps = max(1, math.ceil(num_tokens / (BATCH_SIZE * config.local.sequence_length)))
     task = data.pooled_task(num_steps, BATCH_SIZE)
@@ -67,7 +69,7 @@ def tune_centrally(
     if adapter_P is None or not adapter_P.isfinite().all():  # it diverged
         return math.inf
     perplexity = judge(adapter_P)
-    with written_whole(path) as part:
+    with written_with_hash(path) as part:
         part.write_text(json.dumps({"perplexity": perplexity}))
     return perplexity
 

@@ -1,7 +1,7 @@
 """Where emulators are made: which blocks are kept, what weights they have, and the files these are in.
 
 Happens once before the first round, and again with every re-alignment. Distilled weights are cached by
-all they depend on; those of the default settings come with the embedded base.
+all they depend on, with their hash; those of the default settings come with the embedded base.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.torch import save_file
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from fedpeat_ray.config import EmulatorConfig
 from fedpeat_ray.data.client_data import ServerData
-from fedpeat_ray.files import file_sha256, user_cache_dir, written_whole
+from fedpeat_ray.files import file_sha256, kept_sha256, user_cache_dir, written_whole, written_with_hash
 from fedpeat_ray.models import foundation as foundations
+from fedpeat_ray.models.arithmetic import arithmetic_key
 from fedpeat_ray.models.emulator import Ladder, Rung, build_ladder, eight_bit, load_blocks
 from fedpeat_ray.models.foundation import Blocks, Foundation
 from fedpeat_ray.seeding import generator
@@ -84,22 +86,24 @@ class Workshop:
         return dataclasses.replace(ladder, rungs=tuple(made.get(rung.level, rung) for rung in ladder.rungs))
 
     def _distilled_file(self, ladder: Ladder, group: Sequence[Rung], map_clients: MapClients, on_step: OnStep) -> Path:
-        if self.embedded_text and (path := self.shipped(ladder, group)).exists():
+        if self.embedded_text and kept_sha256(path := self.shipped(ladder, group)):
             return path
-        made_on = [self.foundation.training_dtype, self.public_text.corpus.digest]
+        made_on = [self.foundation.training_dtype, self.public_text.corpus.digest, arithmetic_key()]
         path = user_cache_dir() / f"emulators-{self._key(ladder, group, *made_on)}.safetensors"
-        if not path.exists():
+        if kept_sha256(path) is None:
             steps = self.config.distil.steps
             blocks = self._distilled(ladder, group, self._start(ladder, group), None, steps, map_clients, on_step)
-            self._write(path, ladder, blocks)
+            with written_with_hash(path) as part:
+                _write(part, ladder, blocks)
         return path
 
     def _eight_bit_file(self, ladder: Ladder, group: Sequence[Rung]) -> Path:
         weights = group[0].weights
         source = weights and file_sha256(weights)
         path = user_cache_dir() / f"emulators-{self._key(ladder, group, source)}-8bit.safetensors"
-        if not path.exists():
-            self._write(path, ladder, self._start(ladder, group), quantise=True)
+        if kept_sha256(path) is None:
+            with written_with_hash(path) as part:
+                _write(part, ladder, self._start(ladder, group), quantise=True)
         return path
 
     def realign(self, ladder: Ladder, version: int, adapter_P: Tensor, map_clients: MapClients) -> None:
@@ -112,7 +116,8 @@ class Workshop:
             blocks = self._distilled(
                 ladder, group, self._start(ladder, group), adapter_P, steps, map_clients, lambda *_: None, version
             )
-            self._write(path, ladder, blocks)
+            with written_whole(path) as part:
+                _write(part, ladder, blocks)
 
     def version(self, ladder: Ladder, version: int) -> Ladder:
         """The ladder after so many re-alignments."""
@@ -169,18 +174,18 @@ class Workshop:
             student, ladder, group, start, batches, targets, config, dtype, lambda step: on_step(step, steps), plugged
         )
 
-    def _write(self, path: Path, ladder: Ladder, blocks: Blocks, quantise: bool = False) -> None:
-        tensors: dict[str, Tensor] = {}
-        for number, block in blocks.items():
-            for name, tensor in block.state_dict().items():
-                full = f"{ladder.block_list}.{number}.{name}"
-                tensors |= eight_bit(full, tensor) if quantise else {full: tensor}
-        with written_whole(path) as part:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
-
-    def _key(self, ladder: Ladder, group: Sequence[Rung], *more: str | None) -> str:
+    def _key(self, ladder: Ladder, group: Sequence[Rung], *more: Any) -> str:
         """Of all that the weights depend on."""
         parts = [_VERSION, self.digest, ladder.first, ladder.last, [rung.blocks for rung in group], *more]
         if self.config.weights != "foundation":
             parts += [self.config.weights, dataclasses.asdict(self.config.distil)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _write(path: Path, ladder: Ladder, blocks: Blocks, quantise: bool = False) -> None:
+    tensors: dict[str, Tensor] = {}
+    for number, block in blocks.items():
+        for name, tensor in block.state_dict().items():
+            full = f"{ladder.block_list}.{number}.{name}"
+            tensors |= eight_bit(full, tensor) if quantise else {full: tensor}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
