@@ -15,7 +15,7 @@ from fedpeat_ray.algorithms.fed_peat import FedPEAT
 from fedpeat_ray.algorithms.fed_pt import FedPT
 from fedpeat_ray.config import SimulationConfig
 from fedpeat_ray.errors import ConfigError, RunDirError
-from fedpeat_ray.files import file_sha256, written_whole_dir
+from fedpeat_ray.files import file_sha256, text_sha256, written_whole_dir
 from fedpeat_ray.runtime.centralised import tune_centrally
 from fedpeat_ray.runtime.checkpoint import Facts, load_checkpoint, save_checkpoint
 from fedpeat_ray.runtime.process import process_settings
@@ -99,8 +99,8 @@ class Simulation:
             if not has_locks:
                 progress.say("the file system has no locks: do not resume this run while it is going on")
             summary = _run(world, map_clients, log, progress, started)
-        summary["wall_s"] = time.monotonic() - started
-        log.write_summary(summary)
+            summary["wall_s"] = time.monotonic() - started
+            log.write_summary(summary)
         return summary
 
 
@@ -263,13 +263,15 @@ def _inputs(world: World) -> dict[str, str | None]:
     """Digests of what the rounds read, by their names in config.json; None where there is nothing of the kind."""
     algorithm, trace, public, small = world.algorithm, world.config.fleet.availability.trace, None, None
     if isinstance(algorithm, FedPT):
-        public, small = algorithm.public, algorithm.small.foundation.digest
+        public, small = algorithm.public, algorithm.small.foundation
     elif isinstance(algorithm, FedPEAT) and (world.config.emulator.server_steps or world.config.emulator.realign_every):
         public = algorithm.workshop.public_text  # what emulators learnt from it before is in their weights
     return {
         "data_digest": world.data.corpus.digest,
         "foundation_sha256": world.foundation.digest,
-        "small_sha256": small,
+        "foundation_config_sha256": text_sha256(world.foundation.config_json),
+        "small_sha256": small and small.digest,
+        "small_config_sha256": small and text_sha256(small.config_json),
         "public_digest": public and public.corpus.digest,
         "trace_sha256": file_sha256(trace) if trace and world.config.fleet.availability.kind == "trace" else None,
     }

@@ -20,6 +20,7 @@ import pytest
 import torch
 import whole_runs
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from whole_runs import assert_same_bits, events, summary
 
 from fedpeat_ray import Simulation, SimulationConfig
@@ -93,17 +94,18 @@ def test_a_run_that_another_process_writes_is_neither_resumed_nor_begun_until_th
 
 
 def test_the_lock_lasts_as_long_as_the_run(run, tiny, tmp_path, monkeypatch):
-    write, refused = RunLog.write_round, []
+    refused = []
+    for name in ("write_round", "write_summary"):
 
-    def try_to_resume(log: RunLog, *arguments: Any) -> None:
-        write(log, *arguments)
-        with pytest.raises(RunDirError, match=f"process {os.getpid()} on "):
-            Simulation(dataclasses.replace(tiny, resume=log.directory)).run()
-        refused.append(log.directory)
+        def try_to_resume(log: RunLog, *arguments: Any, write=getattr(RunLog, name)) -> None:
+            write(log, *arguments)
+            with pytest.raises(RunDirError, match=f"process {os.getpid()} on "):
+                Simulation(dataclasses.replace(tiny, resume=log.directory)).run()
+            refused.append(log.directory)
 
-    monkeypatch.setattr(RunLog, "write_round", try_to_resume)
+        monkeypatch.setattr(RunLog, name, try_to_resume)
     run()
-    assert refused == [tmp_path / "run"] * 2
+    assert refused == [tmp_path / "run"] * 3, "two rounds and the summary"
     with only_writer(tmp_path / "run"):
         pass
 
@@ -132,9 +134,12 @@ def test_other_text_under_the_same_name_is_refused(run, resume, tiny, tmp_path):
 
 def test_another_model_under_the_same_name_is_refused(run, resume, gpt2_dir, tmp_path):
     model = shutil.copytree(gpt2_dir, tmp_path / "model")
-    directory = run(foundation={"name": str(model)})
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-4, "tie_word_embeddings": False}))
+    directory, weights = run(foundation={"name": str(model)}), model / "model.safetensors"
+    edit(model / "config.json", layer_norm_epsilon=1e-4)
+    with pytest.raises(RunDirError, match="foundation_config_sha256 was"):
+        resume(directory, foundation={"name": str(model)})
+    shutil.copy(gpt2_dir / "config.json", model)
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     with pytest.raises(RunDirError, match="foundation_sha256 was"):
         resume(directory, foundation={"name": str(model)})
 
