@@ -2,3 +2,7 @@
 
 python -m analysis report DIR [DIR ...] [--out FILE]
 """
+
+from analysis.load import NotARunError, Run, load_run
+
+__all__ = ["NotARunError", "Run", "load_run"]

@@ -41,6 +41,7 @@ STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,
+    "text.parse_math": False,  # a $ in the name of a run or a model is a $
     "axes.edgecolor": GREY,
     "axes.labelcolor": INK,
     "axes.titlesize": 9.5,

@@ -26,7 +26,7 @@ from fedpeat_ray.errors import ConfigError, FedPeatError, RunDirError
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models.lora import load_adapter, saved_lora
 from fedpeat_ray.models.proxy import ProxyLogits
-from fedpeat_ray.runtime.run_log import read_config
+from fedpeat_ray.runtime.run_log import read_settings
 from fedpeat_ray.training.client_batch import stacked_lora
 
 
@@ -52,7 +52,7 @@ def generate(
         raise ConfigError.of("temperature", temperature, "at least 0")
     if max_new_tokens < 1:
         raise ConfigError.of("max_new_tokens", max_new_tokens, "at least 1")
-    config = SimulationConfig.from_dict(read_config(run_dir)["config"])
+    config = read_settings(run_dir)
     is_proxy = config.algorithm == "fed-pt"
     alpha = config.proxy.alpha if alpha is None else alpha
     large = _model(config.foundation.name)

@@ -361,6 +361,8 @@ class SimulationConfig:
     """Run directory; unset: a new one under $FEDPEAT_RUNS."""
     resume: Path | None = None
     """Run directory to go on with, from its last checkpoint."""
+    accept_changes: bool = False
+    """Resume although other versions of what computes are installed: the bits may differ. The log says so."""
     checkpoint_every: PositiveInt = 5
     """Rounds between checkpoints; the last round always has one."""
     local: LocalConfig = field(default_factory=LocalConfig)
@@ -389,6 +391,8 @@ class SimulationConfig:
             raise ConfigError.of("fleet.availability.min_share", availability.min_share, allowed)
         if self.out is not None and self.resume is not None:
             raise ConfigError.of("out", str(self.out), "unset together with resume, which goes on in its own directory")
+        if self.accept_changes and self.resume is None:
+            raise ConfigError.of("accept_changes", True, "only together with resume")
         if self.hosts.exclusive and self.hosts.backend != "ray":
             raise ConfigError.of("hosts.exclusive", True, "hosts.backend = 'ray'")
         self._validate_emulators()

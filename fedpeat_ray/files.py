@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import re
+import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
 def user_cache_dir() -> Path:
@@ -24,15 +30,16 @@ def file_sha256(path: Path) -> str:
 def written_whole(path: Path) -> Iterator[Path]:
     """Gives a hidden path beside `path` to write to; on success it is flushed to disk and moved there.
 
-    Readers of a directory skip names that start with a dot. Folders are made as needed.
+    The path is this writer's alone, also among processes of several machines. Readers of a directory skip
+    names that start with a dot. Folders are made as needed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    hidden = _hidden_beside(path)
     try:
         yield hidden
-        with hidden.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(hidden)
         hidden.replace(path)
+        flush(path.parent)
     finally:
         hidden.unlink(missing_ok=True)
 
@@ -66,3 +73,51 @@ def kept_sha256(path: Path) -> str | None:
 
 def _hash_of(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
+
+
+@contextlib.contextmanager
+def written_whole_dir(path: Path) -> Iterator[Path]:
+    """The same for a folder, which is there when it is given. An older one in its place goes when the new one is
+    complete: between the two there is none, never a mixture."""
+    hidden, older = _hidden_beside(path), _hidden_beside(path)
+    hidden.mkdir(parents=True)
+    try:
+        yield hidden
+        for part in (*hidden.rglob("*"), hidden):
+            flush(part)
+        if path.exists():
+            path.replace(older)
+        hidden.replace(path)
+        flush(path.parent)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+        shutil.rmtree(older, ignore_errors=True)
+
+
+def remove_dir(path: Path) -> None:
+    """Remove a folder, if it is there; for readers all of it goes at once."""
+    if path.exists():
+        shutil.rmtree(path.replace(_hidden_beside(path)))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left half written in a folder that nobody else writes to."""
+    for path in folder.glob(".*.tmp"):
+        if _UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def flush(path: Path) -> None:
+    """Bring a file, or the names in a folder, to disk. Some file systems cannot do that for a folder, and need not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _hidden_beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")

@@ -17,14 +17,23 @@ from fedpeat_ray.algorithms.fed_pt import FedPT
 from fedpeat_ray.config import SimulationConfig
 from fedpeat_ray.data.corpus import Corpus
 from fedpeat_ray.errors import ConfigError, RunDirError, RunFailedError
-from fedpeat_ray.files import file_sha256
+from fedpeat_ray.files import file_sha256, written_whole_dir
 from fedpeat_ray.runtime import verdict
 from fedpeat_ray.runtime.centralised import tune_centrally
 from fedpeat_ray.runtime.checkpoint import Facts, load_checkpoint, save_checkpoint
 from fedpeat_ray.runtime.process import process_settings
 from fedpeat_ray.runtime.progress import Progress, fits_table
 from fedpeat_ray.runtime.rows import client_columns, round_row
-from fedpeat_ray.runtime.run_log import RunLog, default_run_dir, read_config
+from fedpeat_ray.runtime.run_lock import only_writer
+from fedpeat_ray.runtime.run_log import (
+    ADAPTER,
+    RunLog,
+    changed_versions,
+    check_inputs,
+    default_run_dir,
+    read_config,
+    read_settings,
+)
 from fedpeat_ray.settings import differences
 from fedpeat_ray.training.evaluation import EvaluationTask, Score, ScoreSum
 from fedpeat_ray.training.map_clients import MapClients
@@ -46,6 +55,8 @@ class Simulation:
     def __init__(self, config: SimulationConfig):
         """Raises ConfigError for the first setting that cannot be used."""
         config.validate()
+        out, resume = (path and path.absolute() for path in (config.out, config.resume))  # workers are elsewhere
+        config = dataclasses.replace(config, out=out, resume=resume)
         self.config = _with_resumed(config) if config.resume else config
         self.directory: Path | None = None
         """The run directory, known once `run` has started."""
@@ -62,36 +73,50 @@ class Simulation:
             if log is not None:
                 log.event(kind, **facts)
 
-        before = load_checkpoint(config.resume) if config.resume else None
+        before, has_locks = None, True
         with contextlib.ExitStack() as stack:
+            if config.resume:
+                has_locks = stack.enter_context(only_writer(directory))
+                config, before = _with_resumed(config), load_checkpoint(directory)  # nobody changes them now
+                started -= before[1].wall_s if before else 0.0
             stack.enter_context(process_settings(config.hosts.num_threads))
             progress = stack.enter_context(Progress(config.rounds, first_round=before[1].round + 1 if before else 1))
             progress.stage(f"loading {config.foundation.name} and {config.data.name}")
             world = prepare(config, directory)
+            if config.resume:
+                check_inputs(directory, read_config(directory), _inputs(world))
             for side, corpus in world.corpora.items():
                 if corpus.removed.total:
-                    progress.note(f"{side} text: {corpus.num_documents} documents; left out: {corpus.removed}")
+                    progress.say(f"{side} text: {corpus.num_documents} documents; left out: {corpus.removed}")
             progress.show(fits_table(world.fits))
             if config.foundation.num_shards > 1:
                 progress.stage(f"dividing {config.foundation.name} into {config.foundation.num_shards} shards")
             driver = stack.enter_context(driver_of(world, on_event))
             world = with_emulators(world, driver, progress)
+            if config.resume:
+                check_inputs(directory, read_config(directory), _emulators(world))
             progress.stage("starting hosts")
             map_clients, num_hosts = stack.enter_context(hosts(world, on_event, driver))
             if world.config.client_batch_size == "auto":
                 world = with_measured_batch_size(world, map_clients, num_hosts, progress)
+            if not config.resume:
+                has_locks = stack.enter_context(only_writer(directory))
             log = _open_log(world, directory, num_hosts)
             self.directory = log.directory
-            summary = _run(world, map_clients, log, progress)
-        summary |= {"failure": verdict.failure(summary), "wall_s": time.monotonic() - started}
-        log.write_summary(summary)
+            progress.say(f"run directory: {log.directory}")
+            if not has_locks:
+                progress.say("the file system has no locks: do not resume this run while it is going on")
+            summary = _run(world, map_clients, log, progress, started)
+            summary |= {"failure": verdict.failure(summary), "wall_s": time.monotonic() - started}
+            log.write_summary(summary)
         if summary["failure"]:
             raise RunFailedError(summary["failure"], summary)
         return summary
 
 
-def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress) -> dict[str, Any]:
-    """Everything from the first evaluation to the summary."""
+def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress, run_started: float) -> dict[str, Any]:
+    """Everything from the first evaluation to the summary; `run_started` on the monotonic clock, as if the parts of
+    a resumed run had followed one another."""
     config, algorithm = world.config, world.algorithm
     state, facts = load_checkpoint(log.directory) or (None, None)
     if state is None or facts is None:
@@ -100,7 +125,7 @@ def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress)
         tasks = world.heldout + world.heldout_by_level(algorithm.levels)
         zero_shot = evaluate(world, map_clients, state, tasks)
         facts = Facts(0, 0.0, 0, {group: dataclasses.asdict(score) for group, score in zero_shot.items()})
-        save_checkpoint(log.directory, state, facts)
+        save_checkpoint(log.directory, state, facts.at(time.monotonic() - run_started))
     log.truncate_after(facts.round)
 
     for round in range(facts.round + 1, config.rounds + 1):
@@ -133,7 +158,7 @@ def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress)
             log.event("refused", round=round, what=result.refused, why="the server's state would be not finite")
         facts = Facts(round, row["virtual_s"], facts.num_tokens + row["num_tokens"], facts.zero_shot)
         if round % config.checkpoint_every == 0 or round == config.rounds:
-            save_checkpoint(log.directory, state, facts)
+            save_checkpoint(log.directory, state, facts.at(time.monotonic() - run_started))
         progress.round(row)
     return _finish(world, map_clients, log, progress, state, facts)
 
@@ -143,7 +168,8 @@ def _finish(
 ) -> dict[str, Any]:
     """Save the model, judge it, also against centralised tuning, and sum up the log."""
     config = world.config
-    world.algorithm.save(log.directory / "adapter", state.model_P)
+    with written_whole_dir(log.directory / ADAPTER) as part:
+        world.algorithm.save(part, state.model_P)
     progress.stage("evaluating what came out")
     levels = world.algorithm.levels
     tasks = world.heldout + world.heldout_by_level(levels)
@@ -215,11 +241,15 @@ def gap_closed(zero_shot: float, tuned: float, upper_bound: float | None) -> flo
 
 def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
     """A new run directory, or the one to go on with."""
-    settings = dataclasses.replace(world.config, out=None, resume=None).to_dict()  # the directory may be moved
+    settings = dataclasses.replace(world.config, out=None, resume=None, accept_changes=False).to_dict()
+    if world.config.resume:
+        return RunLog.resume(world.config.resume, settings)
+    inputs = _inputs(world)
+    data_digest = inputs.pop("data_digest")
     resolved: dict[str, Any] = {
         "num_hosts": num_hosts,
         "tiers": world.conditions.fleet.tier_names,
-        "foundation_sha256": world.foundation.digest,
+        **inputs,
         "num_trained_elements": world.algorithm.layout.num_elements,
         "payload_bytes": world.algorithm.layout.payload_bytes(),
         "documents": {side: _documents(corpus) for side, corpus in world.corpora.items()},
@@ -238,11 +268,8 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
             }
             for rung in world.algorithm.ladder.rungs
         ]
-    if world.config.resume:
-        _check_same_weights(world.config.resume, resolved)
-        return RunLog.resume(world.config.resume, settings)
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    log = RunLog.create(directory, settings, resolved, data_digest=world.data.corpus.digest, gpus=gpus)
+    log = RunLog.create(directory, settings, resolved, data_digest=data_digest, gpus=gpus)
     for side, corpus in world.corpora.items():
         if corpus.removed.total:
             log.event("documents_removed", side=side, **dataclasses.asdict(corpus.removed))
@@ -256,28 +283,50 @@ def _documents(corpus: Corpus) -> dict[str, Any]:
     return {"training": corpus.num_documents - heldout, "heldout": heldout, "removed": removed}
 
 
-def _check_same_weights(directory: Path, resolved: dict[str, Any]) -> None:
-    """Raise RunDirError if the run to go on with had another foundation or other emulators, by their hashes."""
-    before = read_config(directory)["resolved"]
-    if before["foundation_sha256"] != (now := resolved["foundation_sha256"]):
-        raise RunDirError(f"{directory} was made with foundation {before['foundation_sha256']}, not {now}")
-    for was, level in zip(before.get("levels", []), resolved.get("levels", []), strict=True):
-        if was["weights_sha256"] != (now := level["weights_sha256"]):
-            name = f"level {level['level']}, {was['weights_sha256']}"
-            raise RunDirError(f"{directory} was made with other emulators than there are now: {name} and {now}")
+def _inputs(world: World) -> dict[str, str | None]:
+    """Digests of what the rounds read, by their names in config.json; None where there is nothing of the kind."""
+    algorithm, trace, public, small = world.algorithm, world.config.fleet.availability.trace, None, None
+    if isinstance(algorithm, FedPT):
+        public, small = algorithm.public, algorithm.small.foundation
+    elif isinstance(algorithm, FedPEAT) and (world.config.emulator.server_steps or world.config.emulator.realign_every):
+        public = algorithm.workshop.public_text  # what emulators learnt from it before is in their weights
+    return {
+        "data_digest": world.data.corpus.digest,
+        "foundation_sha256": world.foundation.digest,
+        "small_sha256": small and small.digest,
+        "public_digest": public and public.corpus.digest,
+        "trace_sha256": file_sha256(trace) if trace and world.config.fleet.availability.kind == "trace" else None,
+    }
 
 
-_MAY_CHANGE = ("out", "resume", "rounds", "checkpoint_every", "hosts")
+def _emulators(world: World) -> dict[str, str | None]:
+    """What is compared of emulators when a run is resumed: their blocks and weights, by level."""
+    if not isinstance(world.algorithm, FedPEAT):
+        return {}
+    rungs = world.algorithm.ladder.rungs
+    return {f"blocks of level {rung.level}": str(list(rung.blocks)) for rung in rungs} | {
+        f"weights_sha256 of level {rung.level}": rung.weights and file_sha256(rung.weights) for rung in rungs
+    }
+
+
+_MAY_CHANGE = ("out", "resume", "accept_changes", "rounds", "checkpoint_every", "hosts")
 _MUST_STAY = ("hosts.num_threads", "hosts.exclusive")  # the last bits depend on them
 
 
 def _with_resumed(config: SimulationConfig) -> SimulationConfig:
     """The configuration of the run to go on with; only what cannot change its results may differ.
 
-    Raises ConfigError for the first setting that differs, RunDirError if the directory holds no run.
+    Raises ConfigError for the first setting that differs, RunDirError if the directory holds no run or if other
+    versions compute now, which `accept_changes` allows.
     """
     assert config.resume is not None
-    stored = SimulationConfig.from_dict(read_config(config.resume)["config"])
+    before, stored = read_config(config.resume), read_settings(config.resume)
+    versions = {} if config.accept_changes else changed_versions(before)
+    for package, (began, now) in versions.items():
+        raise RunDirError(
+            f"{config.resume} cannot be resumed: {package} was {began} when the run began, now it is {now}, and the "
+            "bits may differ; accept_changes goes on nevertheless"
+        )
     for path, was, now in differences(stored, config):
         may_change = path.split(".")[0] in _MAY_CHANGE and path not in _MUST_STAY
         if not may_change and now != "auto":
@@ -285,6 +334,7 @@ def _with_resumed(config: SimulationConfig) -> SimulationConfig:
     kept = {name: getattr(config, name) for name in _MAY_CHANGE}
     merged = dataclasses.replace(stored, **kept)
     checkpoint = load_checkpoint(config.resume)
-    if checkpoint and checkpoint[1].round > config.rounds:
-        raise ConfigError.of("rounds", config.rounds, f"at least {checkpoint[1].round}, which {config.resume} has done")
+    least = max(stored.rounds, checkpoint[1].round if checkpoint else 0)
+    if config.rounds < least:
+        raise ConfigError.of("rounds", config.rounds, f"at least {least}, as many as {config.resume} has")
     return merged

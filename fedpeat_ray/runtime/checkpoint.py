@@ -1,20 +1,21 @@
 """What a run needs to go on: the server's tensors, the clock, and the totals so far.
 
-A checkpoint is a directory that appears whole (written under a hidden name, then moved). Everything
-else a round depends on is a function of the configuration, the round and the virtual clock.
+A checkpoint is a directory that appears whole (`written_whole_dir`). Everything else a round depends on
+is a function of the configuration, the round and the virtual clock.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
 from fedpeat_ray.aggregation.server_optimizer import ServerState
 from fedpeat_ray.errors import RunDirError
+from fedpeat_ray.files import written_whole_dir
 
 _STATE, _FACTS = "state.safetensors", "facts.json"
 
@@ -30,21 +31,23 @@ class Facts:
     """Trained by completed devices so far."""
     zero_shot: dict[str, dict[str, float]]
     """Scores before the first round, by group, as `Score`'s fields."""
+    wall_s: float = 0.0
+    """Measured: the run so far, loading included, in all its parts; 0 in checkpoints that do not say."""
+
+    def at(self, wall_s: float) -> Facts:
+        """The same, with what was measured."""
+        return replace(self, wall_s=wall_s)
 
 
 def save_checkpoint(run_dir: Path, state: ServerState, facts: Facts) -> Path:
     """Write `checkpoints/<round>`; older ones stay until it is there, then go."""
-    folder = run_dir / "checkpoints"
-    final, hidden = folder / f"{facts.round:05d}", folder / f".{facts.round:05d}"
-    shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir(parents=True)
+    final = run_dir / "checkpoints" / f"{facts.round:05d}"
     tensors = {"model": state.model_P}
     tensors |= {f"moment.{name}": tensor for name, tensor in state.moments.items()}
     tensors |= {f"memory.{name}": tensor for name, tensor in state.memory.items()}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, hidden / _STATE)
-    (hidden / _FACTS).write_text(json.dumps(asdict(facts)))
-    shutil.rmtree(final, ignore_errors=True)
-    hidden.replace(final)
+    with written_whole_dir(final) as part:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / _STATE)
+        (part / _FACTS).write_text(json.dumps(asdict(facts)))
     for older in _checkpoints(run_dir)[:-1]:
         shutil.rmtree(older)
     return final
@@ -68,4 +71,6 @@ def load_checkpoint(run_dir: Path) -> tuple[ServerState, Facts] | None:
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
-    return sorted(path for path in (run_dir / "checkpoints").glob("[0-9]*") if path.is_dir())
+    """By round: after 99999, names no longer sort."""
+    found = (path for path in (run_dir / "checkpoints").glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
+    return sorted(found, key=lambda path: int(path.name))

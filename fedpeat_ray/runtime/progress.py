@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as LiveProgress
 from rich.table import Table
+from rich.text import Text
 
 from fedpeat_ray.fleet.fits import Fits
 
@@ -43,7 +44,8 @@ class Progress:
         self._walls_s: list[float] = []
         self._live: LiveProgress | None = None
         if self._console.is_terminal:
-            bar = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            stage = TextColumn("{task.description}", markup=False)
+            bar = (SpinnerColumn(), stage, BarColumn(), MofNCompleteColumn())
             self._live = LiveProgress(*bar, TextColumn("{task.fields[eta]}"), console=self._console, transient=True)
             self._task = self._live.add_task("starting", total=num_rounds, completed=first_round - 1, eta="")
 
@@ -65,9 +67,9 @@ class Progress:
         else:
             self._print(text)
 
-    def note(self, text: str) -> None:
-        """A line that stays."""
-        self._print(text)
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
+        self._print(line)
 
     def round(self, row: Mapping[str, Any]) -> None:
         """Say how a round went; `row` is its row of the rounds table."""
@@ -94,7 +96,7 @@ class Progress:
         self._console.file.flush()
 
     def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)  # a log has no width to wrap at
+        self._console.print(Text(line), soft_wrap=True)  # as it is: brackets are no markup, a log has no width
         self._console.file.flush()
 
 
@@ -113,37 +115,42 @@ def fits_table(found: Fits) -> Table:
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """What came out of a run, from its summary.json."""
     perplexity = summary["perplexity"]
-    table = Table(box=box.SIMPLE, show_header=False, title=f"{summary['algorithm']}, {summary['rounds']} rounds")
+    title = Text(f"{summary['algorithm']}, {summary['rounds']} rounds")
+    table = Table(box=box.SIMPLE, show_header=False, title=title)
     table.add_column()
     table.add_column(justify="right")
-    table.add_row("perplexity, zero-shot", _number(perplexity["zero_shot"]))
+
+    def add(name: str, value: str) -> None:
+        table.add_row(Text(name), Text(value))  # as they are: brackets are no markup
+
+    add("perplexity, zero-shot", _number(perplexity["zero_shot"]))
     for level, before in perplexity.get("emulator_zero_shot", {}).items():
         change = {"zero_shot": before, "tuned": perplexity["emulator_tuned"][level]}
-        table.add_row(f"perplexity, emulator of level {level}", _change(change, _number))
+        add(f"perplexity, emulator of level {level}", _change(change, _number))
     if "small_tuned" in perplexity:
         change = {"zero_shot": perplexity["small_zero_shot"], "tuned": perplexity["small_tuned"]}
-        table.add_row("perplexity, small model alone", _change(change, _number))
+        add("perplexity, small model alone", _change(change, _number))
     how = "plug-in" if "plug_in" in perplexity else "steered" if "proxy_tuned" in perplexity else "tuned"
-    table.add_row(f"perplexity, {how}", _number(perplexity["tuned"]))
+    add(f"perplexity, {how}", _number(perplexity["tuned"]))
     if perplexity.get("upper_bound") is not None:
-        table.add_row("perplexity, tuned centrally", _number(perplexity["upper_bound"]))
-        table.add_row("share of the gap closed", _percent(summary.get("gap_closed")))
+        add("perplexity, tuned centrally", _number(perplexity["upper_bound"]))
+        add("share of the gap closed", _percent(summary.get("gap_closed")))
     if "privacy_gap" in summary:
-        table.add_row("privacy gap", _number(summary["privacy_gap"]))
-    table.add_row("token accuracy", _change(summary["token_accuracy"], _percent))
+        add("privacy gap", _number(summary["privacy_gap"]))
+    add("token accuracy", _change(summary["token_accuracy"], _percent))
     table.add_section()
-    table.add_row("updates used", f"{summary['num_completed']:,}")
-    table.add_row("devices dropped", f"{summary['num_dropped']:,}")
+    add("updates used", f"{summary['num_completed']:,}")
+    add("devices dropped", f"{summary['num_dropped']:,}")
     for reason, count in (summary.get("drop_reasons") or {}).items():
-        table.add_row(f"  {reason}", f"{count:,}")
+        add(f"  {reason}", f"{count:,}")
     table.add_section()
-    table.add_row("virtual time", human_seconds(summary["virtual_s"]))
-    table.add_row("sent to devices", human_bytes(summary["download_bytes"]))
+    add("virtual time", human_seconds(summary["virtual_s"]))
+    add("sent to devices", human_bytes(summary["download_bytes"]))
     if "plug_in" in perplexity:
-        table.add_row("  of these emulators", human_bytes(summary["emulator_bytes"]))
-    table.add_row("sent by devices", human_bytes(summary["upload_bytes"]))
-    table.add_row("energy of devices", _scaled(summary["energy_j"], ("J", "kJ", "MJ", "GJ")))
-    table.add_row("wall time", human_seconds(summary["wall_s"]))
+        add("  of these emulators", human_bytes(summary["emulator_bytes"]))
+    add("sent by devices", human_bytes(summary["upload_bytes"]))
+    add("energy of devices", _scaled(summary["energy_j"], ("J", "kJ", "MJ", "GJ")))
+    add("wall time", human_seconds(summary["wall_s"]))
     return table
 
 

@@ -30,7 +30,7 @@ from fedpeat_ray.models.foundation import Foundation, load_backbone
 from fedpeat_ray.records import MEMORY, Assignment, ClientReport, ClientTask
 from fedpeat_ray.runtime.host_jobs import MOST_BATCHES, Away, HostJobs, Job
 from fedpeat_ray.runtime.node_files import Sent, files_of, receive, send
-from fedpeat_ray.runtime.process import cap_memory, is_out_of_memory, keep_freed_memory
+from fedpeat_ray.runtime.process import cap_memory, is_out_of_memory, keep_freed_memory, kept_sigterm
 from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.training.map_clients import Aggregator, Where
 
@@ -331,15 +331,16 @@ class ExclusiveHosts(RayHosts):
 
 def start_or_join(num_cpus: int) -> None:
     """Join the cluster this process was submitted to ($RAY_ADDRESS), or start a Ray of at least these cores."""
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        return
-    num_cores = len(os.sched_getaffinity(0))
-    ray.init(
-        address="local",  # without it, a stale cluster file would be tried first
-        num_cpus=max(num_cores, num_cpus),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
-    )
+    with kept_sigterm():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            return
+        num_cores = len(os.sched_getaffinity(0))
+        ray.init(
+            address="local",  # without it, a stale cluster file would be tried first
+            num_cpus=max(num_cores, num_cpus),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+        )

@@ -24,12 +24,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fedpeat_ray.errors import RunDirError
-from fedpeat_ray.files import written_whole
+from fedpeat_ray.config import SimulationConfig
+from fedpeat_ray.errors import ConfigError, RunDirError
+from fedpeat_ray.files import flush, remove_dir, remove_unfinished, written_whole
 from fedpeat_ray.records import CLIENT_COLUMNS, DROP_REASONS, ROUND_COLUMNS, Column, arrow_schema
 
-CONFIG, SUMMARY, EVENTS = "config.json", "summary.json", "events.jsonl"
+CONFIG, SUMMARY, EVENTS, ADAPTER = "config.json", "summary.json", "events.jsonl", "adapter"
 PACKAGES = ("fedpeat_ray", "ray", "torch", "transformers", "peft", "deepspeed", "numpy", "pyarrow", "pandas")
+COMPUTING = ("fedpeat_ray", "torch", "transformers", "peft", "numpy")  # the bits of a run depend on these
 
 _CHECKOUT = Path(__file__).parents[2]
 
@@ -67,6 +69,7 @@ class RunLog:
         try:
             (directory / "rounds").mkdir(parents=True)  # claims the directory: of two runs, one gets it
             (directory / "clients").mkdir()
+            flush(directory.parent)
         except FileExistsError as error:
             raise RunDirError(f"{error.filename} exists: the directory holds another run, or is no directory") from None
         except OSError as error:
@@ -101,11 +104,23 @@ class RunLog:
 
     @classmethod
     def resume(cls, directory: Path, config: Mapping[str, Any]) -> RunLog:
-        """Go on writing a run directory, with this configuration; raises RunDirError if it holds no run."""
+        """Go on writing a run directory, with this configuration; raises RunDirError if it holds no run.
+
+        What a killed process left half written goes. The event `changed` names what computes otherwise than when
+        the run began.
+        """
         log = cls(directory.absolute())
         before = read_config(directory)
+        for folder in ("", "rounds", "clients", "checkpoints", "emulators"):
+            remove_unfinished(log.directory / folder)
         _write_json(log.directory / CONFIG, {**before, "config": config})
         log.event("resumed", changed={k: v for k, v in config.items() if before["config"].get(k) != v})
+        changed: dict[str, Any] = {"versions": versions} if (versions := changed_versions(before)) else {}
+        commits = [(git or {}).get("commit") for git in (before.get("git"), _git_state())]
+        if all(commits) and commits[0] != commits[1]:
+            changed["commit"] = commits
+        if changed:
+            log.event("changed", **changed)
         return log
 
     def write_round(
@@ -150,11 +165,12 @@ class RunLog:
         return {**sums, "drop_reasons": {reason: counted.get(reason, 0) for reason in DROP_REASONS}}
 
     def truncate_after(self, round: int) -> None:
-        """Remove the parts of rounds later than the checkpoint that is resumed, and the summary.
+        """Remove the parts of rounds later than the checkpoint that is resumed, the summary and the adapter.
 
         Events stay: they tell what happened, also in the rounds that are run again.
         """
         (self.directory / SUMMARY).unlink(missing_ok=True)
+        remove_dir(self.directory / ADAPTER)
         for folder in ("rounds", "clients"):  # the reverse of the order of writing
             for part in (self.directory / folder).glob("*.parquet"):
                 if int(part.stem) > round:
@@ -175,6 +191,48 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not (isinstance(values, dict) and isinstance(values.get("config"), dict)):
         raise RunDirError(f"{directory} holds no run: {CONFIG} has no configuration")
     return values
+
+
+def read_settings(directory: Path) -> SimulationConfig:
+    """The settings of the run in a directory. Raises RunDirError if it holds none, or one of other settings."""
+    try:
+        return SimulationConfig.from_dict(read_config(directory)["config"])
+    except (ConfigError, TypeError, AttributeError) as error:
+        raise RunDirError(f"{directory / CONFIG} is of another version: {error}") from error
+
+
+def last_round(directory: Path) -> int:
+    """The last round that is complete; 0 if none is."""
+    return max((int(part.stem) for part in (directory / "rounds").glob("[0-9]*.parquet")), default=0)
+
+
+def changed_versions(before: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Packages the bits depend on, as a config.json has them and as they are, where the two differ."""
+    was, now = before.get("versions") or {}, _versions()
+    pairs = {package: [was.get(package), now[package]] for package in COMPUTING}
+    return {package: [one, other] for package, (one, other) in pairs.items() if one and other and one != other}
+
+
+def check_inputs(directory: Path, before: Mapping[str, Any], now: Mapping[str, str | None]) -> None:
+    """Raise RunDirError if a run that began with `before`, a config.json, would go on with something else.
+
+    What either side does not say is not compared: config.json has not always said everything.
+
+    Args:
+        directory: for the message.
+        before: config.json.
+        now: digests by name: data_digest, and those of `resolved`, of a level as e.g. "weights_sha256 of level 1".
+    """
+    resolved = before.get("resolved") or {}
+    was = {"data_digest": before.get("data_digest"), **resolved} | {
+        f"{name} of level {level['level']}": level.get(name)
+        for level in resolved.get("levels") or ()
+        for name in ("blocks", "weights_sha256")
+    }
+    for name, value in now.items():
+        if (began := was.get(name)) is not None and value is not None and str(began) != str(value):
+            one, other = (f"{text[:12]}…" if len(text) == 64 else text for text in (str(began), str(value)))
+            raise RunDirError(f"{directory} cannot be resumed: {name} was {one} when the run began, now it is {other}")
 
 
 def default_run_dir(algorithm: str, seed: int) -> Path:

@@ -376,3 +376,21 @@ def test_examples_of_the_docs_run(tmp_path, monkeypatch):
 
 def test_time_units_read_well():
     assert [figures.time_unit(seconds)[1] for seconds in (0, 179, 180, 11_000, 1e6)] == ["s", "s", "min", "h", "days"]
+
+
+def test_names_with_dollars_brackets_and_braces_are_drawn_as_they_are(tmp_path):
+    names = ("$x_{$ one", "[old] $\\frac two$")
+    for emulators in (False, True):
+        runs = [load_run(write_run(tmp_path / f"{emulators}" / name, emulators=emulators)) for name in names]
+        labelled = label_runs(runs)
+        assert set(labelled) == set(names)
+        render(labelled)
+
+
+def test_the_package_gives_what_reads_a_run():
+    import analysis
+
+    assert analysis.load_run is load_run and {"load_run", "Run", "NotARunError"} <= set(analysis.__all__)
+    code = "import sys, analysis; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False", "figures are loaded where they are drawn"
