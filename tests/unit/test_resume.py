@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,15 +95,18 @@ def test_a_run_that_another_process_writes_is_neither_resumed_nor_begun_until_th
 
 def test_the_lock_lasts_as_long_as_the_run(run, tiny, tmp_path, monkeypatch):
     refused = []
-    for name, write in (("write_round", RunLog.write_round), ("write_summary", RunLog.write_summary)):
 
-        def try_to_resume(log: RunLog, *arguments: Any, write: Callable = write) -> None:
+    def then_try_to_resume(write: Any) -> Any:
+        def wrapped(log: RunLog, *arguments: Any) -> None:
             write(log, *arguments)
             with pytest.raises(RunDirError, match=f"process {os.getpid()} on "):
                 Simulation(dataclasses.replace(tiny, resume=log.directory)).run()
             refused.append(log.directory)
 
-        monkeypatch.setattr(RunLog, name, try_to_resume)
+        return wrapped
+
+    for name in ("write_round", "write_summary"):
+        monkeypatch.setattr(RunLog, name, then_try_to_resume(getattr(RunLog, name)))
     run()
     assert refused == [tmp_path / "run"] * 3, "two rounds and the summary"
     with only_writer(tmp_path / "run"):
@@ -298,7 +301,7 @@ def test_a_run_directory_is_where_the_person_was_whatever_the_process_does_next(
     begun = Simulation(dataclasses.replace(tiny, out=Path("run")))
     monkeypatch.chdir(tmp_path / "there")
     begun.run()
-    assert begun.directory == tmp_path / "here" / "run" and (begun.directory / "summary.json").exists()
+    assert begun.directory == tmp_path / "here" / "run" and (tmp_path / "here" / "run" / "summary.json").exists()
     monkeypatch.chdir(tmp_path / "here")
     resumed = Simulation(dataclasses.replace(tiny, resume=Path("run"), rounds=3))
     monkeypatch.chdir(tmp_path / "there")
