@@ -139,6 +139,7 @@ def render(runs: Runs) -> str:
         runs=runs,
         descriptions={label: describe(run) for label, run in runs.items()},
         outcomes={label: _outcome(run) for label, run in runs.items()},
+        warnings={label: _warnings(run) for label, run in runs.items()},
         key_figures=_side_by_side(facts),
         sections=[(section, _image(section, runs)) for section in SECTIONS if has_emulators or not section.emulators],
         events={label: _events(run.events) for label, run in runs.items() if len(run.events)},
@@ -212,6 +213,18 @@ def _outcome(run: Run) -> str:
         elif not run.levels:
             text += f". The small model alone went from {_number(before)} to {_number(after)}"
     return text + "."
+
+
+def _warnings(run: Run) -> list[str]:
+    """What to know before reading the results: that there are none, that they are worse, what was ignored."""
+    summary = run.summary or {}
+    lines = [f"This run has no result: {summary['failure']}."] if summary.get("failure") else []
+    lines += [f"{line[0].upper()}{line[1:]}." for line in summary.get("warnings") or ()]
+    if "setting" in run.events and "counts_if" in run.events:
+        ignored = run.events[run.events["kind"] == "ignored_setting"].drop_duplicates("setting")
+        for event in ignored.to_dict("records"):
+            lines.append(f"{event['setting']} had no effect: it counts if {event['counts_if']}.")
+    return lines
 
 
 def _key_figures(run: Run, on_devices: Sequence[str] = ()) -> dict[str, str]:

@@ -63,6 +63,8 @@ class Simulation:
         with contextlib.ExitStack() as stack:
             stack.enter_context(process_settings(config.hosts.num_threads))
             progress = stack.enter_context(Progress(config.rounds, first_round=before[1].round + 1 if before else 1))
+            for path, value, when in config.without_effect():
+                progress.warn(f"{path} = {value!r} has no effect here: it counts if {when}")
             progress.stage(f"loading {config.foundation.name} and {config.data.name}")
             world = prepare(config, directory)
             progress.show(fits_table(world.fits))
@@ -77,6 +79,9 @@ class Simulation:
             log = _open_log(world, directory, num_hosts)
             self.directory = log.directory
             summary = _run(world, map_clients, log, progress)
+        summary["warnings"] = verdict.warnings(summary)
+        for line in summary["warnings"]:
+            log.event("warning", text=line)
         summary |= {"failure": verdict.failure(summary), "wall_s": time.monotonic() - started}
         log.write_summary(summary)
         if summary["failure"]:
@@ -229,7 +234,10 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
             for rung in world.algorithm.ladder.rungs
         ]
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return RunLog.create(directory, settings, resolved, data_digest=world.data.corpus.digest, gpus=gpus)
+    log = RunLog.create(directory, settings, resolved, data_digest=world.data.corpus.digest, gpus=gpus)
+    for path, value, when in world.config.without_effect():
+        log.event("ignored_setting", setting=path, value=value, counts_if=when)
+    return log
 
 
 _MAY_CHANGE = ("out", "resume", "rounds", "checkpoint_every", "hosts")

@@ -65,6 +65,10 @@ class Progress:
         else:
             self._print(text)
 
+    def warn(self, line: str) -> None:
+        """Say what may not be as it was meant, above the rounds."""
+        self._print(f"warning: {line}")
+
     def round(self, row: Mapping[str, Any]) -> None:
         """Say how a round went; `row` is its row of the rounds table."""
         self._walls_s.append(row["wall_s"])
@@ -144,8 +148,11 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
 
 
 def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print `summary_table`; plain text where the output is no terminal."""
-    (console or _standard_output()).print(summary_table(summary))
+    """Print the run's warnings, then `summary_table`; plain text where the output is no terminal."""
+    console = console or _standard_output()
+    for line in summary.get("warnings") or ():
+        console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
+    console.print(summary_table(summary))
 
 
 def human_bytes(num_bytes: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What a run must say of itself at its end: that it came to nothing."""
+"""What a run must say of itself at its end: that it came to nothing, or to less than it seems."""
 
 from __future__ import annotations
 
@@ -19,6 +19,19 @@ def failure(summary: Mapping[str, Any]) -> str | None:
         hint = "the updates grew too large, a smaller local.learning_rate or server.learning_rate may help"
         return f"the perplexity at the end is no number ({', '.join(wrong)}): {hint}"
     return None
+
+
+def warnings(summary: Mapping[str, Any]) -> list[str]:
+    """A line for each thing that a reader of the results should know first."""
+    found, perplexity = [], summary["perplexity"]
+    empty = summary["rounds_without_updates"]
+    if 0 < empty < summary["rounds"]:  # in all of them: see `failure`
+        found.append(f"no update was used in {empty} of {summary['rounds']} rounds")
+    for what, before, after in (("model", "zero_shot", "tuned"), ("small model", "small_zero_shot", "small_tuned")):
+        if after in perplexity and perplexity[after] > perplexity[before]:
+            change = f"{perplexity[before]:.2f} -> {perplexity[after]:.2f}"
+            found.append(f"the tuned {what} is worse than it was before: perplexity {change}")
+    return found
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
