@@ -63,14 +63,14 @@ STYLE: dict[Any, Any] = {
 }
 WIDTH = 8.4  # inches
 ZERO_SHOT: dict[str, Any] = {"linewidth": 1.2, "linestyle": ":"}
-UPPER_BOUND: dict[str, Any] = {"linewidth": 1.2, "linestyle": "--", "alpha": 0.8}
+CENTRALISED: dict[str, Any] = {"linewidth": 1.2, "linestyle": "--", "alpha": 0.8}
 ON_DEVICES: dict[str, Any] = {"linewidth": 1.4, "linestyle": (0, (3, 1.5)), "marker": "o", "markersize": 3.5}
 BYTES_COLOURS = {"emulators, down": "#CC79A7", "adapters, down and up": "#0072B2"}
 
 FOUNDATION_LINES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero_shot": ("foundation, zero-shot", {"color": GREY, **ZERO_SHOT}),
     "plug_in": ("foundation with the adapter: plug-in", {"color": RUN_COLOURS[0], "linewidth": 1.2}),
-    "upper_bound": ("upper bound: tuned centrally", {"color": RUN_COLOURS[1], **UPPER_BOUND}),
+    "centralised": ("tuned centrally", {"color": RUN_COLOURS[1], **CENTRALISED}),
 }
 
 
@@ -307,12 +307,12 @@ def _perplexity(runs: Runs, costs: Mapping[str, Cost], panel_height: float, on_d
     for axes, (name, cost) in zip(panels, costs.items(), strict=True):
         for run, colour in zip(runs.values(), _colours(runs), strict=True):
             points = pd.DataFrame({"cost": cost(run.rounds), "perplexity": run.rounds["perplexity"]}).dropna()
-            zero_shot, upper_bound = (_reference(run, key) for key in ("zero_shot", "upper_bound"))
+            zero_shot, centralised = (_reference(run, key) for key in ("zero_shot", "centralised"))
             if zero_shot is not None:
                 points = pd.concat([pd.DataFrame({"cost": [0.0], "perplexity": [zero_shot]}), points])
                 axes.axhline(zero_shot, color=GREY, **ZERO_SHOT)
-            if upper_bound is not None:
-                axes.axhline(upper_bound, color=colour, **UPPER_BOUND)
+            if centralised is not None:
+                axes.axhline(centralised, color=colour, **CENTRALISED)
             marker = "o" if len(points) <= 40 else None
             if on_devices and not (path := _path_on_devices(run, cost)).empty:
                 how = ON_DEVICES | {"marker": marker, "markerfacecolor": "white"}
@@ -332,8 +332,8 @@ def _perplexity(runs: Runs, costs: Mapping[str, Cost], panel_height: float, on_d
         )
     if any(_reference(run, "zero_shot") is not None for run in runs.values()):
         lines.append(Line2D([], [], color=GREY, label="zero-shot", **ZERO_SHOT))
-    if any(_reference(run, "upper_bound") is not None for run in runs.values()):
-        lines.append(Line2D([], [], color=GREY, label="upper bound: tuned centrally", **UPPER_BOUND))
+    if any(_reference(run, "centralised") is not None for run in runs.values()):
+        lines.append(Line2D([], [], color=GREY, label="tuned centrally", **CENTRALISED))
     figure.legend(handles=lines, loc="outside upper left", ncols=3)
     return figure
 

@@ -12,6 +12,9 @@ import pandas as pd
 Frame = Any  # a pandas DataFrame: under pandas's own annotations most honest uses fail a type check
 
 
+_CALLED_NOW = {"upper_bound": "centralised"}  # in the summaries of older runs
+
+
 class NotARunError(ValueError):
     """A directory holds no run that can be read."""
 
@@ -50,7 +53,8 @@ class Run:
     @property
     def perplexity(self) -> dict[str, Any]:
         """What summary.json says of it; empty while the run is unfinished."""
-        return (self.summary or {}).get("perplexity") or {}
+        values = (self.summary or {}).get("perplexity") or {}
+        return {_CALLED_NOW.get(name, name): value for name, value in values.items()}
 
     @property
     def on_devices(self) -> dict[str, tuple[float | None, float | None]]:

@@ -45,7 +45,7 @@ SECTIONS = (
     Section(
         "Quality over rounds",
         "Perplexity on held-out private text after each round (lower is better), from the foundation as it came "
-        "(zero-shot) towards what tuning centrally on the pooled data reaches with as many tokens (upper bound).",
+        "(zero-shot) towards what tuning centrally on the pooled data reaches with as many tokens.",
         figures.perplexity_over_rounds,
         "Perplexity was not measured.",
     ),
@@ -139,6 +139,7 @@ def render(runs: Runs) -> str:
         runs=runs,
         descriptions={label: describe(run) for label, run in runs.items()},
         outcomes={label: _outcome(run) for label, run in runs.items()},
+        warnings={label: _warnings(run) for label, run in runs.items()},
         key_figures=_side_by_side(facts),
         sections=[(section, _image(section, runs)) for section in SECTIONS if has_emulators or not section.emulators],
         events={label: _events(run.events) for label, run in runs.items() if len(run.events)},
@@ -202,8 +203,11 @@ def _outcome(run: Run) -> str:
     elif run.on_devices:
         text += " with the foundation steered by the small model"
     gap = (run.summary or {}).get("gap_closed")
-    if gap is not None and perplexity.get("upper_bound") is not None:
-        text += f", which is {gap:.0%} of the way to tuning centrally ({perplexity['upper_bound']:.2f})"
+    centralised = perplexity.get("centralised")
+    if gap is not None and centralised is not None:
+        text += f", which is {gap:.0%} of the way to tuning centrally ({centralised:.2f})"
+    elif centralised is not None:
+        text += f"; tuning centrally with as many tokens came to {centralised:.2f}, so it is no bound here"
     if run.on_devices:
         before, after = list(run.on_devices.values())[-1]
         if (gap := (run.summary or {}).get("privacy_gap")) is not None:
@@ -212,6 +216,18 @@ def _outcome(run: Run) -> str:
         elif not run.levels:
             text += f". The small model alone went from {_number(before)} to {_number(after)}"
     return text + "."
+
+
+def _warnings(run: Run) -> list[str]:
+    """What to know before reading the results: that there are none, that they are worse, what was ignored."""
+    summary = run.summary or {}
+    lines = [f"This run has no result: {summary['failure']}."] if summary.get("failure") else []
+    lines += [f"{line[0].upper()}{line[1:]}." for line in summary.get("warnings") or ()]
+    if "setting" in run.events and "counts_if" in run.events:
+        ignored = run.events[run.events["kind"] == "ignored_setting"].drop_duplicates("setting")
+        for event in ignored.to_dict("records"):
+            lines.append(f"{event['setting']} had no effect: it counts if {event['counts_if']}.")
+    return lines
 
 
 def _key_figures(run: Run, on_devices: Sequence[str] = ()) -> dict[str, str]:
@@ -228,7 +244,7 @@ def _key_figures(run: Run, on_devices: Sequence[str] = ()) -> dict[str, str]:
         "Perplexity, zero-shot": _number(perplexity.get("zero_shot")),
         **{f"Perplexity, {name}": _change(*run.on_devices.get(name, (None, None))) for name in on_devices},
         "Perplexity, tuned": _number(perplexity.get("tuned", _last(rounds["perplexity"]))) + how,
-        "Perplexity, upper bound": _number(perplexity.get("upper_bound")),
+        "Perplexity, tuned centrally": _number(perplexity.get("centralised")),
         "Share of the gap closed": _percent(summary.get("gap_closed")),
         **({"Privacy gap": _number(summary["privacy_gap"])} if "privacy_gap" in summary else {}),
         "Token accuracy, zero-shot": _percent(accuracy.get("zero_shot")),

@@ -8,6 +8,7 @@ with the field, its value and what is allowed.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,15 +25,19 @@ from fedpeat_ray.settings import (
     SequenceLength,
     Share,
     check,
+    differences,
     from_plain,
+    of_today,
     to_plain,
-    without,
 )
 
 REMOVED = {
     "evaluation.num_sequences_per_tier": "quality by tier, while the text of devices does not depend on their tier",
 }
 """Settings that there once were and what for: config.json of older runs still has them, and they are ignored."""
+
+RENAMED = {"evaluation.upper_bound": "centralised"}
+"""What settings in config.json of older runs are called now."""
 
 
 @dataclass(frozen=True)
@@ -316,8 +321,8 @@ class EvaluationConfig:
     """Held-out sequences for the overall figure."""
     sequence_length: SequenceLength = 128
     """Tokens a held-out sequence."""
-    upper_bound: bool = True
-    """Also tune centrally on the pooled data with the same token budget (cached by configuration)."""
+    centralised: bool = True
+    """Also tune what the algorithm trains centrally, on the pooled data with as many tokens (cached)."""
 
 
 @dataclass(frozen=True)
@@ -437,11 +442,99 @@ class SimulationConfig:
         whole = self.algorithm == "fed-avg" or (self.algorithm == "fed-peat" and self.emulator.trained == "blocks")
         return 5e-4 if whole else 2e-3
 
+    def without_effect(self) -> list[tuple[str, Any, str]]:
+        """(setting, value, when it would count) of all that differ from their default and change nothing here."""
+        found = []
+        for path, _, value in differences(SimulationConfig(), self):
+            for when, counts, settings in COUNTS_ONLY:
+                if any(path == name or path.startswith(f"{name}.") for name in settings) and not counts(self):
+                    found.append((path, value, when))
+                    break
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: paths as strings, tuples as lists, infinity as "inf"."""
         return to_plain(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SimulationConfig:
-        """The inverse of `to_dict`; ignores what was REMOVED, raises ConfigError for a field that never was."""
-        return from_plain(cls, without(values, REMOVED))
+        """The inverse of `to_dict`, also of older versions' (REMOVED, RENAMED); raises ConfigError for a field that
+        never was."""
+        return from_plain(cls, of_today(values, REMOVED, RENAMED))
+
+
+def _has_emulators(config: SimulationConfig) -> bool:
+    return config.algorithm == "fed-peat" or (config.algorithm == "fed-pt" and config.proxy.emulators)
+
+
+def _has_lora(config: SimulationConfig) -> bool:
+    return config.algorithm != "fed-avg" and (config.algorithm != "fed-peat" or config.emulator.trained == "lora")
+
+
+def _reads_public_text(config: SimulationConfig) -> bool:
+    if config.algorithm == "fed-pt" and config.proxy.steps:
+        return True
+    return _has_emulators(config) and config.emulator.needs_public_text
+
+
+_PROXY_STEPS = ("batch_size", "sequence_length", "learning_rate", "kl_weight", "temperature", "top_k")
+_READING = ("subset", "split", "text_column", "source_column", "label_column", "heldout_share")
+_FADING = ("bandwidth_hz", "server_power_w", "device_power_w", "noise_dbm_per_hz", "path_loss_db_at_1km")
+_FADING += ("path_loss_exponent", "cell_radius_m", "min_distance_m", "rician_k")
+
+COUNTS_ONLY: tuple[tuple[str, Callable[[SimulationConfig], bool], tuple[str, ...]], ...] = (
+    ("devices train LoRA", _has_lora, ("lora",)),
+    ("devices train LoRA", lambda c: _has_lora(c) or c.client_batch_size == 1, ("client_batch_size",)),
+    ("devices get emulators (fed-peat, or fed-pt with proxy.emulators)", _has_emulators, ("emulator", "control")),
+    ("algorithm is fed-pt", lambda c: c.algorithm == "fed-pt", ("proxy",)),
+    ("proxy.steps is above 0", lambda c: c.proxy.steps > 0, tuple(f"proxy.{name}" for name in _PROXY_STEPS)),
+    (
+        "emulators are distilled",
+        lambda c: c.emulator.weights != "foundation" or c.emulator.realign_every > 0,
+        ("emulator.distil",),
+    ),
+    ("emulator.realign_every is above 0", lambda c: c.emulator.realign_every > 0, ("emulator.realign_steps",)),
+    ("control.kind is fixed", lambda c: c.control.kind == "fixed", ("control.level",)),
+    ("server.optimizer is adam or yogi", lambda c: c.server.optimizer != "sgd", ("server.beta2", "server.tau")),
+    ("foundation.num_shards is above 1", lambda c: c.foundation.num_shards > 1, ("foundation.num_gpus",)),
+    ("something learns from public text", _reads_public_text, ("data.public_name",)),
+    (
+        "data are not embedded",
+        lambda c: c.data.name != "python_docs" or (c.data.public_name is not None and _reads_public_text(c)),
+        tuple(f"data.{name}" for name in _READING),
+    ),
+    ("data.partition.kind is dirichlet", lambda c: c.data.partition.kind == "dirichlet", ("data.partition.alpha",)),
+    (
+        "data.partition.kind is shards",
+        lambda c: c.data.partition.kind == "shards",
+        ("data.partition.shards_per_device", "data.partition.num_shards"),
+    ),
+    ("data.partition.kind is not iid", lambda c: c.data.partition.kind != "iid", ("data.partition.group_by",)),
+    (
+        "fleet.availability.kind is markov",
+        lambda c: c.fleet.availability.kind == "markov",
+        ("fleet.availability.mean_on_s", "fleet.availability.mean_off_s"),
+    ),
+    (
+        "fleet.availability.kind is diurnal",
+        lambda c: c.fleet.availability.kind == "diurnal",
+        ("fleet.availability.day_s", "fleet.availability.min_share", "fleet.availability.max_share"),
+    ),
+    (
+        "fleet.availability.kind is trace",
+        lambda c: c.fleet.availability.kind == "trace",
+        ("fleet.availability.trace",),
+    ),
+    (
+        "fleet.channel.kind is not nominal",
+        lambda c: c.fleet.channel.kind != "nominal",
+        tuple(f"fleet.channel.{name}" for name in _FADING),
+    ),
+    ("fleet.channel.kind is rician", lambda c: c.fleet.channel.kind == "rician", ("fleet.channel.rician_k",)),
+    (
+        "hosts.backend is ray",
+        lambda c: c.hosts.backend == "ray",
+        ("hosts.num_hosts", "hosts.num_gpus", "hosts.memory_gib"),
+    ),
+)
+"""When settings count that do not always count: a reason, the same as a function, and the settings or whole parts."""

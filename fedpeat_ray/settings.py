@@ -7,7 +7,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -105,12 +105,14 @@ def to_plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def without(values: dict[str, Any], paths: Collection[str], prefix: str = "") -> dict[str, Any]:
-    """Plain values less those of these dotted paths."""
+def of_today(
+    values: dict[str, Any], removed: Collection[str], renamed: Mapping[str, str], prefix: str = ""
+) -> dict[str, Any]:
+    """Plain values of an older version: less those of some dotted paths, and others under the names of today."""
     return {
-        name: without(value, paths, f"{prefix}{name}.") if isinstance(value, dict) else value
+        renamed.get(path, name): of_today(value, removed, renamed, f"{path}.") if isinstance(value, dict) else value
         for name, value in values.items()
-        if f"{prefix}{name}" not in paths
+        if (path := f"{prefix}{name}") not in removed
     }
 
 

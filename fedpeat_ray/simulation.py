@@ -81,6 +81,8 @@ class Simulation:
                 started -= before[1].wall_s if before else 0.0
             stack.enter_context(process_settings(config.hosts.num_threads))
             progress = stack.enter_context(Progress(config.rounds, first_round=before[1].round + 1 if before else 1))
+            for path, value, when in config.without_effect():
+                progress.warn(f"{path} = {value!r} has no effect here: it counts if {when}")
             progress.stage(f"loading {config.foundation.name} and {config.data.name}")
             world = prepare(config, directory)
             if config.resume:
@@ -107,7 +109,10 @@ class Simulation:
             if not has_locks:
                 progress.say("the file system has no locks: do not resume this run while it is going on")
             summary = _run(world, map_clients, log, progress, started)
-            summary |= {"failure": verdict.failure(summary), "wall_s": time.monotonic() - started}
+            summary |= {"warnings": verdict.warnings(summary), "failure": verdict.failure(summary)}
+            for line in summary["warnings"]:
+                log.event("warning", text=line)
+            summary["wall_s"] = time.monotonic() - started
             log.write_summary(summary)
         if summary["failure"]:
             raise RunFailedError(summary["failure"], summary)
@@ -175,8 +180,8 @@ def _finish(
     tasks = world.heldout + world.heldout_by_level(levels)
     tuned = evaluate(world, map_clients, state, tasks)
     zero_shot = {group: Score(**values) for group, values in facts.zero_shot.items()}
-    upper_bound = None
-    if config.evaluation.upper_bound and facts.num_tokens:
+    centralised = None
+    if config.evaluation.centralised and facts.num_tokens:
         progress.stage("tuning centrally, for comparison")
 
         def judge(model_P: Tensor) -> float:
@@ -184,8 +189,8 @@ def _finish(
                 ALL
             ].perplexity
 
-        upper_bound = tune_centrally(world.reference, world.data, config, facts.num_tokens, map_clients, judge)
-    perplexity = {"zero_shot": zero_shot[ALL].perplexity, "tuned": tuned[ALL].perplexity, "upper_bound": upper_bound}
+        centralised = tune_centrally(world.reference, world.data, config, facts.num_tokens, map_clients, judge)
+    perplexity = {"zero_shot": zero_shot[ALL].perplexity, "tuned": tuned[ALL].perplexity, "centralised": centralised}
     gap = gap_closed(**perplexity)
     emulators = {}
     if isinstance(world.algorithm, FedPT):
@@ -232,11 +237,12 @@ def evaluate(
     return total.result()
 
 
-def gap_closed(zero_shot: float, tuned: float, upper_bound: float | None) -> float | None:
-    """Share of the way from zero-shot to centralised tuning, in perplexity; None where there is no way to go."""
-    if upper_bound is None or upper_bound >= zero_shot:
+def gap_closed(zero_shot: float, tuned: float, centralised: float | None) -> float | None:
+    """Share of the way from zero-shot to centralised tuning, in perplexity; None where that is no bound: it came no
+    further than zero-shot, or not as far as federated tuning."""
+    if centralised is None or centralised >= zero_shot or tuned < centralised:
         return None
-    return (zero_shot - tuned) / (zero_shot - upper_bound)
+    return (zero_shot - tuned) / (zero_shot - centralised)
 
 
 def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
@@ -273,6 +279,8 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
     for side, corpus in world.corpora.items():
         if corpus.removed.total:
             log.event("documents_removed", side=side, **dataclasses.asdict(corpus.removed))
+    for path, value, when in world.config.without_effect():
+        log.event("ignored_setting", setting=path, value=value, counts_if=when)
     return log
 
 

@@ -39,7 +39,7 @@ def tiny(model: Path, text: Path, **changes: Any) -> SimulationConfig:
             str(text), public_name=str(text.with_name("public")), partition=PartitionConfig(documents_per_device=4)
         ),
         fleet=FleetConfig(num_devices=14),
-        evaluation=EvaluationConfig(every=99, num_sequences=8, sequence_length=32, upper_bound=False),
+        evaluation=EvaluationConfig(every=99, num_sequences=8, sequence_length=32, centralised=False),
         hosts=HostsConfig(backend="serial"),
     )
     return changed(config, **changes)

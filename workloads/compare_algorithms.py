@@ -96,7 +96,7 @@ def configurations(settings: Settings, seed: int) -> dict[str, SimulationConfig]
         cohort_size=settings.cohort_size,
         seed=seed,
         fleet=FleetConfig(num_devices=settings.num_devices, memory_scale=settings.memory_scale),
-        evaluation=EvaluationConfig(num_sequences=settings.num_sequences, upper_bound=False),
+        evaluation=EvaluationConfig(num_sequences=settings.num_sequences, centralised=False),
         hosts=settings.hosts,
     )
     peat = dataclasses.replace(base, algorithm="fed-peat")

@@ -138,7 +138,7 @@ def one_seed(settings: Settings, seed: int, progress: Progress) -> pd.DataFrame:
             row |= {"emulator_zero_shot": zero_shot[rung.level], "emulator_tuned": after[rung.level]}
             rows.append(row | {"plug_in": after[None], "zero_shot": zero_shot[None]})
         bound = perplexities(map_clients, evaluator, tuned[0], by_level(world, [None]))[None]
-    return pd.DataFrame(rows).assign(upper_bound=bound)
+    return pd.DataFrame(rows).assign(centralised=bound)
 
 
 def world_of(settings: Settings, kind: str, seed: int, progress: Progress) -> World:
@@ -189,10 +189,10 @@ def markdown(table: pd.DataFrame) -> str:
     for key, row in groups.iterrows():
         (kind, share), (zero, tuned, plug, low, high) = cast(tuple[str, float], key), row
         lines.append(f"| {kind} | {share:g} | {zero:.2f} | {tuned:.2f} | {plug:.2f} | {low:.2f} to {high:.2f} |")
-    ends = table.groupby("seed")[["zero_shot", "upper_bound"]].first().mean()
+    ends = table.groupby("seed")[["zero_shot", "centralised"]].first().mean()
     lines.append("")
     lines.append(
-        f"Foundation zero-shot {ends['zero_shot']:.2f}, the same adapter tuned on it {ends['upper_bound']:.2f}; "
+        f"Foundation zero-shot {ends['zero_shot']:.2f}, the same adapter tuned on it {ends['centralised']:.2f}; "
         f"means of {table['seed'].nunique()} seeds."
     )
     return "\n".join(lines) + "\n"
@@ -211,10 +211,10 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         left.fill_between(over.groups.keys(), over["plug_in"].min(), over["plug_in"].max(), color=colour, alpha=0.15)
         right.plot(over["emulator_tuned"].mean(), color=colour, marker="o", label=f"{kind}, tuned")
         right.plot(over["emulator_zero_shot"].mean(), color=colour, marker=".", linestyle=":")
-    ends = table.groupby("seed")[["zero_shot", "upper_bound"]].first().mean()
+    ends = table.groupby("seed")[["zero_shot", "centralised"]].first().mean()
     for axes in (left, right):
         axes.axhline(ends["zero_shot"], color="black", linewidth=0.8, linestyle="--")
-        axes.axhline(ends["upper_bound"], color="black", linewidth=0.8)
+        axes.axhline(ends["centralised"], color="black", linewidth=0.8)
         axes.set_xlabel("share of the middle blocks kept")
         axes.set_xticks(sorted(table["share"].unique()))
         axes.spines[["top", "right"]].set_visible(False)
@@ -223,7 +223,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     right.set_title("on the emulator (dotted: before tuning)", fontsize=10)
     right.set_yscale("log")
     left.annotate("foundation, zero-shot", (0.25, ends["zero_shot"]), fontsize=8, va="bottom")
-    left.annotate("adapter tuned on the foundation", (0.25, ends["upper_bound"]), fontsize=8, va="bottom")
+    left.annotate("adapter tuned on the foundation", (0.25, ends["centralised"]), fontsize=8, va="bottom")
     left.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 

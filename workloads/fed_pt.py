@@ -129,10 +129,10 @@ def configuration(settings: Settings, algorithm: str, seed: int, data: DataConfi
         client_batch_size=settings.client_batch_size,
         seed=seed,
         foundation=FoundationConfig(settings.small if model == "small" else settings.large),
-        proxy=ProxyConfig(settings.small, steps=settings.distillation_steps),
+        proxy=ProxyConfig(settings.small, steps=settings.distillation_steps) if kind == "fed-pt" else ProxyConfig(),
         data=data or DataConfig(),
         evaluation=EvaluationConfig(  # the last round is always evaluated
-            every=1000, num_sequences=settings.num_sequences, upper_bound=False
+            every=1000, num_sequences=settings.num_sequences, centralised=False
         ),
         hosts=settings.hosts,
     )

@@ -71,6 +71,10 @@ class Progress:
         """Print a line that stays."""
         self._print(line)
 
+    def warn(self, line: str) -> None:
+        """Say what may not be as it was meant, above the rounds."""
+        self._print(f"warning: {line}")
+
     def round(self, row: Mapping[str, Any]) -> None:
         """Say how a round went; `row` is its row of the rounds table."""
         self._walls_s.append(row["wall_s"])
@@ -132,9 +136,10 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         add("perplexity, small model alone", _change(change, _number))
     how = "plug-in" if "plug_in" in perplexity else "steered" if "proxy_tuned" in perplexity else "tuned"
     add(f"perplexity, {how}", _number(perplexity["tuned"]))
-    if perplexity.get("upper_bound") is not None:
-        add("perplexity, tuned centrally", _number(perplexity["upper_bound"]))
-        add("share of the gap closed", _percent(summary.get("gap_closed")))
+    if perplexity.get("centralised") is not None:
+        add("perplexity, tuned centrally", _number(perplexity["centralised"]))
+        gap = summary.get("gap_closed")
+        add("share of the gap closed", _percent(gap) if gap is not None else "tuned centrally is no bound here")
     if "privacy_gap" in summary:
         add("privacy gap", _number(summary["privacy_gap"]))
     add("token accuracy", _change(summary["token_accuracy"], _percent))
@@ -155,8 +160,11 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
 
 
 def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print `summary_table`; plain text where the output is no terminal."""
-    (console or _standard_output()).print(summary_table(summary))
+    """Print the run's warnings, then `summary_table`; plain text where the output is no terminal."""
+    console = console or _standard_output()
+    for line in summary.get("warnings") or ():
+        console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
+    console.print(summary_table(summary))
 
 
 def human_bytes(num_bytes: float | None) -> str:

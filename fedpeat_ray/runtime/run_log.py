@@ -162,6 +162,7 @@ class RunLog:
             name: sum(rounds[name].to_pylist())
             for name in ("num_completed", "num_dropped", "download_bytes", "emulator_bytes", "upload_bytes", "energy_j")
         }
+        sums["rounds_without_updates"] = rounds["num_completed"].to_pylist().count(0)
         return {**sums, "drop_reasons": {reason: counted.get(reason, 0) for reason in DROP_REASONS}}
 
     def truncate_after(self, round: int) -> None:

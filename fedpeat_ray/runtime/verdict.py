@@ -1,4 +1,4 @@
-"""What a run must say of itself at its end: that it came to nothing."""
+"""What a run must say of itself at its end: that it came to nothing, or to less than it seems."""
 
 from __future__ import annotations
 
@@ -21,10 +21,23 @@ def failure(summary: Mapping[str, Any]) -> str | None:
     return None
 
 
+def warnings(summary: Mapping[str, Any]) -> list[str]:
+    """A line for each thing that a reader of the results should know first."""
+    found, perplexity = [], summary["perplexity"]
+    empty = summary["rounds_without_updates"]
+    if 0 < empty < summary["rounds"]:  # in all of them: see `failure`
+        found.append(f"no update was used in {empty} of {summary['rounds']} rounds")
+    for what, before, after in (("model", "zero_shot", "tuned"), ("small model", "small_zero_shot", "small_tuned")):
+        if after in perplexity and perplexity[after] > perplexity[before]:
+            change = f"{perplexity[before]:.2f} -> {perplexity[after]:.2f}"
+            found.append(f"the tuned {what} is worse than it was before: perplexity {change}")
+    return found
+
+
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """Perplexities by name, less that of the reference."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{name} ")
-        elif value is not None and name != "upper_bound":
+        elif value is not None and name != "centralised":
             yield f"{prefix}{name}", value

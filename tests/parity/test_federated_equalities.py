@@ -53,7 +53,7 @@ def everybody_has_everything(model_dir: Path, text_dir: Path, num_devices: int, 
             availability=AvailabilityConfig(kind="always"),
             channel=ChannelConfig(kind="nominal"),
         ),
-        evaluation=EvaluationConfig(num_sequences=8, sequence_length=32, upper_bound=False),
+        evaluation=EvaluationConfig(num_sequences=8, sequence_length=32, centralised=False),
         hosts=HostsConfig(backend="serial"),
     )
     config = dataclasses.replace(config, **settings)

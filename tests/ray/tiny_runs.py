@@ -34,7 +34,7 @@ def arguments(model: Path, text: Path, *more: object) -> list[str]:
         "--hosts.backend": "serial",
     }
     flat = [str(part) for item in values.items() for part in item]
-    return [*flat, "--evaluation.no-upper-bound", *map(str, more)]
+    return [*flat, "--evaluation.no-centralised", *map(str, more)]
 
 
 def parse(command_line: list[str]) -> SimulationConfig:

@@ -86,7 +86,7 @@ def write_run(
         log.write_round(round, row | {"wall_train_s": 1.0, "wall_eval_s": 0.5, "wall_s": 1.6}, clients)
     if finished:
         tuned = 60.0 - 5 * rounds
-        perplexity: dict[str, Any] = {"zero_shot": 60.0, "tuned": tuned, "upper_bound": 30.0}
+        perplexity: dict[str, Any] = {"zero_shot": 60.0, "tuned": tuned, "centralised": 30.0}
         if emulators:
             perplexity |= {"plug_in": tuned, "emulator_zero_shot": {"1": 150.0, "2": 80.0}}
             perplexity |= {"emulator_tuned": {"1": 90.0, "2": 65.0}}
@@ -187,7 +187,7 @@ def test_report_is_one_self_contained_page(tmp_path):
     [
         ({"dropouts": False}, {"Who drops out, and why"}),
         ({"rounds": 1}, set()),
-        ({"perplexity": {"zero_shot": 60.0, "tuned": 50.0, "upper_bound": None}, "gap_closed": None}, set()),
+        ({"perplexity": {"zero_shot": 60.0, "tuned": 50.0, "centralised": None}, "gap_closed": None}, set()),
         ({"empty_round": 2, "finished": False}, set()),
         ({"rounds": 1, "empty_round": 1, "finished": False}, ALL - {"Who drops out, and why", "Memory"}),
     ],
@@ -200,7 +200,7 @@ def test_runs_that_lack_something(tmp_path, run, missing):
 
 
 def test_a_non_finite_summary_reads_as_missing(tmp_path):
-    perplexity = {"zero_shot": 60.0, "tuned": math.nan, "upper_bound": math.inf}
+    perplexity = {"zero_shot": 60.0, "tuned": math.nan, "centralised": math.inf}
     page = render(label_runs([load_run(write_run(tmp_path / "run", perplexity=perplexity, gap_closed=math.nan))]))
     assert shown(page) == ALL
     assert "Perplexity after the last round is 45.00." in page
@@ -214,7 +214,7 @@ def test_a_run_with_emulators_has_their_figures_and_numbers(tmp_path):
     assert "from 60.00 to 45.00 with the adapter plugged into the foundation, which is 50%" in page
     assert "the largest emulator on devices has 65.00, a privacy gap of 20.00." in page
     rows = dict(re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', page))
-    assert rows["Perplexity, zero-shot"] == "60.00" and rows["Perplexity, upper bound"] == "30.00"
+    assert rows["Perplexity, zero-shot"] == "60.00" and rows["Perplexity, tuned centrally"] == "30.00"
     assert rows["Perplexity, emulator of level 1"] == "150.00 → 90.00"
     assert rows["Perplexity, emulator of level 2"] == "80.00 → 65.00"
     assert "Perplexity, emulator of level 3" not in rows, "devices do not get the foundation"

@@ -156,14 +156,14 @@ def test_a_run_is_resumed_with_the_emulators_it_had_or_not_at_all(run, tiny):
 
 
 def test_the_central_reference_is_cached_by_configuration_too_and_a_damaged_one_is_made_again(run, tiny, tmp_path):
-    changes = {"algorithm": "fed-peft", "evaluation": {"upper_bound": True}}
+    changes = {"algorithm": "fed-peft", "evaluation": {"centralised": True}}
     one = summary(run("one", **changes))
     (path,) = user_cache_dir().glob("centralised-*.json")
     path.write_text('{"perplexity": 1.0}')
     assert summary(run("again", **changes)) == one
     heads = with_values(Path(tiny.foundation.name), tmp_path / "four heads", n_head=4)
     other = summary(run("heads", **changes, foundation={"name": str(heads)}))
-    assert other["perplexity"]["upper_bound"] != one["perplexity"]["upper_bound"]
+    assert other["perplexity"]["centralised"] != one["perplexity"]["centralised"]
 
 
 def test_shipped_emulators_are_found_whatever_the_machine(monkeypatch):

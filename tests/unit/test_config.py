@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from fedpeat_ray.config import (
+    COUNTS_ONLY,
     REMOVED,
+    RENAMED,
     AvailabilityConfig,
     DataConfig,
     FleetConfig,
@@ -24,7 +26,7 @@ from fedpeat_ray.config import (
     SimulationConfig,
 )
 from fedpeat_ray.errors import ConfigError, FedPeatError
-from fedpeat_ray.settings import Bounds, bounds_of, differences
+from fedpeat_ray.settings import Bounds, bounds_of, differences, get
 
 
 def with_value(config: Any, path: str, value: Any) -> Any:
@@ -101,6 +103,14 @@ def test_a_setting_that_there_once_was_is_read_and_ignored(path):
     values[part][name] = 7
     assert SimulationConfig.from_dict(values) == SimulationConfig(rounds=3)
     assert values[part][name] == 7, "what was read stays as it was"
+
+
+@pytest.mark.parametrize(("path", "now"), RENAMED.items())
+def test_a_setting_of_another_name_is_read_under_that_of_today(path, now):
+    values = SimulationConfig().to_dict()
+    part, name = path.split(".")
+    values[part][name] = not values[part].pop(now)
+    assert SimulationConfig.from_dict(values).to_dict()[part][now] == values[part][name]
 
 
 @pytest.mark.parametrize("path", ["ruonds", "local.learningrate", "data.partition.aplha"])
@@ -219,3 +229,47 @@ def test_every_field_has_its_help_text():
     nested = parts | {"partition", "availability", "channel"}
     for name in {path.rsplit(".", 1)[-1] for path in leaves(SimulationConfig())} - nested:
         assert re.search(rf'\n    {name}: [^\n]+\n    """', source), f"{name} has none"
+
+
+@pytest.mark.parametrize(
+    ("changes", "ignored"),
+    [
+        ({}, []),
+        ({"algorithm": "fed-avg", "lora.rank": 4, "control.kind": "random"}, ["lora.rank", "control.kind"]),
+        ({"algorithm": "fed-avg", "client_batch_size": 4}, ["client_batch_size"]),
+        ({"algorithm": "fed-avg", "client_batch_size": 1}, []),
+        ({"algorithm": "fed-peft", "emulator.distil.steps": 7, "lora.rank": 4}, ["emulator.distil.steps"]),
+        ({"algorithm": "fed-pt", "control.kind": "random", "proxy.alpha": 0.5}, ["control.kind"]),
+        ({"algorithm": "fed-pt", "control.kind": "random", "proxy.emulators": True}, []),
+        ({"algorithm": "fed-pt", "proxy.steps": 0, "proxy.kl_weight": 0.9}, ["proxy.kl_weight"]),
+        ({"proxy.alpha": 0.5, "lora.rank": 4}, ["proxy.alpha"]),
+        ({"emulator.trained": "blocks", "lora.rank": 4}, ["lora.rank"]),
+        ({"control.level": 2}, ["control.level"]),
+        ({"control.level": 2, "control.kind": "fixed"}, []),
+        ({"data.partition.kind": "iid", "data.partition.alpha": 1.0}, ["data.partition.alpha"]),
+        ({"data.text_column": "body"}, ["data.text_column"]),
+        ({"data.text_column": "body", "data.name": "somewhere"}, []),
+        ({"data.text_column": "body", "data.public_name": "somewhere"}, []),
+        ({"fleet.availability.kind": "always", "fleet.availability.mean_on_s": 9.0}, ["fleet.availability.mean_on_s"]),
+        ({"fleet.availability.kind": "always", "fleet.availability.slot_s": 9.0}, []),
+        ({"fleet.channel.kind": "nominal", "fleet.channel.noise_dbm_per_hz": 1.0}, ["fleet.channel.noise_dbm_per_hz"]),
+        ({"fleet.channel.rician_k": 1.0}, ["fleet.channel.rician_k"]),
+        ({"server.beta2": 0.5}, ["server.beta2"]),
+        ({"server.beta2": 0.5, "server.optimizer": "yogi"}, []),
+        ({"hosts.backend": "serial", "hosts.num_hosts": 3}, ["hosts.num_hosts"]),
+    ],
+    ids=str,
+)
+def test_a_setting_that_changes_nothing_is_known(changes, ignored):
+    config = SimulationConfig()
+    for path, value in changes.items():
+        config = with_value(config, path, value)
+    found = config.without_effect()
+    assert [path for path, _, _ in found] == ignored
+    assert all(value == changes[path] and when for path, value, when in found)
+
+
+def test_every_setting_that_may_change_nothing_exists():
+    for _, _, settings in COUNTS_ONLY:
+        for path in settings:
+            get(SimulationConfig(), path)

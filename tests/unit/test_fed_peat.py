@@ -117,12 +117,12 @@ def file_bytes(config: SimulationConfig, kept: Sequence[int]) -> int:
 
 
 def test_a_run_leaves_its_five_numbers_and_what_every_device_had_to_pay(run, tiny):
-    directory = run(rounds=4, evaluation={"upper_bound": True, "every": 2}, emulator={"give_foundation": True})
+    directory = run(rounds=4, evaluation={"centralised": True, "every": 2}, emulator={"give_foundation": True})
     result, rounds, clients = summary(directory), table(directory, "rounds"), table(directory, "clients")
     five = result["perplexity"]
-    assert five.keys() == {"zero_shot", "tuned", "upper_bound", "plug_in", "emulator_zero_shot", "emulator_tuned"}
+    assert five.keys() == {"zero_shot", "tuned", "centralised", "plug_in", "emulator_zero_shot", "emulator_tuned"}
     assert five["plug_in"] == five["tuned"] == rounds["perplexity"].iloc[-1] < five["zero_shot"]
-    assert five["upper_bound"] < five["zero_shot"]
+    assert five["centralised"] < five["zero_shot"]
     assert five["emulator_zero_shot"].keys() == five["emulator_tuned"].keys() == {"1", "2", "3"}
     assert all(five["emulator_tuned"][level] < five["emulator_zero_shot"][level] for level in "123")
     assert five["emulator_zero_shot"]["3"] == five["zero_shot"] and five["emulator_tuned"]["3"] == five["plug_in"]
@@ -272,7 +272,7 @@ def test_adapters_in_middle_blocks_are_trained_by_the_devices_that_have_these_bl
 
 @pytest.mark.parametrize("trained", ["lora", "bias", "blocks"])
 def test_what_was_saved_plugged_into_the_plain_foundation_gives_the_logged_perplexity(run, tiny, trained):
-    changes = {"emulator": {"trained": trained}, "evaluation": {"upper_bound": True}, "rounds": 2}
+    changes = {"emulator": {"trained": trained}, "evaluation": {"centralised": True}, "rounds": 2}
     directory = run(**changes)
     model, result = plain(tiny), summary(directory)["perplexity"]
     if trained == "lora":
@@ -292,7 +292,7 @@ def test_what_was_saved_plugged_into_the_plain_foundation_gives_the_logged_perpl
         clients = table(directory, "clients")
         assert clients["lora_rank"].isna().all() and clients["upload_bytes"].max() == len(save(weights))
     assert result["plug_in"] == pytest.approx(perplexity(model, tiny), rel=1e-5)
-    assert max(result["plug_in"], result["upper_bound"]) < result["zero_shot"]
+    assert max(result["plug_in"], result["centralised"]) < result["zero_shot"]
 
 
 # What the server does

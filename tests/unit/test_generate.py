@@ -52,7 +52,7 @@ def finished(deep_gpt2_dir: Path, gpt2_dir: Path, text_dir: Path, tmp_path: Path
             foundation=FoundationConfig(str(deep_gpt2_dir), dtype="float32"),
             data=DataConfig(str(text_dir), partition=PartitionConfig(documents_per_device=4)),
             fleet=FleetConfig(num_devices=10),
-            evaluation=EvaluationConfig(num_sequences=2, sequence_length=32, upper_bound=False),
+            evaluation=EvaluationConfig(num_sequences=2, sequence_length=32, centralised=False),
             hosts=HostsConfig(backend="serial"),
             out=tmp_path / "run",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 import whole_runs
+from rich.console import Console
 from safetensors.torch import load_file
 from whole_runs import events, summary, table
 
+from analysis.report import write_report
 from fedpeat_ray import Simulation, SimulationConfig
 from fedpeat_ray.aggregation.server_optimizer import UPDATES, accepted, init_server, server_step
-from fedpeat_ray.config import ServerConfig
+from fedpeat_ray.config import AvailabilityConfig, ServerConfig
 from fedpeat_ray.errors import RunFailedError
+from fedpeat_ray.runtime.progress import print_summary
 from fedpeat_ray.training.client_batch import usable
 from workloads.large_scale import main
 
@@ -133,3 +137,50 @@ def test_the_command_line_of_a_run_without_a_result_says_so_in_one_line_and_leav
     assert err.startswith("error: no update was used in any of 2 rounds") and err.count("\n") == 1
     assert out.rstrip().endswith(str(directory)) and "updates used" in out
     assert (directory / "summary.json").exists() and (directory / "report.html").exists()
+
+
+def test_a_setting_without_effect_is_said_before_the_run_and_logged_once(tiny, tmp_path, capsys):
+    directory = tmp_path / "run"
+    changes: dict[str, Any] = {"algorithm": "fed-avg", "local": {"learning_rate": 1e-3}, "rounds": 1}
+    Simulation(whole_runs.changed(tiny, out=directory, **changes)).run()
+    said = capsys.readouterr().out
+    assert said.startswith("warning: client_batch_size = 4 has no effect here: it counts if devices train LoRA\n")
+    assert "warning: lora.rank = 2 has no effect here" in said.split("loading")[0]
+    assert [event["setting"] for event in events(directory, "ignored_setting")] == ["client_batch_size", "lora.rank"]
+    Simulation(whole_runs.changed(tiny, resume=directory, **(changes | {"rounds": 2}))).run()
+    assert len(events(directory, "ignored_setting")) == 2 and "lora.rank" in capsys.readouterr().out
+    assert "lora.rank had no effect" in write_report([directory]).read_text()
+
+
+def test_a_model_that_got_worse_and_rounds_without_updates_are_said_first(tiny, tmp_path):
+    directory, trace = tmp_path / "run", tmp_path / "trace.csv"
+    trace.write_text("device_id,start_s,stop_s\n" + "".join(f"{device_id},500,1e9\n" for device_id in range(14)))
+    fleet = {"num_devices": 14, "availability": AvailabilityConfig(kind="trace", trace=trace)}
+    changes: dict[str, Any] = {"algorithm": "fed-avg", "fleet": fleet, "local": {"learning_rate": 1.0}}
+    result = Simulation(whole_runs.changed(tiny, out=directory, **changes)).run()
+    before, after = result["perplexity"]["zero_shot"], result["perplexity"]["tuned"]
+    assert after > before and result["failure"] is None and result["rounds_without_updates"] == 1
+    assert result["warnings"] == [
+        "no update was used in 1 of 2 rounds",
+        f"the tuned model is worse than it was before: perplexity {before:.2f} -> {after:.2f}",
+    ]
+    assert [event["text"] for event in events(directory, "warning")] == result["warnings"]
+    out = io.StringIO()
+    print_summary(result, Console(file=out, width=80))
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert lines[:2] == [f"warning: {line}" for line in result["warnings"]]
+    page = write_report([directory]).read_text()
+    assert "No update was used in 1 of 2 rounds." in page.split("Key figures")[0]
+    assert "The tuned model is worse than it was before" in page.split("Key figures")[0]
+
+
+def test_a_good_run_has_no_warning(tiny, tmp_path):
+    result = Simulation(whole_runs.changed(tiny, out=tmp_path / "run")).run()
+    assert result["warnings"] == [] and result["failure"] is None and result["rounds_without_updates"] == 0
+    assert 'class="warning"' not in write_report([tmp_path / "run"]).read_text()
+
+
+def test_a_deadline_that_nobody_makes_is_no_success(tiny, tmp_path):
+    line = failed(tiny, tmp_path / "run", deadline_s=1e-3)
+    assert "9 deadline" in line
+    assert "This run has no result: no update was used" in write_report([tmp_path / "run"]).read_text()

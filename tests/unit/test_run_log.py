@@ -155,7 +155,7 @@ def test_config_is_complete_and_repeats_the_run(tmp_path):
 
 
 def test_json_is_strict(log):
-    log.write_summary({"perplexity": {"tuned": math.nan, "upper_bound": np.float32("inf")}, "rounds": np.int64(3)})
+    log.write_summary({"perplexity": {"tuned": math.nan, "centralised": np.float32("inf")}, "rounds": np.int64(3)})
     log.event("non-finite update", devices=np.array([1, 2]), loss=math.inf, path=Path("a"))
     log.event("retry", host=1)
 
@@ -163,7 +163,7 @@ def test_json_is_strict(log):
         raise AssertionError(constant)
 
     summary = json.loads((log.directory / "summary.json").read_text(), parse_constant=refuse)
-    assert summary == {"perplexity": {"tuned": None, "upper_bound": None}, "rounds": 3}
+    assert summary == {"perplexity": {"tuned": None, "centralised": None}, "rounds": 3}
     lines = (log.directory / "events.jsonl").read_text().splitlines()
     events = [json.loads(line, parse_constant=refuse) for line in lines]
     assert [event.pop("time")[-6:] for event in events] == ["+00:00", "+00:00"]
@@ -248,22 +248,22 @@ def test_progress_on_a_terminal_is_live():
     assert "\x1b" in out.getvalue() and "round 2/3" in out.getvalue()
 
 
-@pytest.mark.parametrize("upper_bound", [28.4, None])
-def test_summary_prints_in_a_log(upper_bound):
+@pytest.mark.parametrize("centralised", [28.4, None])
+def test_summary_prints_in_a_log(centralised):
     summary = {"algorithm": "fed-peft", "rounds": 1, "virtual_s": 3700.0, "energy_j": 12_345.0, "wall_s": 5.0}
     summary |= {"download_bytes": 1000, "upload_bytes": 0, "num_completed": 1234, "num_dropped": 2}
-    summary |= {"perplexity": {"zero_shot": 61.2, "tuned": 31.4, "upper_bound": upper_bound}, "gap_closed": 0.9}
+    summary |= {"perplexity": {"zero_shot": 61.2, "tuned": 31.4, "centralised": centralised}, "gap_closed": 0.9}
     summary |= {"token_accuracy": {"zero_shot": 0.25, "tuned": None}, "drop_reasons": {"memory": 2}}
     out = io.StringIO()
     print_summary(summary, Console(file=out, width=80))
     text = out.getvalue()
-    assert ("28.40" in text) == ("gap" in text) == (upper_bound is not None)
+    assert ("28.40" in text) == ("gap" in text) == (centralised is not None)
     assert "25.0% -> -" in text and "12.3 kJ" in text and "1 h 02 min" in text and "\x1b" not in text
     assert "emulator" not in text and "plug-in" not in text and "privacy" not in text
 
 
 def test_summary_of_emulators_prints_each_level_and_what_the_foundation_alone_gives():
-    perplexity = {"zero_shot": 41.2, "tuned": 31.4, "upper_bound": 28.4, "plug_in": 31.4}
+    perplexity = {"zero_shot": 41.2, "tuned": 31.4, "centralised": 28.4, "plug_in": 31.4}
     perplexity |= {"emulator_zero_shot": {"1": 58.4, "2": 47.0}, "emulator_tuned": {"1": 45.1, "2": None}}
     summary = {"algorithm": "fed-peat", "rounds": 1, "virtual_s": 1.0, "energy_j": 1.0, "wall_s": 5.0}
     summary |= {"download_bytes": 9_000_000, "emulator_bytes": 7_000_000, "upload_bytes": 0, "num_completed": 4}
