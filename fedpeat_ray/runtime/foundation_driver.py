@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.training.map_clients import Aggregator, Where
 
 _RESUME = "the run can be resumed from its last checkpoint"
+_LOOPBACK = "127.0.0.1"
 _PLACED_S = 60.0
 _STUCK_S = 20.0  # after an error of one rank; those that had it too have raised it by then
 
@@ -46,11 +48,18 @@ class Rank:
         self._rank, self._num_shards = rank, num_shards
         self._known_files: dict[Path, str] = {}
 
-    def open_store(self) -> tuple[str, int]:
-        """Where the ranks are to meet; on rank 0."""
-        host = ray.util.get_node_ip_address()
-        self._store = TCPStore(host, 0, self._num_shards, is_master=True, wait_for_workers=False)
-        return host, self._store.port
+    def address(self) -> str:
+        """Of the node this rank is on."""
+        return ray.util.get_node_ip_address()
+
+    def open_store(self, host: str) -> tuple[str, int]:
+        """Where the ranks are to meet, on rank 0: at this address of it only, as everybody who comes is let in."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, 0), family=family)
+        port = listener.getsockname()[1]
+        settings = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
+        self._store = TCPStore(host, port, self._num_shards, **settings)
+        return host, port
 
     def build(self, foundation: Foundation, files: dict[Path, Sent], host: str, port: int) -> None:
         """Meet the others and fill the model tensor by tensor from rank 0's file."""
@@ -180,7 +189,9 @@ class FoundationDriver:
         for index in range(num_shards):
             place = PlacementGroupSchedulingStrategy(group, index)
             self._ranks.append(self._actor.options(scheduling_strategy=place).remote(index, *self._arguments))
-        (address,) = ray.get(self._each(self._ranks[:1], "open_store"))
+        nodes = ray.get(self._each(self._ranks, "address"))
+        host = nodes[0] if len(set(nodes)) > 1 else _LOOPBACK
+        (address,) = ray.get(self._each(self._ranks[:1], "open_store", host))
         self._each(self._ranks, "build", foundation, files, *address)
 
     def call(self, method: str, arguments: Sequence[ray.ObjectRef] = ()) -> list[ray.ObjectRef]:

@@ -10,18 +10,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import driver_work
+import psutil
 import pytest
 import ray
 import torch
 from driver_work import Values
 from processes import Known, below, living
 from safetensors.torch import load_file, save_file
+from torch.distributed import TCPStore
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedpeat_ray.errors import ConfigError, DriverLostError
 from fedpeat_ray.models.foundation import Backbone, Foundation, load, prepare
 from fedpeat_ray.runtime import foundation_driver
-from fedpeat_ray.runtime.foundation_driver import FoundationDriver, ShardedFoundation
+from fedpeat_ray.runtime.foundation_driver import FoundationDriver, Rank, ShardedFoundation
 from fedpeat_ray.runtime.serial import Serial
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -46,6 +48,21 @@ def matrices(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tens
             rows, columns = parameter.shape if "layers." in name else parameter.T.shape  # GPT-2's are transposed
             pairs[layer] = tuple(torch.randn(shape, generator=rng) / 10 for shape in ((3, columns), (rows, 3)))
     return pairs
+
+
+def listening() -> set[tuple[str, int]]:
+    """Where this process does."""
+    connections = psutil.Process().net_connections("inet")
+    return {(each.laddr.ip, each.laddr.port) for each in connections if each.status == psutil.CONN_LISTEN}
+
+
+def test_where_the_ranks_meet_is_open_at_one_address_only():
+    before, rank = listening(), Rank(0, num_shards=2, num_threads=torch.get_num_threads())
+    address = rank.open_store("127.0.0.1")
+    assert listening() - before == {address}
+    other = TCPStore(*address, 2, is_master=False)
+    other.set("key", "value")
+    assert rank._store.get("key") == b"value"
 
 
 @pytest.fixture(scope="module", params=["gpt2-1", "gpt2-2", "llama-1", "llama-2"])
