@@ -15,6 +15,7 @@ from fedpeat_ray.algorithms.fed_peat import FedPEAT
 from fedpeat_ray.algorithms.fed_pt import FedPT
 from fedpeat_ray.config import SimulationConfig
 from fedpeat_ray.errors import ConfigError
+from fedpeat_ray.models.shape import memory_model
 from fedpeat_ray.runtime.centralised import tune_centrally
 from fedpeat_ray.runtime.checkpoint import Facts, load_checkpoint, save_checkpoint
 from fedpeat_ray.runtime.process import process_settings
@@ -212,6 +213,7 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
         "foundation_sha256": world.foundation.digest,
         "num_trained_elements": world.algorithm.layout.num_elements,
         "payload_bytes": world.algorithm.layout.payload_bytes(),
+        "memory_model": memory_model(world.held.config_json),
     }
     if isinstance(world.algorithm, FedPEAT):
         costs = world.algorithm.emulator_costs
@@ -226,7 +228,10 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
             for rung in world.algorithm.ladder.rungs
         ]
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return RunLog.create(directory, settings, resolved, data_digest=world.data.corpus.digest, gpus=gpus)
+    log = RunLog.create(directory, settings, resolved, data_digest=world.data.corpus.digest, gpus=gpus)
+    if resolved["memory_model"] == "estimate":
+        log.event("memory_estimated", model=world.held.name)
+    return log
 
 
 _MAY_CHANGE = ("out", "resume", "rounds", "checkpoint_every", "hosts")
