@@ -26,6 +26,10 @@ ALGORITHMS = {
     "fed-pt": "federated proxy-tuning: devices tune a small model, which steers a large one that they never see",
     "fed-avg": "federated averaging: devices train and send all weights",
 }
+MEMORY_MODELS = {
+    "tested family": "within 10 % of what PyTorch allocates",
+    "estimate": "an estimate: this family of models is not among those held to PyTorch",
+}
 NOT_A_DIFFERENCE = ("out", "resume")
 MAX_LABEL_SETTINGS = 3
 
@@ -94,7 +98,8 @@ SECTIONS = (
     Section(
         "Memory",
         "Peak training memory by the memory model against what devices have for it: range and median of each tier, "
-        "and the share of sampled devices whose task does not fit.",
+        "and the share of sampled devices whose task does not fit. How far the model is known for this family of "
+        "models stands among the key figures.",
         figures.memory_by_tier,
         "No memory figures were logged.",
     ),
@@ -239,6 +244,7 @@ def _key_figures(run: Run, on_devices: Sequence[str] = ()) -> dict[str, str]:
     perplexity, accuracy = run.perplexity, summary.get("token_accuracy") or {}
     how = " (plug-in)" if run.levels else " (steered)" if run.on_devices else ""
     emulators = f" ({_scaled(rounds['emulator_bytes'].sum(), 'B')} emulators)" if run.levels else ""
+    known = str((run.config.get("resolved") or {}).get("memory_model") or "")
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in run.clients["drop_reason"].value_counts().items())
     return {
         "Perplexity, zero-shot": _number(perplexity.get("zero_shot")),
@@ -251,6 +257,7 @@ def _key_figures(run: Run, on_devices: Sequence[str] = ()) -> dict[str, str]:
         "Token accuracy, tuned": _percent(accuracy.get("tuned", _last(rounds["token_accuracy"]))),
         "Rounds": f"{len(rounds):,}",
         "Updates used": f"{rounds['num_completed'].sum():,}",
+        **({"Memory model": MEMORY_MODELS.get(known, known)} if known else {}),
         "Devices dropped": f"{rounds['num_dropped'].sum():,}" + (f" ({reasons})" if reasons else ""),
         "Tokens trained on": f"{rounds['num_tokens'].sum():,}",
         "Virtual time": _time(rounds["virtual_s"].max()),

@@ -18,6 +18,7 @@ from fedpeat_ray.config import SimulationConfig
 from fedpeat_ray.data.corpus import Corpus
 from fedpeat_ray.errors import ConfigError, RunDirError, RunFailedError
 from fedpeat_ray.files import file_sha256, written_whole_dir
+from fedpeat_ray.models.shape import memory_model
 from fedpeat_ray.runtime import verdict
 from fedpeat_ray.runtime.centralised import tune_centrally
 from fedpeat_ray.runtime.checkpoint import Facts, load_checkpoint, save_checkpoint
@@ -260,6 +261,7 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
         "payload_bytes": world.algorithm.layout.payload_bytes(),
         "documents": {side: _documents(corpus) for side, corpus in world.corpora.items()},
         "fits": dataclasses.asdict(world.fits),
+        "memory_model": memory_model(world.held.config_json),
     }
     if isinstance(world.algorithm, FedPEAT):
         costs = world.algorithm.emulator_costs
@@ -281,6 +283,8 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
             log.event("documents_removed", side=side, **dataclasses.asdict(corpus.removed))
     for path, value, when in world.config.without_effect():
         log.event("ignored_setting", setting=path, value=value, counts_if=when)
+    if resolved["memory_model"] == "estimate":
+        log.event("memory_estimated", model=world.held.name)
     return log
 
 

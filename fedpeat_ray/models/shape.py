@@ -40,9 +40,9 @@ _PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.bmm: 0, _aten.baddbmm: 1, _aten.
 _ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu
 
 
-def memory_model(model_type: str) -> str:
-    """How far the memory of a family of models is known: "tested family" (within 10 % of PyTorch's) or "estimate"."""
-    return "tested family" if model_type in TESTED_FAMILIES else "estimate"
+def memory_model(config_json: str) -> str:
+    """How far the memory of a model is known: "tested family" (within 10 % of PyTorch's) or "estimate"."""
+    return "tested family" if json.loads(config_json)["model_type"] in TESTED_FAMILIES else "estimate"
 
 
 def model_shape(model: PreTrainedModel, weight_bytes: int) -> ModelShape:

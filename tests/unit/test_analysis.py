@@ -1,5 +1,6 @@
 """Reports: readable from a run directory alone, self-contained, and not upset by what a run lacks."""
 
+import json
 import math
 import re
 import subprocess
@@ -55,6 +56,12 @@ def client(round: int, device_id: int, reason: str | None, emulators: bool = Fal
         "train_loss": None if reason else 3.0,
         "wall_train_s": None if reason else 0.2,
     }
+
+
+def with_resolved(directory: Path, **facts) -> Path:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"resolved": config["resolved"] | facts}))
+    return directory
 
 
 def write_run(
@@ -343,6 +350,14 @@ def test_a_run_is_described_in_words(tmp_path):
     assert text.startswith("fed-peft (federated LoRA")
     assert "tuning pydoc-base on python_docs" in text
     assert "unfinished: 3 of 12 rounds so far" in text
+
+
+def test_how_far_the_memory_is_known_is_said(tmp_path):
+    directory = write_run(tmp_path / "run")
+    assert "Memory model" not in render(label_runs([load_run(directory)]))  # of a run from before it was logged
+    for known, words in (("tested family", "within 10 % of what PyTorch"), ("estimate", "an estimate: this family")):
+        page = render(label_runs([load_run(with_resolved(directory, memory_model=known))]))
+        assert "Memory model" in page and words in page
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -356,7 +357,7 @@ def test_training_flops_by_hand():
 
 # Emulators
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "num_hidden_layers": 12,
     "hidden_size": 64,
     "num_attention_heads": 4,

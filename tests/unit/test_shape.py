@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from transformers import AutoConfig, BloomConfig, GPT2Config, LlamaConfig, MixtralConfig
@@ -21,7 +22,7 @@ LLAMA_70B = LlamaConfig(
     vocab_size=128256,
     tie_word_embeddings=False,
 )
-TINY = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 101}
+TINY: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 101}
 
 
 def shape_of(config, weight_bytes: int = 4) -> ModelShape:

@@ -112,6 +112,16 @@ def test_the_saved_adapter_is_the_one_that_was_judged(run, gpt2_dir):
     assert stored.abs().sum().item() == pytest.approx(sum(t.abs().sum().item() for t in saved.values()), rel=1e-5)
 
 
+def test_a_run_says_how_far_the_memory_of_its_devices_is_known(run, monkeypatch):
+    tested = run("tested", rounds=1)
+    monkeypatch.setattr("fedpeat_ray.models.shape.TESTED_FAMILIES", ())
+    estimated = run("estimated", rounds=1)
+    assert read_config(tested)["resolved"]["memory_model"] == "tested family"
+    assert read_config(estimated)["resolved"]["memory_model"] == "estimate"
+    assert not (tested / "events.jsonl").exists()
+    assert [event["kind"] for event in events(estimated)] == ["memory_estimated"]
+
+
 def test_the_same_configuration_gives_the_same_bits_and_another_seed_others(run, tiny, tmp_path):
     one, two, other = run("one"), run("two"), run("other", seed=4)
     assert_same_bits(one, two)
