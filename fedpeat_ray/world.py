@@ -36,6 +36,7 @@ from fedpeat_ray.models.emulator import Ladder, block_number, build_ladder
 from fedpeat_ray.models.foundation import Foundation
 from fedpeat_ray.models.lora import find_lora
 from fedpeat_ray.models.proxy import check_vocabularies
+from fedpeat_ray.models.traits import check_tokenizer, num_tokens
 from fedpeat_ray.runtime.knee import find_client_batch_size
 from fedpeat_ray.runtime.process import process_settings
 from fedpeat_ray.runtime.progress import Progress
@@ -47,6 +48,7 @@ from fedpeat_ray.training.distillation import SmallModel
 from fedpeat_ray.training.emulator_workshop import Workshop
 from fedpeat_ray.training.evaluation import EvaluationTask, evaluation_tasks
 from fedpeat_ray.training.map_clients import HostsAndDriver, MapClients
+from fedpeat_ray.training.stacking import check_stacking
 
 ALL = "all"  # the group of held-out text that stands for the whole fleet
 _DEVICES_PER_TIER = 8  # whose held-out text stands for their tier
@@ -94,7 +96,9 @@ def prepare(config: SimulationConfig, directory: Path) -> World:
     for field in ("local.sequence_length", "evaluation.sequence_length"):
         if (length := get(config, field)) > (most := foundations.max_positions(model)):
             raise ConfigError.of(field, length, f"at most {most}, the positions of {config.foundation.name}")
-    corpus = load_corpus(config.data, foundations.load_tokenizer(foundation.config_dir))
+    tokenizer = foundations.load_tokenizer(foundation.config_dir)
+    check_tokenizer(tokenizer, model, f"foundation.name = {config.foundation.name!r}")
+    corpus = load_corpus(config.data, tokenizer)
     partition = Partition(config.data.partition, corpus.group, corpus.heldout, config.seed)
     data = ClientData(corpus, partition, config.local, config.seed)
     shape = foundations.model_shape(model, weight_bytes(config.fleet))
@@ -103,6 +107,7 @@ def prepare(config: SimulationConfig, directory: Path) -> World:
         adapter = peat.adapter
     else:
         lora = find_lora(model, config.lora)
+        check_stacking(foundation, lora)
         adapter = LoraAdapter(lora)
         if config.algorithm == "fed-pt":
             algorithm = build_fed_pt(config, foundation, model, shape, directory)
@@ -127,7 +132,9 @@ def build_fed_peat(config: SimulationConfig, foundation: Foundation, shape: Mode
         if not set(blocks) & set(ladder.adapter_blocks):
             on_every_level = " ".join(map(str, ladder.adapter_blocks))
             raise ConfigError.of("lora.blocks", blocks, f"at least one block that every emulator has: {on_every_level}")
-        adapter: Adapter = LoraAdapter(find_lora(model, dataclasses.replace(config.lora, blocks=blocks)))
+        lora = find_lora(model, dataclasses.replace(config.lora, blocks=blocks))
+        check_stacking(foundation, lora)
+        adapter: Adapter = LoraAdapter(lora)
     else:
         adapter = find_weights(model, emulator.trained, ladder, foundation)
     public = None
@@ -169,9 +176,9 @@ def build_fed_pt(
     tokenizer = foundations.load_tokenizer(foundation.config_dir)
     check_vocabularies(
         tokenizer,
-        large.config.vocab_size,
+        num_tokens(large),
         foundations.load_tokenizer(foundation_of_small.config_dir),
-        small.config.vocab_size,
+        num_tokens(small),
     )
     lengths = ("local.sequence_length", "evaluation.sequence_length", "proxy.sequence_length")
     for field in lengths if proxy.steps else lengths[:2]:
@@ -185,6 +192,7 @@ def build_fed_pt(
         assert isinstance(peat.adapter, LoraAdapter)
         lora, small_level = peat.adapter.lora, peat.ladder.top
     else:
+        check_stacking(foundation_of_small, lora)
         size = _first_batch_size(config)
         on_small = FedPEFT(lora, small_shape, config.local, config.server, size, proxy.small)
     public = ServerData(load_corpus(config.data, tokenizer, public=True)) if proxy.steps else None
