@@ -26,6 +26,7 @@ from fedpeat_ray.errors import ConfigError, FedPeatError, RunDirError
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models.lora import load_adapter, saved_lora
 from fedpeat_ray.models.proxy import ProxyLogits
+from fedpeat_ray.models.traits import check_tokenizer
 from fedpeat_ray.runtime.run_log import read_settings
 from fedpeat_ray.training.client_batch import stacked_lora
 
@@ -58,6 +59,7 @@ def generate(
     large = _model(config.foundation.name)
     tuned = _model(config.proxy.small) if is_proxy else large
     tokenizer = foundations.load_tokenizer(foundations.model_dir(config.foundation.name))
+    check_tokenizer(tokenizer, large, f"foundation.name = {config.foundation.name!r}")
     positions = min(map(foundations.max_positions, (large, tuned)))
 
     def text(model: PreTrainedModel, *processors: ProxyLogits) -> str:

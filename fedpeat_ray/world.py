@@ -38,6 +38,7 @@ from fedpeat_ray.models.foundation import Foundation
 from fedpeat_ray.models.lora import find_lora
 from fedpeat_ray.models.proxy import check_vocabularies
 from fedpeat_ray.models.shape import model_shape
+from fedpeat_ray.models.traits import check_tokenizer, num_tokens
 from fedpeat_ray.runtime.centralised import Reference
 from fedpeat_ray.runtime.knee import MAX_SIZE, find_client_batch_size
 from fedpeat_ray.runtime.process import process_settings
@@ -50,6 +51,7 @@ from fedpeat_ray.training.distillation import SmallModel
 from fedpeat_ray.training.emulator_workshop import Workshop
 from fedpeat_ray.training.evaluation import EvaluationTask, evaluation_tasks
 from fedpeat_ray.training.map_clients import HostsAndDriver, MapClients, Where
+from fedpeat_ray.training.stacking import check_stacking
 
 ALL = "all"  # the group of held-out text that stands for the whole fleet
 _STEPS_A_LINE = 50  # of distillation, between two lines of progress
@@ -110,7 +112,9 @@ def prepare(config: SimulationConfig, directory: Path) -> World:
     for field in ("local.sequence_length", "evaluation.sequence_length"):
         if (length := get(config, field)) > (most := foundations.max_positions(model)):
             raise ConfigError.of(field, length, f"at most {most}, the positions of {config.foundation.name}")
-    corpus = load_corpus(config.data, foundations.load_tokenizer(foundation.config_dir))
+    tokenizer = foundations.load_tokenizer(foundation.config_dir)
+    check_tokenizer(tokenizer, model, f"foundation.name = {config.foundation.name!r}")
+    corpus = load_corpus(config.data, tokenizer)
     partition = Partition(config.data.partition, corpus.group, corpus.heldout, config.seed)
     data = ClientData(corpus, partition, config.local, config.seed)
     shape = model_shape(model, weight_bytes(config.fleet))
@@ -129,6 +133,7 @@ def prepare(config: SimulationConfig, directory: Path) -> World:
         adapter = WeightsAdapter("all", layout, foundation)
     else:
         lora, size = find_lora(model, config.lora), _first_batch_size(config)
+        check_stacking(foundation, lora)
         algorithm = FedPEFT(lora, shape, config.local, config.server, size, config.foundation.name)
         adapter = LoraAdapter(lora)
     reference = Reference(adapter, where, reference_key)
@@ -148,7 +153,9 @@ def build_fed_peat(config: SimulationConfig, foundation: Foundation, shape: Mode
         if not set(blocks) & set(ladder.adapter_blocks):
             on_every_level = " ".join(map(str, ladder.adapter_blocks))
             raise ConfigError.of("lora.blocks", blocks, f"at least one block that every emulator has: {on_every_level}")
-        adapter: Adapter = LoraAdapter(find_lora(model, dataclasses.replace(config.lora, blocks=blocks)))
+        lora = find_lora(model, dataclasses.replace(config.lora, blocks=blocks))
+        check_stacking(foundation, lora)
+        adapter: Adapter = LoraAdapter(lora)
     else:
         adapter = find_weights(model, emulator.trained, ladder, foundation)
     public = None
@@ -190,9 +197,9 @@ def build_fed_pt(
     tokenizer = foundations.load_tokenizer(foundation.config_dir)
     check_vocabularies(
         tokenizer,
-        large.config.vocab_size,
+        num_tokens(large),
         foundations.load_tokenizer(foundation_of_small.config_dir),
-        small.config.vocab_size,
+        num_tokens(small),
     )
     lengths = ("local.sequence_length", "evaluation.sequence_length", "proxy.sequence_length")
     for field in lengths if proxy.steps else lengths[:2]:
@@ -206,6 +213,7 @@ def build_fed_pt(
         assert isinstance(peat.adapter, LoraAdapter)
         lora, small_level = peat.adapter.lora, peat.ladder.top
     else:
+        check_stacking(foundation_of_small, lora)
         size = _first_batch_size(config)
         on_small = FedPEFT(lora, small_shape, config.local, config.server, size, proxy.small)
     public = ServerData(load_corpus(config.data, tokenizer, public=True)) if proxy.steps else None

@@ -12,18 +12,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when the libraries are imported
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
-
-VOCABULARY, END = 257, 256  # every byte, and the end of a text
+from tiny_models import END, VOCABULARY, write_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,7 +30,7 @@ def gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = GPT2Config(
         vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=END, eos_token_id=END
     )
-    return _write_model(tmp_path_factory.mktemp("gpt2"), GPT2LMHeadModel, config)
+    return write_model(tmp_path_factory.mktemp("gpt2"), GPT2LMHeadModel, config)
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +48,7 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=END,
         tie_word_embeddings=False,
     )
-    return _write_model(tmp_path_factory.mktemp("llama"), LlamaForCausalLM, config)
+    return write_model(tmp_path_factory.mktemp("llama"), LlamaForCausalLM, config)
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -73,7 +63,7 @@ def deep_gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = GPT2Config(
         vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=7, n_head=2, bos_token_id=END, eos_token_id=END
     )
-    return _write_model(tmp_path_factory.mktemp("deep_gpt2"), GPT2LMHeadModel, config)
+    return write_model(tmp_path_factory.mktemp("deep_gpt2"), GPT2LMHeadModel, config)
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +81,7 @@ def deep_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=END,
         tie_word_embeddings=True,
     )
-    return _write_model(tmp_path_factory.mktemp("deep_llama"), LlamaForCausalLM, config)
+    return write_model(tmp_path_factory.mktemp("deep_llama"), LlamaForCausalLM, config)
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -131,20 +121,3 @@ def _write_text(directory: Path, **vocabularies: str) -> None:
     for source, words in vocabularies.items():
         texts = [f"{source} {i}: " + " ".join(rng.choices(words.split(), k=rng.randint(4, 16))) for i in range(20)]
         (directory / f"{source}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-
-def _write_model(directory: Path, kind: type[PreTrainedModel], config: GPT2Config | LlamaConfig) -> Path:
-    """Random weights of a size that makes every layer matter, biases and norms included, and a tokenizer of bytes."""
-    rng = torch.Generator().manual_seed(0)
-    model = kind(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            centre = 1.0 if parameter.ndim == 1 and bool((parameter == 1).all()) else 0.0
-            parameter.normal_(centre, 0.15, generator=rng)
-    model.save_pretrained(directory)
-    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE({**alphabet, "<|endoftext|>": END}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(directory)
-    return directory

@@ -6,13 +6,16 @@ the frozen weights through a private memory map of one file: pages are shared, a
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import peft
 import torch
 import transformers
 from accelerate import init_empty_weights
@@ -29,14 +32,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
-from fedpeat_ray.errors import ConfigError, ModelError
+from fedpeat_ray.errors import ConfigError, FedPeatError, ModelError
 from fedpeat_ray.files import file_sha256, kept_sha256, user_cache_dir, written_with_hash
 from fedpeat_ray.models import weight_files
 from fedpeat_ray.models.layout import Layout
+from fedpeat_ray.models.traits import Traits, check_configuration, configured_positions, examine, linear_head
 
 EMBEDDED = ("pydoc-base", "pydoc-small")
-_SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # in the configurations of some models
 _VERSION = 1  # of the files of weights: raise it when the same model gives others
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")  # in a configuration
 _EMBEDDED_DIR = Path(__file__).parent / "embedded"
@@ -61,6 +65,8 @@ class Foundation:
     """SHA-256 of that file and of the configuration: equal for equal models."""
     blocks: tuple[int, ...] | None = None
     """Numbers of the blocks that the file holds; None: all of them."""
+    traits: Traits | None = None
+    """What the model does; None: not known yet."""
 
     @property
     def exact_dtype(self) -> torch.dtype:
@@ -126,7 +132,13 @@ def prepare(
                 shapes = {name: (dtype, shape) for name, (_, shape) in files.items()}
                 weight_files.write(part, shapes, lambda name: weight_files.read(files[name][0], name).to(dtype))
         sha256 = file_sha256(weights)
-    return Foundation(name, config_dir, config_json, weights, training_dtype, model_digest(sha256, config_json))
+    digest = model_digest(sha256, config_json)
+    foundation = Foundation(name, config_dir, config_json, weights, training_dtype, digest)
+    try:
+        traits = Traits(**asked(foundation, "traits", lambda model: dataclasses.asdict(examine(model))))
+    except ModelError as error:
+        raise ModelError(f"{field} = {name!r}: {error}") from error
+    return dataclasses.replace(foundation, traits=traits)
 
 
 def model_digest(weights_sha256: str, config_json: str) -> str:
@@ -145,7 +157,7 @@ def load_backbone(foundation: Foundation, device: torch.device | str = "cpu") ->
 
 def load(foundation: Foundation, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The frozen exact model in evaluation mode, its weights mapped from the node-local file."""
-    model = empty(foundation.config_json)
+    model = empty(foundation.config_json, foundation.exact_dtype)
     if foundation.blocks is not None:
         name = block_list_name(model)
         model.set_submodule(name, block_view(model.get_submodule(name), foundation.blocks))
@@ -155,15 +167,63 @@ def load(foundation: Foundation, device: torch.device | str = "cpu") -> PreTrain
     left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     if unexpected or left:
         raise ModelError(f"{foundation.weights} does not fit {type(model).__name__}: {unexpected or left}")
+    model.traits = foundation.traits  # type: ignore[assignment]  # torch annotates what modules usually hold
     return model.to(device).requires_grad_(False).eval()  # type: ignore[arg-type]
 
 
-def empty(config_json: str) -> PreTrainedModel:
-    """The model with its buffers and without memory for its parameters."""
-    values = json.loads(config_json)
+def asked(foundation: Foundation, about: str, question: Callable[[PreTrainedModel], dict]) -> dict:
+    """The plain values that `question` returns for the first blocks of a model, remembered beside its weights.
+
+    `about` names the question. The model is in float64, or in float32 if it fixes a narrower type inside
+    itself; of its blocks there are as few as have all kinds, two at least. Raises ModelError in place of
+    what the model raises.
+    """
+    versions = f"{_VERSION} {transformers.__version__} {torch.__version__} {peft.__version__}"
+    key = hashlib.sha256(f"{versions} {foundation.digest} {about}".encode()).hexdigest()[:16]
+    path = foundation.weights.with_name(f"asked-{key}.json")
+    if kept_sha256(path) is None:
+        answer = _ask_first_blocks(foundation, question)
+        with written_with_hash(path) as part:
+            part.write_text(json.dumps(answer))
+    return json.loads(path.read_text())
+
+
+def _ask_first_blocks(foundation: Foundation, question: Callable[[PreTrainedModel], dict]) -> dict:
+    model, error = load(foundation), None
+    check_configuration(model)
+    name = block_list_name(model)
+    blocks = list(model.get_submodule(name).children())
+    each = [(kind, _structure(block)) for kind, block in zip(_layer_types(model, len(blocks)), blocks, strict=True)]
+    num_blocks = max(2, *(each.index(kind) + 1 for kind in each))
+    model.set_submodule(name, block_view(model.get_submodule(name), range(min(num_blocks, len(blocks)))))
+    for dtype in (torch.float64,) if foundation.exact_dtype == torch.float64 else (torch.float64, torch.float32):
+        try:
+            return question(_with_weights_in(dtype, model))
+        except FedPeatError:
+            raise
+        except Exception as raised:  # the code of any model may raise anything
+            error = raised
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise ModelError(f"{type(model).__name__} cannot be run on token ids alone: {reason}") from error
+
+
+def _layer_types(model: PreTrainedModel, num_blocks: int) -> Sequence[str]:
+    """What the configuration calls each block, such as one with sliding attention."""
+    named = getattr(model.config, "layer_types", None) or []
+    return named if len(named) == num_blocks else [""] * num_blocks
+
+
+def _structure(block: nn.Module) -> list[tuple[str, type, list[torch.Size]]]:
+    """The modules inside: names, kinds and shapes; equal for blocks that do the same."""
+    return [(name, type(m), [p.shape for p in m.parameters(recurse=False)]) for name, m in block.named_modules()]
+
+
+def empty(config_json: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model without memory for its parameters, and with its buffers as they are for weights of this type."""
+    values = json.loads(config_json, object_hook=_float_of)
     config = _tuning_config(AutoConfig.for_model(values.pop("model_type"), **values))
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
     return model
 
@@ -213,14 +273,19 @@ def block_view(blocks: nn.Module, numbers: Iterable[int], stand_ins: Blocks | No
     return view
 
 
+def linear_widths(module: nn.Module) -> tuple[int, int]:
+    """(I, O) of a Linear (weight (O, I)) or a Conv1D (weight (I, O))."""
+    rows, columns = module.get_parameter("weight").shape
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+
+
 def plain_head(model: PreTrainedModel) -> Tensor | None:
     """The output layer (V, D) where logits are hidden states times its transpose and nothing else.
 
-    None for a head that is more (a bias, a soft cap) or that this process does not hold whole.
+    None for a head that is more (a bias, a scale, a soft cap), or that this process does not hold whole.
     """
-    head = model.get_output_embeddings()
-    more = any(getattr(model.config, name, None) for name in _SCALED_LOGITS)
-    if not isinstance(head, nn.Linear) or head.bias is not None or more or is_sharded(model):
+    head, traits = linear_head(model), getattr(model, "traits", None)
+    if head is None or traits is None or not traits.plain_head or is_sharded(model):
         return None
     return head.weight
 
@@ -231,8 +296,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def max_positions(model: PreTrainedModel) -> int:
-    """Longest sequence the model can read."""
-    return model.config.max_position_embeddings
+    """Longest sequence the model can read; NO_LIMIT where there is none."""
+    traits = getattr(model, "traits", None)
+    return traits.max_positions if traits else configured_positions(model)
 
 
 def model_dir(name: str, field: str = "foundation.name") -> Path:
@@ -287,6 +353,11 @@ def _with_weights_in(dtype: torch.dtype, model: PreTrainedModel) -> PreTrainedMo
     return model
 
 
+def _float_of(value: dict) -> Any:
+    """How transformers writes infinity, which JSON has no word for: {"__float__": "Infinity"}."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+
 def _has_bf16_instructions() -> bool:
     """On x86: AVX512-BF16 or AMX; elsewhere trust oneDNN."""
     if platform.machine() not in ("x86_64", "AMD64"):
@@ -301,4 +372,5 @@ def _tuning_config(config: PretrainedConfig) -> PretrainedConfig:
         config.activation_function = "gelu_pytorch_tanh"  # the same formula in one kernel instead of eight
     if not torch.cuda.is_available():
         config._attn_implementation = "eager"  # faster than the fused kernel at a device's short sequences
+        config._experts_implementation = "eager"  # as fast as the grouped kernel, which knows no float64
     return config

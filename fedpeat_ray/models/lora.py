@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedpeat_ray.config import LoraConfig
 from fedpeat_ray.errors import ConfigError, ModelError
-from fedpeat_ray.models.foundation import block_list_name
+from fedpeat_ray.models.foundation import block_list_name, linear_widths
 from fedpeat_ray.models.layout import Layout
 from fedpeat_ray.seeding import derive_seed
 
@@ -75,7 +75,7 @@ def find_lora(model: PreTrainedModel, config: LoraConfig) -> Lora:
     Raises ConfigError if a name or a block's number fits nothing, ModelError if the blocks have no linear layer.
     """
     prefix = block_list_name(model) + "."
-    linears = {n: m for n, m in model.named_modules() if n.startswith(prefix) and isinstance(m, nn.Linear | Conv1D)}
+    linears = linear_layers(model, prefix)
     if config.blocks:
         numbers = range(model.config.num_hidden_layers)
         for block in config.blocks:
@@ -99,10 +99,9 @@ def find_lora(model: PreTrainedModel, config: LoraConfig) -> Lora:
     return Lora(widths, config.rank, config.alpha, fan_in_fan_out=transposed)
 
 
-def linear_widths(module: nn.Module) -> tuple[int, int]:
-    """(I, O) of a Linear (weight (O, I)) or a Conv1D (weight (I, O))."""
-    rows, columns = module.get_parameter("weight").shape
-    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+def linear_layers(model: PreTrainedModel, prefix: str) -> dict[str, nn.Module]:
+    """Those that LoRA can be in, below a name."""
+    return {n: m for n, m in model.named_modules() if n.startswith(prefix) and isinstance(m, nn.Linear | Conv1D)}
 
 
 def peft_config(lora: Lora, base_model: str | None, *, trainable: bool = False) -> PeftLoraConfig:

@@ -76,7 +76,7 @@ class Rank:
         distributed.init_process_group(backend, store=store, rank=self._rank, world_size=self._num_shards)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         self._before_bytes = _reset_peak()
-        model = empty(foundation.config_json).eval()
+        model = empty(foundation.config_json, foundation.exact_dtype).eval()
         for name, shape in [(name, parameter.shape) for name, parameter in model.named_parameters()]:
             if self._rank == 0:
                 whole = weight_files.read(foundation.weights, name)

@@ -6,7 +6,7 @@ they have in the model, with or without PEFT's prefix and adapter name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +33,15 @@ def train_lora(
     alpha: float,
     dtype: torch.dtype,
     mu: float = 0.0,
+    targets: Sequence[str] | None = None,
 ) -> tuple[dict[str, Tensor], float]:
-    """Train LoRA factors from `start`; returns where they got to, and the mean loss."""
+    """Train LoRA factors from `start`; returns where they got to, and the mean loss. `targets`: unset, the family's."""
     base = _load(model_dir, dtype)
     family: str = base.config.model_type
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # annotated int
-        target_modules=TARGETS[family],
+        target_modules=list(targets or TARGETS[family]),
         fan_in_fan_out=family == "gpt2",
         task_type="CAUSAL_LM",
     )
@@ -68,10 +69,13 @@ def train_all_weights(
 
 
 def _load(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """In float64 with the attention that the engine takes: transformers' eager one has its softmax in float32."""
+    """In float64 with the attention that the engine takes, as transformers' eager one has its softmax in float32, and
+    with experts one by one, as the grouped kernel knows no float64."""
     eager = dtype == torch.float64 and not torch.cuda.is_available()
     attention = "eager" if eager else "sdpa"
-    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation=attention).eval()
+    experts = {"experts_implementation": "eager"} if eager else {}
+    kinds = {"attn_implementation": attention, **experts}
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, **kinds).eval()
 
 
 def _train(
