@@ -45,9 +45,9 @@ class Text:
 def read() -> Text:
     """The text that is installed here."""
     table = python_docs.load_all()
-    columns = (table[name].to_numpy() for name in ("public", "heldout", "repeat"))
+    public, heldout, repeat = (table[name].to_numpy() for name in ("public", "heldout", "repeat"))
     texts = table["text"].to_pylist()
-    return Text(*columns, np.array(list(map(len, texts))), grams_of(texts))
+    return Text(public, heldout, repeat, np.array(list(map(len, texts))), grams_of(texts))
 
 
 def sides(text: Text) -> Table:

@@ -107,6 +107,27 @@ def test_public_documents_that_are_private_text_are_found():
     assert private_text(public, private, ~heldout).tolist() == [True, False, True, False, False, False]
 
 
+def test_embedded_text_is_on_one_side_and_what_the_foundations_were_trained_on_stays(tmp_path, monkeypatch):
+    texts = {
+        "scipy": [*(words(i, 30) for i in range(12)), f"{words(3, 30)} of scipy", words(200, 30)],
+        "torch": [*(words(i, 30) for i in range(100, 112)), f"{words(103, 30)} of torch", words(200, 30)],
+    }
+    for package, documents in texts.items():
+        (tmp_path / package).mkdir()
+        functions = (f'def f{i:02}():\n    """{text}"""\n' for i, text in enumerate(documents))
+        (tmp_path / package / "all.py").write_text("".join(functions))
+    monkeypatch.setattr(python_docs, "_roots", lambda: {package: tmp_path / package for package in texts})
+
+    table = python_docs.extract()
+
+    found = table["text"].to_pylist()
+    assert len(found) == len(set(found)) == 27 and found.count(words(200, 30)) == 1
+    public, heldout, repeat = (table[name].to_numpy() for name in ("public", "heldout", "repeat"))
+    assert heldout.sum() == 2 and (heldout & public).sum() == 1
+    assert (repeat & ~public).sum() == 1, "one of the two"
+    assert not (repeat & public & ~heldout).any() and "of torch" in found[np.flatnonzero(public)[12]]
+
+
 # --- the sides of a run --------------------------------------------------------------------------------------
 
 
@@ -165,7 +186,9 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> pa.Table:
         ("torch" if i % 2 else "scipy", f"{'torch' if i % 2 else 'scipy'}.a", f"n{i}", i % 2 == 1, i % 10 < 2, i > 37)
         for i in range(40)
     ]
-    columns = [*zip(*rows, strict=True), [words(i, 40) for i in range(40)]]
+    texts = [words(i, 40) for i in range(40)]
+    texts[9] = f"{texts[7]} again"  # public, to train on: stays
+    columns = [*zip(*rows, strict=True), texts]
     table = pa.table(list(map(list, columns)), schema=python_docs.SCHEMA)
     monkeypatch.setattr(python_docs, "load_all", lambda cache_dir: table)
     return table
@@ -219,12 +242,15 @@ def test_no_heldout_text_is_in_anything_that_is_trained_on(gpt2_dir, overlapping
     private = load_corpus(config, tokenizer, cache_dir=tmp_path)
     public = load_corpus(config, tokenizer, public=True, cache_dir=tmp_path)
     secret: set[bytes] = set()
-    for d in np.flatnonzero(private.heldout):
-        secret |= runs(private.tokens[private.offsets[d] : private.offsets[d + 1]])
+    for corpus in (private, public):
+        for d in np.flatnonzero(corpus.heldout):
+            secret |= runs(corpus.tokens[corpus.offsets[d] : corpus.offsets[d + 1]])
     assert private.removed.repeated_training and public.removed.private and len(secret) > 500
 
+    shares = Partition(partition, private.group, private.heldout, 0)
+    assert all(private.heldout[shares.heldout_documents(device_id)].all() for device_id in range(12))
     local = LocalConfig(batch_size=4, sequence_length=48, max_steps=10**6)
-    devices = ClientData(private, Partition(partition, private.group, private.heldout, 0), local, 0)
+    devices = ClientData(private, shares, local, 0)
     server, rng = ServerData(public), np.random.default_rng(0)
     tasks = [*devices.tasks(range(12), 1), devices.pooled_task(200, 4), server.task(100, local, rng)]
     rows = [(tokens, length) for task in tasks for tokens, length in by_row(task.tokens_SBT, task.lengths_SB)]
