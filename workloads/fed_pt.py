@@ -410,7 +410,7 @@ def draw_edge(settings: Settings, names: list[str], points: list[tuple[int, floa
     tokens = [point[0] for point in points]
     axes.plot(tokens, [point[1] for point in points], color="black", marker="o", label="small alone")
     for i, name in enumerate(names):
-        axes.plot(tokens, [point[2][i] for point in points], marker=".", label=f"steered: {name}")
+        axes.plot(tokens, [point[2][i] for point in points], marker=".", label="steered: " + name.replace("$", r"\$"))
     axes.set_xscale("log")
     axes.set_xlabel("private tokens that the small model was tuned on")
     axes.set_ylabel("held-out perplexity")
