@@ -54,7 +54,7 @@ class Run:
     def perplexity(self) -> dict[str, Any]:
         """What summary.json says of it; empty while the run is unfinished."""
         values = (self.summary or {}).get("perplexity") or {}
-        return {_CALLED_NOW.get(name, name): value for name, value in values.items()}
+        return {_CALLED_NOW.get(name) or name: value for name, value in values.items()}
 
     @property
     def on_devices(self) -> dict[str, tuple[float | None, float | None]]:

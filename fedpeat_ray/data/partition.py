@@ -54,10 +54,8 @@ class Partition:
         num_groups = int(group_D.max(initial=0)) + 1
         self._train_D, self._starts_G, self._sizes_G = _sorted_by_group(group_D, ~heldout_D, num_groups)
         self._prior_G = self._sizes_G / max(1, self._sizes_G.sum())
-        self._heldout_D, _, self._heldout_sizes_G = _sorted_by_group(group_D, heldout_D, num_groups)
-        self._heldout_group_D = group_D[self._heldout_D]
-        if not len(self._train_D) or not len(self._heldout_D):
-            counts = f"{len(self._train_D)} to train on and {len(self._heldout_D)} held out"
+        if not len(self._train_D) or not heldout_D.any():
+            counts = f"{len(self._train_D)} to train on and {heldout_D.sum()} held out"
             raise DataError(f"a partition needs at least one document of each kind; there are {counts}")
         self._check()
 
@@ -90,23 +88,6 @@ class Partition:
                 ]
             )
         return np.sort(self._train_D[chosen])
-
-    def heldout_documents(self, device_id: int) -> np.ndarray:
-        """Indices of held-out documents of the device's groups, in an order of which every prefix samples its mixture.
-
-        That is weighted sampling without replacement, a document's weight being the device's share of
-        its group over the group's held-out documents (Efraimidis and Spirakis 2006). Where none of the
-        device's groups has held-out documents, it is all of them in an even order. int64, at least one.
-        """
-        rng = generator(self._seed, "held-out documents", device_id)
-        share_G = self._heldout_sizes_G if self._config.kind == "iid" else self.mixture(device_id)
-        weight_D = (share_G / np.maximum(self._heldout_sizes_G, 1))[self._heldout_group_D]
-        if not weight_D.any():
-            weight_D = np.ones(len(weight_D))
-        with np.errstate(divide="ignore"):
-            key_D = np.log(rng.standard_exponential(len(weight_D))) - np.log(weight_D)
-        order_D = np.argsort(key_D, kind="stable")
-        return self._heldout_D[order_D[: np.count_nonzero(weight_D)]]
 
     def mixture(self, device_id: int) -> np.ndarray:
         """The device's share of every group before the number of documents is drawn. Shape (G,), sums to 1."""

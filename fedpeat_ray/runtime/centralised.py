@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from fedpeat_ray.aggregation.mean import WeightedMean
@@ -64,8 +63,10 @@ def tune_centrally(
     num_steps = max(1, math.ceil(num_tokens / (BATCH_SIZE * config.local.sequence_length)))
     task = data.pooled_task(num_steps, BATCH_SIZE)
     start_P, local = adapter.init(config.seed), dataclasses.replace(config.local, prox_mu=0.0)
-    tune = _step_by_step if adapter.gradient() else _as_one_client
-    adapter_P = tune(reference, start_P, task, local, map_clients)
+    if gradient := adapter.gradient():
+        adapter_P = _step_by_step(gradient, start_P, task, local, map_clients, reference.where)
+    else:
+        adapter_P = _as_one_client(adapter.trainer(local), start_P, task, map_clients, reference.where)
     if adapter_P is None or not adapter_P.isfinite().all():  # it diverged
         return math.inf
     perplexity = judge(adapter_P)
@@ -75,29 +76,27 @@ def tune_centrally(
 
 
 def _step_by_step(
-    reference: Reference, start_P: Tensor, task: ClientTask, local: LocalConfig, map_clients: MapClients
-) -> Tensor:
+    gradient: Callable, start_P: Tensor, task: ClientTask, local: LocalConfig, map_clients: MapClients, where: Where
+) -> Tensor | None:
     """Hosts share the sequences of each step; the mean of their gradients is the gradient of the step."""
-    gradient = reference.adapter.gradient()
     theta_P = nn.Parameter(start_P.clone())
     optimizer = build_optimizer(local, [theta_P])
     for tokens_BT, lengths_B in zip(task.tokens_SBT, task.lengths_SB, strict=True):
         rows = zip(split(tokens_BT, PART_SIZE), split(lengths_B, PART_SIZE), strict=True)
         parts = [TextBatch(*part) for part in rows if part[1].any()]
-        mean, _ = map_clients(gradient, theta_P.detach(), parts, WeightedMean(), where=reference.where)
+        mean, _ = map_clients(gradient, theta_P.detach(), parts, WeightedMean(), where=where)
         gradient_P = mean.result()
-        if gradient_P is None:  # it diverged
-            return torch.full_like(start_P, torch.nan)
+        if gradient_P is None:
+            return None
         theta_P.grad = gradient_P.to(theta_P.dtype)
         optimizer.step()
     return theta_P.detach()
 
 
 def _as_one_client(
-    reference: Reference, start_P: Tensor, task: ClientTask, local: LocalConfig, map_clients: MapClients
+    train: Callable, start_P: Tensor, task: ClientTask, map_clients: MapClients, where: Where
 ) -> Tensor | None:
     """Where gradients are too large to be sent in every step."""
-    train = reference.adapter.trainer(local)
-    mean, _ = map_clients(train, start_P, [task], WeightedMean(), where=reference.where)
+    mean, _ = map_clients(train, start_P, [task], WeightedMean(), where=where)
     delta_P = mean.result()
     return None if delta_P is None else (start_P.double() + delta_P).to(start_P.dtype)

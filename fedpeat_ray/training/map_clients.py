@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
-Task = TypeVar("Task")
+import numpy as np
+
+Tasks = TypeVar("Tasks", Sequence, np.ndarray)
 
 Where = Literal["hosts", "driver"]
 """Who does the work: the hosts, which embody devices, or the driver, which has the whole foundation."""
@@ -72,8 +74,8 @@ class HostsAndDriver:
         return do(train, shared, tasks, aggregator, batch_size, where)
 
 
-def split(tasks: Sequence[Task], batch_size: int) -> list[Sequence[Task]]:
-    """Consecutive batches of at most batch_size tasks."""
+def split(tasks: Tasks, batch_size: int) -> list[Tasks]:
+    """Consecutive batches of at most batch_size tasks; of an array, of its rows."""
     return [tasks[start : start + batch_size] for start in range(0, len(tasks), batch_size)]
 
 

@@ -22,8 +22,9 @@ from fedpeat_ray import Simulation
 from fedpeat_ray.config import LocalConfig, LoraConfig
 from fedpeat_ray.errors import ConfigError, ModelError
 from fedpeat_ray.models import foundation as foundations
-from fedpeat_ray.models.foundation import load, load_backbone, max_positions, model_shape, plain_head, prepare
+from fedpeat_ray.models.foundation import load, load_backbone, max_positions, plain_head, prepare
 from fedpeat_ray.models.lora import find_lora
+from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.models.traits import NO_LIMIT
 from fedpeat_ray.records import ClientTask
 from fedpeat_ray.training.client_batch import TrainClientBatch

@@ -248,7 +248,6 @@ def test_no_heldout_text_is_in_anything_that_is_trained_on(gpt2_dir, overlapping
     assert private.removed.repeated_training and public.removed.private and len(secret) > 500
 
     shares = Partition(partition, private.group, private.heldout, 0)
-    assert all(private.heldout[shares.heldout_documents(device_id)].all() for device_id in range(12))
     local = LocalConfig(batch_size=4, sequence_length=48, max_steps=10**6)
     devices = ClientData(private, shares, local, 0)
     server, rng = ServerData(public), np.random.default_rng(0)
