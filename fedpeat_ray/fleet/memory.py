@@ -88,10 +88,6 @@ class ModelShape:
     """What the memory and cost models need to know about a decoder-only transformer of like blocks."""
 
     num_blocks: int
-    width: int
-    """Features of the residual stream."""
-    vocabulary: int
-    """Tokens in the vocabulary."""
     weight_bytes: int
     """Bytes of an element of the frozen weights."""
     num_parameters: int

@@ -3,7 +3,7 @@
 Nothing is computed and nothing allocated: a model of the same configuration with a few blocks is run on the meta
 device, where tensors have sizes and no data. Batch size, length and rank are prime numbers that divide none of the
 model's own sizes, so how often each divides a tensor's size tells how the tensor grows with it. All numbers that
-follow are whole and the same on every machine.
+follow are whole and do not depend on the machine.
 """
 
 from __future__ import annotations
@@ -56,20 +56,13 @@ def model_shape(model: PreTrainedModel, weight_bytes: int) -> ModelShape:
     weights = dict(block.named_parameters())
     linears = [module.get_parameter("weight") for module in block.modules() if isinstance(module, nn.Linear | Conv1D)]
     block_parameters = sum(weight.numel() for weight in weights.values())
-    steps = _Steps(config.to_json_string(), weight_bytes)
-    try:
-        flops = steps.flops
-    except Exception:  # whatever a family's own code does not do without data
-        if config.model_type in TESTED_FAMILIES:
-            raise
-        steps = _Steps(_llama_like(config).to_json_string(), weight_bytes)
-        flops = steps.flops
+    stand_in = None if config.model_type in TESTED_FAMILIES else _llama_like(config, weights).to_json_string()
+    steps = _Steps(config.to_json_string(), stand_in, weight_bytes)
+    flops = steps.flops
     tokens, pairs = POWERS.index((1, 1, 0)), POWERS.index((1, 2, 0))
     products = flops["forward 1"][tokens] // 2  # the weights that a token is multiplied with
     return ModelShape(
         num_blocks=config.num_hidden_layers,
-        width=config.hidden_size,
-        vocabulary=config.vocab_size,
         weight_bytes=weight_bytes,
         num_parameters=sum(weight.numel() for weight in model.parameters()),
         block_parameters=block_parameters,
@@ -88,10 +81,12 @@ class _Steps(Mapping[Trainable, StepTerms]):
     """What a step holds, by what is trained; each is run when it is first asked for."""
 
     config_json: str
+    stand_in: str | None
+    """Configuration of the model to run where the model's own step cannot be; None: it can."""
     weight_bytes: int
 
     def __getitem__(self, trainable: Trainable) -> StepTerms:
-        terms = _step(self.config_json, self.weight_bytes, trainable)[0]
+        terms = _step(self.config_json, self.stand_in, self.weight_bytes, trainable)[0]
         if terms is None:
             raise KeyError(trainable)
         return terms
@@ -106,18 +101,25 @@ class _Steps(Mapping[Trainable, StepTerms]):
     @property
     def flops(self) -> dict[str, Terms]:
         """Operations of matrix products, by the part of a step with all weights."""
-        return _step(self.config_json, self.weight_bytes, "all")[1]
+        return _step(self.config_json, self.stand_in, self.weight_bytes, "all")[1]
 
 
 @functools.lru_cache(maxsize=128)
-def _step(config_json: str, weight_bytes: int, trainable: Trainable) -> tuple[StepTerms | None, dict[str, Terms]]:
+def _step(
+    config_json: str, stand_in: str | None, weight_bytes: int, trainable: Trainable
+) -> tuple[StepTerms | None, dict[str, Terms]]:
     """What a step holds, None if there is nothing to train, and the operations of its parts."""
-    if trainable == "all":
-        notes = _note_step(config_json, weight_bytes, trainable, depth=2, trained=(0, 1))
-        terms = _step_terms(notes, first=0, other=1, crossed=1)
-    else:  # a frozen block that keeps nothing, a trained one, a frozen one that gradients pass through, a trained one
-        notes = _note_step(config_json, weight_bytes, trainable, depth=4, trained=(1, 3))
-        terms = _step_terms(notes, first=1, other=3, crossed=2) if notes.largest.any() else None
+    try:
+        if trainable == "all":
+            notes = _note_step(config_json, weight_bytes, trainable, depth=2, trained=(0, 1))
+            terms = _step_terms(notes, first=0, other=1, crossed=1)
+        else:  # a frozen block that keeps nothing, a trained one, a frozen one that gradients pass, a trained one
+            notes = _note_step(config_json, weight_bytes, trainable, depth=4, trained=(1, 3))
+            terms = _step_terms(notes, first=1, other=3, crossed=2) if notes.largest.any() else None
+    except Exception:  # whatever a family's own code does not do without data
+        if stand_in is None:
+            raise
+        return _step(stand_in, None, weight_bytes, trainable)
     return terms, {part: _plain(flops) for part, flops in notes.flops.items()}
 
 
@@ -275,7 +277,7 @@ class _FusedAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.scaled_dot_product_attention:
-            query, key, value = args
+            query, key, value = args  # and the rest by name, as transformers calls it
             mask, causal = kwargs.get("attn_mask"), kwargs.get("is_causal", False)
             if query.shape[-1] == value.shape[-1] and not (mask is not None and mask.requires_grad):
                 mask = mask.to(query.dtype) if mask is not None and mask.dtype == torch.bool else mask
@@ -345,16 +347,20 @@ def _with_depth(values: dict[str, Any], depth: int) -> PretrainedConfig:
     return config
 
 
-def _llama_like(config: PretrainedConfig) -> LlamaConfig:
-    heads = config.num_attention_heads
+def _llama_like(config: PretrainedConfig, weights: Iterable[str]) -> LlamaConfig:
+    """A LLaMA of the same widths; `weights` are the names of a block's."""
+    heads, biased = config.num_attention_heads, any(name.endswith("bias") for name in weights)
     return LlamaConfig(
         num_hidden_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         num_attention_heads=heads,
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=config.hidden_size // heads,
         vocab_size=config.vocab_size,
         tie_word_embeddings=config.tie_word_embeddings,
+        attention_bias=biased,
+        mlp_bias=biased,
     )
 
 

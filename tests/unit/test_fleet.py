@@ -335,8 +335,6 @@ def test_what_dropped_devices_spent():
 def test_training_flops_by_hand():
     shape = ModelShape(
         num_blocks=2,
-        width=4,
-        vocabulary=10,
         weight_bytes=4,
         num_parameters=500,
         block_parameters=180,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig, BloomConfig, GPT2Config, LlamaConfig, MixtralConfig
 
 from fedpeat_ray.fleet.memory import POWERS, ModelShape, training_memory
@@ -81,28 +83,38 @@ def test_what_was_asked_before_makes_no_difference():
 
 @pytest.mark.parametrize("model_type", ["bloom", "gpt_neox", "falcon", "qwen2_moe", "olmo2"])
 def test_other_families_are_run_too(model_type, monkeypatch):
-    monkeypatch.setattr(shapes, "_llama_like", None)  # not needed
+    monkeypatch.setattr(shapes, "_llama_like", lambda *_: SimpleNamespace(to_json_string=lambda: "none"))
     shape = shape_of(AutoConfig.for_model(model_type, **TINY))
     assert memory(shape) > 4 * shape.num_parameters
 
 
-def test_a_step_that_cannot_be_run_counts_as_that_of_a_llama(monkeypatch):
+@pytest.mark.parametrize("failing", ["all", "lora"])
+def test_a_step_that_cannot_be_run_counts_as_that_of_a_llama(monkeypatch, failing):
     note_step = shapes._note_step
 
-    def refuses(config_json: str, *args, **kwargs):
-        if "bloom" in config_json:
+    def refuses(config_json: str, weight_bytes: int, trainable: str, **kwargs):
+        if "bloom" in config_json and trainable == failing:
             raise RuntimeError("needs data")
-        return note_step(config_json, *args, **kwargs)
+        return note_step(config_json, weight_bytes, trainable, **kwargs)
 
     shapes._step.cache_clear()
     monkeypatch.setattr(shapes, "_note_step", refuses)
     shape = shape_of(BloomConfig(**TINY))
-    llama = shape_of(LlamaConfig(**TINY, intermediate_size=128, tie_word_embeddings=True))
-    assert shape.steps["lora"] == llama.steps["lora"] and shape.num_parameters != llama.num_parameters
+    biased = {"attention_bias": True, "mlp_bias": True}
+    llama = shape_of(LlamaConfig(**TINY, intermediate_size=128, tie_word_embeddings=True, **biased))
+    assert [kind for kind in shape.steps if shape.steps[kind] == llama.steps[kind]] == [failing]
     monkeypatch.setattr(shapes, "TESTED_FAMILIES", ("bloom",))
     with pytest.raises(RuntimeError, match="needs data"):
-        shape_of(BloomConfig(**TINY))
+        print(shape_of(BloomConfig(**TINY)).steps["lora"])
     shapes._step.cache_clear()
+
+
+def test_nothing_is_drawn():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    shapes._step.cache_clear()
+    print(shape_of(LlamaConfig(**TINY, intermediate_size=64)).steps["lora"])
+    assert torch.get_rng_state().equal(before)
 
 
 @pytest.mark.parametrize("powers", [(1, 1, 0), (1, 2, 0), (0, 0, 1), (1, 1, 1), (0, 0, 0)])
