@@ -55,6 +55,16 @@ def test_any_number_of_hosts_gives_the_bits_of_a_serial_run(num_hosts, run_on_ho
     assert ray.is_initialized(), "a Ray that was there before is left running"
 
 
+def test_the_centralised_reference_does_not_depend_on_who_shares_its_steps(tiny_arguments, tmp_path, monkeypatch):
+    found = {}
+    for backend, num_hosts in (("serial", 1), ("ray", 2), ("ray", 3)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache of {num_hosts} {backend}"))
+        hosts = ("--hosts.backend", backend, "--hosts.num-hosts", num_hosts, "--evaluation.centralised")
+        out = tmp_path / f"{backend} {num_hosts}"
+        found[out] = Simulation(parse(tiny_arguments("--out", out, "--rounds", 1, *hosts))).run()["perplexity"]
+    assert len({perplexity["centralised"] for perplexity in found.values()}) == 1
+
+
 def test_partial_results_are_merged_in_the_order_of_the_batches_whatever_ends_first(tiny_arguments, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     train, tasks = failing_hosts.EndsLast(first=0, last=6, pipe=tmp_path / "pipe"), list(range(7))
