@@ -100,7 +100,7 @@ def test_a_step_that_cannot_be_run_counts_as_that_of_a_llama(monkeypatch, failin
     shapes._step.cache_clear()
     monkeypatch.setattr(shapes, "_note_step", refuses)
     shape = shape_of(BloomConfig(**TINY))
-    biased = {"attention_bias": True, "mlp_bias": True}
+    biased: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
     llama = shape_of(LlamaConfig(**TINY, intermediate_size=128, tie_word_embeddings=True, **biased))
     assert [kind for kind in shape.steps if shape.steps[kind] == llama.steps[kind]] == [failing]
     monkeypatch.setattr(shapes, "TESTED_FAMILIES", ("bloom",))
