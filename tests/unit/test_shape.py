@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, BloomConfig, GPT2Config, LlamaConfig, MixtralConfig
 
-from fedpeat_ray.fleet.memory import POWERS, ModelShape, training_memory
+from fedpeat_ray.fleet.memory import POWERS, ModelShape, Trainable, training_memory
 from fedpeat_ray.models import shape as shapes
 from fedpeat_ray.models.foundation import empty
 from fedpeat_ray.models.shape import model_shape
@@ -92,7 +92,7 @@ def test_other_families_are_run_too(model_type, monkeypatch):
 def test_a_step_that_cannot_be_run_counts_as_that_of_a_llama(monkeypatch, failing):
     note_step = shapes._note_step
 
-    def refuses(config_json: str, weight_bytes: int, trainable: str, **kwargs):
+    def refuses(config_json: str, weight_bytes: int, trainable: Trainable, **kwargs):
         if "bloom" in config_json and trainable == failing:
             raise RuntimeError("needs data")
         return note_step(config_json, weight_bytes, trainable, **kwargs)
