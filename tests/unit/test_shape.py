@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, BloomConfig, GPT2Config, LlamaConfig, MixtralConfig
 
-from fedpeat_ray.fleet.memory import POWERS, ModelShape, training_memory
+from fedpeat_ray.fleet.memory import POWERS, ModelShape, Trainable, training_memory
 from fedpeat_ray.models import shape as shapes
 from fedpeat_ray.models.foundation import empty
 from fedpeat_ray.models.shape import model_shape
@@ -92,7 +92,7 @@ def test_other_families_are_run_too(model_type, monkeypatch):
 def test_a_step_that_cannot_be_run_counts_as_that_of_a_llama(monkeypatch, failing):
     note_step = shapes._note_step
 
-    def refuses(config_json: str, weight_bytes: int, trainable: str, **kwargs):
+    def refuses(config_json: str, weight_bytes: int, trainable: Trainable, **kwargs):
         if "bloom" in config_json and trainable == failing:
             raise RuntimeError("needs data")
         return note_step(config_json, weight_bytes, trainable, **kwargs)
@@ -100,7 +100,7 @@ def test_a_step_that_cannot_be_run_counts_as_that_of_a_llama(monkeypatch, failin
     shapes._step.cache_clear()
     monkeypatch.setattr(shapes, "_note_step", refuses)
     shape = shape_of(BloomConfig(**TINY))
-    biased = {"attention_bias": True, "mlp_bias": True}
+    biased: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
     llama = shape_of(LlamaConfig(**TINY, intermediate_size=128, tie_word_embeddings=True, **biased))
     assert [kind for kind in shape.steps if shape.steps[kind] == llama.steps[kind]] == [failing]
     monkeypatch.setattr(shapes, "TESTED_FAMILIES", ("bloom",))
