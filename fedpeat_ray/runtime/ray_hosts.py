@@ -9,6 +9,7 @@ who did what. A host that is lost is replaced and its batch rerun, once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from collections import deque
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import ray
 import torch
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError
@@ -28,11 +30,13 @@ from fedpeat_ray.fleet.tiers import TIERS
 from fedpeat_ray.models.foundation import Foundation, load_backbone
 from fedpeat_ray.records import MEMORY, ClientReport, ClientTask
 from fedpeat_ray.runtime.node_files import Sent, files_of, receive, send
-from fedpeat_ray.runtime.process import cap_memory, is_out_of_memory, keep_freed_memory
+from fedpeat_ray.runtime.process import give_freed_memory_back, is_out_of_memory, keep_freed_memory, limited_memory
 from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.training.map_clients import Aggregator, Where, split
 
 _GIB = 2**30
+_TOLERANCE = 1.1  # of a device's cap: the memory model is held to 10 %
+_TRIES = 3  # within the cap: a thread that Ray starts meanwhile takes 8 MiB of it for its stack
 _HOST_LOST = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 
 
@@ -45,16 +49,20 @@ class Host:
         driver: Foundation | None,
         files: dict[Path, Sent],
         num_threads: int,
-        memory_cap_bytes: int | None = None,
+        room_bytes: int | None = None,
     ):
-        keep_freed_memory()
+        """`room_bytes`: what a device may take for training, beyond the weights it trains on."""
+        keep_freed_memory() if room_bytes is None else give_freed_memory_back()
         torch.set_num_threads(num_threads)
         self._known_files: dict[Path, str] = {}
         receive(files, self._known_files)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        if memory_cap_bytes is not None:
-            cap_memory(memory_cap_bytes, device)
-        self._serial = Serial(load_backbone(foundation, device), driver and load_backbone(driver, device))
+        backbone = load_backbone(foundation, device)
+        self._serial = Serial(backbone, driver and load_backbone(driver, device))
+        if room_bytes is not None:
+            torch.ones(2**20).exp_()  # starts the threads, whose stacks are not the device's
+            limit = functools.partial(limited_memory, room_bytes, device)
+            self._limited = Serial(dataclasses.replace(backbone, while_training=limit))
 
     def run(
         self,
@@ -72,17 +80,28 @@ class Host:
     def run_capped(
         self, batch: Sequence[ClientTask], train: Callable, shared: Any, aggregator: Aggregator, *rest: Any
     ) -> tuple[Any, list[ClientReport]]:
-        """The same for devices with a memory cap: running into it is a fact about the device, not an error."""
-        try:
-            return self.run(batch, train, shared, aggregator, *rest)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return aggregator, [ClientReport(task.device_id, None, MEMORY, 0.0) for task in batch]
+        """The same for devices with a memory cap: running into it is a fact about the device, not an error.
+
+        What training needs the first time only (code, an emulator's weights) is no part of it: a first step on two
+        tokens is taken without the cap.
+        """
+        self.run([_smallest(task) for task in batch], train, shared, aggregator, *rest)
+        for _ in range(_TRIES):
+            try:
+                return self._limited(train, shared, batch, aggregator, len(batch))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+        return aggregator, [ClientReport(task.device_id, None, MEMORY, 0.0) for task in batch]
 
     def process_id(self) -> int:
         """For tests that kill a host."""
         return os.getpid()
+
+
+def _smallest(task: ClientTask) -> ClientTask:
+    """The same with one step on two tokens."""
+    return dataclasses.replace(task, tokens_SBT=task.tokens_SBT[:1, :1, :2], lengths_SB=np.full((1, 1), 2))
 
 
 @dataclass
@@ -230,7 +249,8 @@ class ExclusiveHosts(RayHosts):
 
     For tens of devices, to hold the memory model against the real thing: starting an actor takes
     seconds. Work that is not a device's (evaluation) runs on the ordinary hosts. Client batches are of
-    one client, so the bits are those of client_batch_size = 1.
+    one client, so the bits are those of client_batch_size = 1. What is capped is what training adds to the weights:
+    these count as the memory model says, however this process holds them (mapped whole, in two types).
     """
 
     def __init__(
@@ -239,10 +259,12 @@ class ExclusiveHosts(RayHosts):
         foundation: Foundation,
         on_event: Callable[..., None],
         fleet: Fleet,
+        weights_bytes: Callable[[int | None], int],
         driver: Foundation | None = None,
     ):
+        """`weights_bytes(level)`: what the memory model counts for the weights of the model on a device."""
         super().__init__(dataclasses.replace(config, num_hosts=1), foundation, on_event, driver)
-        self._fleet = fleet
+        self._fleet, self._weights_bytes = fleet, weights_bytes
         self._has_gpus = bool(ray.cluster_resources().get("GPU"))
         self._num_slots = max(1, int(ray.cluster_resources()["CPU"]))
         self._devices: set[Any] = set()
@@ -267,9 +289,11 @@ class ExclusiveHosts(RayHosts):
             return None
         tier = TIERS[self._fleet.tier[task.device_id]]
         share = tier.gpu_fraction if self._has_gpus else 0
-        cap = int(self._fleet.memory_cap_bytes[task.device_id])
+        cap = int(_TOLERANCE * self._fleet.memory_cap_bytes[task.device_id])
         arguments = self._arguments(driver=None)  # a device has no part in the driver's work
-        host = self._actor_class.options(num_cpus=0, num_gpus=share).remote(*arguments, cap)
+        host = self._actor_class.options(num_cpus=0, num_gpus=share).remote(
+            *arguments, cap - self._weights_bytes(task.level)
+        )
         self._devices.add(host)
         return host
 
