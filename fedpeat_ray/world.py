@@ -233,6 +233,17 @@ def memory_needs(algorithm: Algorithm) -> dict[str, int]:
     return {"model": int(algorithm.demand(np.zeros(1)).memory_bytes)}
 
 
+def held_weights(world: World) -> Callable[[int | None], int]:
+    """Bytes that the memory model counts for the weights on a device, by level."""
+    algorithm = world.algorithm.on_small if isinstance(world.algorithm, FedPT) else world.algorithm
+    if isinstance(algorithm, FedPEAT):
+        weights_bytes_L = algorithm.emulator_costs.weights_bytes_L
+        return lambda level: int(weights_bytes_L[(level or 0) - 1])
+    assert isinstance(algorithm, FedAvg | FedPEFT)
+    weights_bytes = algorithm.shape.num_parameters * algorithm.shape.weight_bytes
+    return lambda level: weights_bytes
+
+
 def build_controller(config: ControlConfig, seed: int) -> Controller:
     """The controller that the configuration names."""
     return {"fixed": Fixed(config.level), "random": Random(seed), "greedy": Greedy()}[config.kind]
@@ -302,7 +313,7 @@ def hosts(
         from fedpeat_ray.runtime.ray_hosts import ExclusiveHosts, RayHosts  # Ray is loaded only where it is used
 
         if config.exclusive:
-            ray_hosts = ExclusiveHosts(config, world.held, on_event, world.conditions.fleet, large)
+            ray_hosts = ExclusiveHosts(config, world.held, on_event, world.conditions.fleet, held_weights(world), large)
         else:
             ray_hosts = RayHosts(config, world.held, on_event, large)
         with ray_hosts:

@@ -20,6 +20,9 @@ class EmulatorCosts:
     adapter_bytes_L: np.ndarray
     """One way."""
     memory_bytes_L: np.ndarray
+    """Peak of training."""
+    weights_bytes_L: np.ndarray
+    """Of these the weights."""
     flops_per_token_L: np.ndarray
     server_tuning: ServerCosts
     """Of its local steps in a round."""

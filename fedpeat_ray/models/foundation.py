@@ -11,6 +11,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ class Backbone:
     training: PreTrainedModel
     stand_ins: dict[Path, tuple[Blocks, Blocks]] = field(default_factory=dict)
     """Blocks of emulators that are not the model's own, once they were asked for: exact, and for training."""
+    while_training: Callable[[], AbstractContextManager] = nullcontext
+    """Around a device's optimizer steps: holds it to its memory, where that is done."""
 
 
 def fast_training_dtype() -> str:

@@ -63,20 +63,39 @@ def process_settings(num_threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def cap_memory(cap_bytes: int, device: str) -> None:
-    """From here on this process cannot allocate more than `cap_bytes`; what it has already is not counted.
+def give_freed_memory_back() -> None:
+    """Have malloc return what is freed to the system, so that what a process has is what it uses."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**17)  # larger ones get pages of their own, which go when they are freed
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**17)
+
+
+@contextlib.contextmanager
+def limited_memory(room_bytes: int, device: str) -> Iterator[None]:
+    """Until the end this process cannot allocate more than `room_bytes` beyond what it has already.
 
     On a GPU by PyTorch's allocator; on a CPU by the system's limit on private memory (Linux), which
-    also counts what PyTorch does not allocate itself. Raises RuntimeError on other systems' CPUs.
+    also counts what PyTorch does not allocate itself. Raises OSError on other systems' CPUs.
     """
     if device == "cuda":
+        torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap_bytes / total))
+        most = torch.cuda.memory_reserved() + max(0, room_bytes)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most / total))
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
         return
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     used_bytes = int(fields["VmData"].split()[0]) * 1024
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (used_bytes + cap_bytes, hard))
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used_bytes + max(0, room_bytes), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 from collections import deque
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import ray
 import torch
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError
@@ -30,12 +32,20 @@ from fedpeat_ray.models.foundation import Foundation, load_backbone
 from fedpeat_ray.records import MEMORY, Assignment, ClientReport, ClientTask
 from fedpeat_ray.runtime.host_jobs import MOST_BATCHES, Away, HostJobs, Job
 from fedpeat_ray.runtime.node_files import Sent, files_of, receive, send
-from fedpeat_ray.runtime.process import cap_memory, is_out_of_memory, keep_freed_memory, kept_sigterm
+from fedpeat_ray.runtime.process import (
+    give_freed_memory_back,
+    is_out_of_memory,
+    keep_freed_memory,
+    kept_sigterm,
+    limited_memory,
+)
 from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.training.map_clients import Aggregator, Where
 
 _GIB = 2**30
 _LARGE_BYTES = 2**20  # a sum beyond this stays where it is
+_TOLERANCE = 1.1  # of a device's cap: the memory model is held to 10 %
+_TRIES = 3  # within the cap: a thread that Ray starts meanwhile takes 8 MiB of it for its stack
 _HOST_LOST = (RayActorError, OutOfMemoryError, NodeDiedError)
 
 Facts = tuple[list[Any], int]
@@ -51,16 +61,20 @@ class Host:
         driver: Foundation | None,
         files: dict[Path, Sent],
         num_threads: int,
-        memory_cap_bytes: int | None = None,
+        room_bytes: int | None = None,
     ):
-        keep_freed_memory()
+        """`room_bytes`: what a device may take for training, beyond the weights it trains on."""
+        keep_freed_memory() if room_bytes is None else give_freed_memory_back()
         torch.set_num_threads(num_threads)
         self._known_files: dict[Path, str] = {}
         receive(files, self._known_files)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        if memory_cap_bytes is not None:
-            cap_memory(memory_cap_bytes, device)
-        self._serial = Serial(load_backbone(foundation, device), driver and load_backbone(driver, device))
+        backbone = load_backbone(foundation, device)
+        self._serial = Serial(backbone, driver and load_backbone(driver, device))
+        if room_bytes is not None:
+            torch.ones(2**20).exp_()  # starts the threads, whose stacks are not the device's
+            limit = functools.partial(limited_memory, room_bytes, device)
+            self._limited = Serial(dataclasses.replace(backbone, while_training=limit))
 
     def run(
         self,
@@ -86,13 +100,20 @@ class Host:
         aggregator: Aggregator,
         *rest: Any,
     ) -> tuple[Any, Facts]:
-        """The same for devices with a memory cap: running into it is a fact about the device, not an error."""
-        try:
-            return self.run(tasks, batch_size, train, shared, aggregator, *rest)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return aggregator, ([ClientReport(task.device_id, None, MEMORY, 0.0) for task in tasks], 0)
+        """The same for devices with a memory cap: running into it is a fact about the device, not an error.
+
+        What training needs the first time only (code, an emulator's weights) is no part of it: a first, smaller task
+        is trained without the cap.
+        """
+        self.run([_smallest(task) for task in tasks], batch_size, train, shared, aggregator, *rest)
+        for _ in range(_TRIES):
+            try:
+                total, reports = self._limited(train, shared, tasks, aggregator, batch_size)
+                return total, (reports, _num_bytes(total))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+        return aggregator, ([ClientReport(task.device_id, None, MEMORY, 0.0) for task in tasks], 0)
 
     def merge(self, first: Any, second: Any) -> tuple[Any, Facts]:
         """One aggregate of two."""
@@ -106,6 +127,13 @@ class Host:
 
 def _num_bytes(aggregate: Any) -> int:
     return getattr(aggregate, "num_bytes", 0)
+
+
+def _smallest(task: ClientTask | Assignment) -> ClientTask | Assignment:
+    """The same with one step, on two tokens where the text is there already."""
+    if isinstance(task, Assignment):
+        return dataclasses.replace(task, num_steps=1)
+    return dataclasses.replace(task, tokens_SBT=task.tokens_SBT[:1, :1, :2], lengths_SB=np.full((1, 1), 2))
 
 
 class RayHosts:
@@ -265,7 +293,8 @@ class ExclusiveHosts(RayHosts):
 
     For tens of devices, to hold the memory model against the real thing: starting an actor takes
     seconds. Work that is not a device's (evaluation) runs on the ordinary hosts. Client batches are of
-    one client, so the bits are those of client_batch_size = 1.
+    one client, so the bits are those of client_batch_size = 1. What is capped is what training adds to the weights:
+    these count as the memory model says, however this process holds them (mapped whole, in two types).
     """
 
     _most_batches = 1
@@ -276,10 +305,12 @@ class ExclusiveHosts(RayHosts):
         foundation: Foundation,
         on_event: Callable[..., None],
         fleet: Fleet,
+        weights_bytes: Callable[[int | None], int],
         driver: Foundation | None = None,
     ):
+        """`weights_bytes(level)`: what the memory model counts for the weights of the model on a device."""
         super().__init__(dataclasses.replace(config, num_hosts=1), foundation, on_event, driver)
-        self._fleet = fleet
+        self._fleet, self._weights_bytes = fleet, weights_bytes
         self._has_gpus = bool(ray.cluster_resources().get("GPU"))
         self._num_slots = max(1, int(ray.cluster_resources()["CPU"]))
         self._devices: set[Any] = set()
@@ -304,9 +335,11 @@ class ExclusiveHosts(RayHosts):
             return None
         tier = TIERS[self._fleet.tier[task.device_id]]
         share = tier.gpu_fraction if self._has_gpus else 0
-        cap = int(self._fleet.memory_cap_bytes[task.device_id])
+        cap = int(_TOLERANCE * self._fleet.memory_cap_bytes[task.device_id])
         arguments = self._arguments(driver=None)  # a device has no part in the driver's work
-        host = self._actor_class.options(num_cpus=0, num_gpus=share).remote(*arguments, cap)
+        host = self._actor_class.options(num_cpus=0, num_gpus=share).remote(
+            *arguments, cap - self._weights_bytes(task.level)
+        )
         self._devices.add(host)
         return host
 

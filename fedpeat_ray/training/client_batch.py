@@ -53,7 +53,9 @@ class TrainClientBatch:
     def __call__(self, backbone: Backbone, start_P: Tensor, tasks: Sequence[ClientTask]) -> list[ClientUpdate]:
         started = time.perf_counter()
         order = sorted(range(len(tasks)), key=lambda i: -tasks[i].num_steps)  # those done early are at the end
-        theta_KP, losses_K = train_stacked(backbone.training, self.lora, self.local, start_P, [tasks[i] for i in order])
+        by_steps = [tasks[i] for i in order]
+        with backbone.while_training():
+            theta_KP, losses_K = train_stacked(backbone.training, self.lora, self.local, start_P, by_steps)
         wall_s = (time.perf_counter() - started) / len(tasks)
         delta_KP = theta_KP.double() - start_P.to(theta_KP.device).double()
         usable_K = usable(delta_KP, start_P)

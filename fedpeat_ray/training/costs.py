@@ -68,6 +68,7 @@ def emulator_costs(
         emulator_bytes_L=np.array([weight_files.num_bytes(file) for file in files]),
         adapter_bytes_L=np.array([layout.payload_bytes() for layout in layouts]),
         memory_bytes_L=memory_bytes_L,
+        weights_bytes_L=np.broadcast_to(memory.weights_bytes, memory_bytes_L.shape),
         flops_per_token_L=flops_L,
         server_tuning=step.times(emulator.server_steps),
         realignment=realignment_costs(emulator, shape, ladder),

@@ -7,7 +7,8 @@ whose layers cannot be stacked. `TrainAllWeights` is FedAvg's local training.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,10 @@ class TrainAllWeights:
         try:
             for weight in weights.values():
                 weight.requires_grad_(True)
-            return [_train_from(model, self.layout, weights, self.local, start_P, task) for task in tasks]
+            return [
+                _train_from(model, self.layout, weights, self.local, start_P, task, backbone.while_training)
+                for task in tasks
+            ]
         finally:
             for name, weight in weights.items():
                 weight.requires_grad_(False)
@@ -59,7 +63,10 @@ class TrainWithPeft:
                 for name in self.lora.layout.names
             }
             layout = self.lora.layout
-            return [_train_from(model, layout, factors, self.local, start_P, task) for task in tasks]
+            return [
+                _train_from(model, layout, factors, self.local, start_P, task, backbone.while_training)
+                for task in tasks
+            ]
         finally:
             model.unload()
 
@@ -71,6 +78,7 @@ def _train_from(
     local: LocalConfig,
     start_P: Tensor,
     task: ClientTask,
+    while_training: Callable[[], AbstractContextManager],
 ) -> ClientUpdate:
     """Set the trained tensors to the start, train them on one client's data, return the difference."""
     started = time.perf_counter()
@@ -78,6 +86,23 @@ def _train_from(
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(start[name])
+    with while_training():
+        loss_sum = _steps(model, trained, start, local, task)
+    with torch.no_grad():
+        delta_P = layout.flatten({n: p.detach().double() for n, p in trained.items()}).cpu() - start_P.double()
+    failure = None if usable(delta_P.unsqueeze(0), start_P).all() else NON_FINITE
+    report = ClientReport(task.device_id, loss_sum / task.num_steps, failure, time.perf_counter() - started)
+    return ClientUpdate(report, float(task.num_examples), delta_P)
+
+
+def _steps(
+    model: Callable,
+    trained: dict[str, nn.Parameter],
+    start: Mapping[str, Tensor],
+    local: LocalConfig,
+    task: ClientTask,
+) -> float:
+    """All optimizer steps of one client; returns the sum of their losses."""
     optimizer = build_optimizer(local, list(trained.values()))
     loss_sum = 0.0
     for tokens_BT, lengths_B in zip(task.tokens_SBT, task.lengths_SB, strict=True):
@@ -92,11 +117,7 @@ def _train_from(
         optimizer.step()
         optimizer.zero_grad()
         loss_sum += loss.item()
-    with torch.no_grad():
-        delta_P = layout.flatten({n: p.detach().double() for n, p in trained.items()}).cpu() - start_P.double()
-    failure = None if usable(delta_P.unsqueeze(0), start_P).all() else NON_FINITE
-    report = ClientReport(task.device_id, loss_sum / task.num_steps, failure, time.perf_counter() - started)
-    return ClientUpdate(report, float(task.num_examples), delta_P)
+    return loss_sum
 
 
 def mean_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
