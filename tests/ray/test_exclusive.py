@@ -20,6 +20,7 @@ from fedpeat_ray.fleet.population import build_fleet
 from fedpeat_ray.fleet.tiers import TIERS
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models.lora import find_lora
+from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.records import MEMORY, ClientTask
 from fedpeat_ray.runtime.ray_hosts import ExclusiveHosts
 from fedpeat_ray.runtime.serial import Serial
@@ -71,7 +72,7 @@ def test_a_device_that_the_memory_model_just_admits_trains_and_one_that_is_too_s
     model = foundations.load(foundation)
     lora, local = find_lora(model, LoraConfig(rank=2)), LocalConfig(8, 64, learning_rate=2e-3)
     start_P, train = lora.init(0), TrainClientBatch(lora, local)
-    shape = foundations.model_shape(model, weight_bytes=4)
+    shape = model_shape(model, weight_bytes=4)
     need = training_memory(shape, batch_size=8, sequence_length=64, trainable="lora", lora_rank=2)
     weights_bytes, rest_bytes = int(need.weights_bytes), int(need.peak_bytes - need.weights_bytes)
     tokens = np.random.default_rng(0).integers(0, 257, (2, 8, 64))

@@ -355,7 +355,7 @@ def update(weight: float, delta: list[float], level: int | None, failure: str | 
 def test_a_mean_over_levels_counts_for_each_element_only_those_that_trained_it():
     zero = MeanOverLevels(TRAINED)
     updates = [
-        update(2.0, [1.0, 0.0, -4.0], 1),
+        update(2.0, [1.0, -4.0], 1),  # what its level has
         update(6.0, [3.0, 5.0, 0.0], 2),
         update(8.0, [9.0, 9.0, 9.0], 2, NON_FINITE),
         update(4.0, [0.0, 1.0, 6.0], None),  # the server's own
@@ -371,7 +371,7 @@ def test_a_mean_over_levels_counts_for_each_element_only_those_that_trained_it()
 def test_the_mean_over_levels_is_a_monoid_that_is_never_changed():
     zero, rng = MeanOverLevels(TRAINED), np.random.default_rng(0)
     updates = [  # small integers: exact in any order
-        update(float(rng.integers(1, 9)), rng.integers(-9, 9, 3).astype(float).tolist(), level)
+        update(float(rng.integers(1, 9)), rng.integers(-9, 9, 2 if level == 1 else 3).astype(float).tolist(), level)
         for level in (1, 2, None, 1, 2, 2, 1, None, 1)
     ]
     a, b, c = (zero.add(updates[i : i + 3]) for i in (0, 3, 6))
@@ -385,7 +385,7 @@ def test_the_mean_over_levels_is_a_monoid_that_is_never_changed():
     assert zero.result() is None and not zero.means
 
 
-def test_the_work_on_a_level_comes_back_in_the_places_of_the_whole_adapter(deep_dir, ladder):
+def test_the_work_on_a_level_comes_back_as_what_that_level_has_and_no_more(deep_dir, ladder):
     backbone = foundations.load_backbone(foundations.prepare(str(deep_dir), "float32"))
     adapter = LoraAdapter(find_lora(backbone.exact, LoraConfig(rank=2, blocks=(0, 1, 6))))
     local = LocalConfig(optimizer="sgd", learning_rate=0.5)
@@ -402,8 +402,10 @@ def test_the_work_on_a_level_comes_back_in_the_places_of_the_whole_adapter(deep_
     ]
     updates = train(backbone, start_P, tasks)
     assert [(update.report.device_id, update.level) for update in updates] == [(0, 1), (1, 2), (2, 2), (3, None)]
-    names, moved = adapter.layout.names, [adapter.layout.unflatten(update.delta_P) for update in updates]
-    blocks = [{name.split(".")[2] for name in names if delta[name].any()} for delta in moved]
+    layouts = [parts[update.level - 1].layout if update.level else adapter.layout for update in updates]
+    moved = [layout.unflatten(update.delta_P) for layout, update in zip(layouts, updates, strict=True)]
+    blocks = [{name.split(".")[2] for name in delta if delta[name].any()} for delta in moved]
+    assert len(updates[0].delta_P) < len(updates[1].delta_P) == adapter.layout.num_elements
     assert blocks == [{"0", "6"}, {"0", "1", "6"}, {"0", "1", "6"}, {"0", "1", "6"}]
     assert updates[1].delta_P.allclose(updates[2].delta_P) and not updates[2].delta_P.allclose(updates[3].delta_P)
 

@@ -118,18 +118,16 @@ def test_what_was_tuned_on_two_emulators_lowers_the_loss_of_the_whole_model(mode
         with emulated(model, ladder.block_list, ladder.rungs[level - 1]):
             theta_KP = tune(model, part.lora, start_P[places[level]], data)
         for client, theta_P in enumerate(theta_KP):
-            delta_P = torch.zeros(lora.layout.num_elements, dtype=torch.float64)
-            delta_P[places[level]] = theta_P.double() - start_P[places[level]].double()
+            delta_P = theta_P.double() - start_P[places[level]].double()
             report = ClientReport(client, None, None, 0.0)
             updates.append(ClientUpdate(report, float(level), delta_P, level))
     mean_P = MeanOverLevels(trained).add(updates).result()
     assert mean_P is not None and len(places[1]) < len(places[2]) == len(mean_P)
     in_block_3 = trained[2] & ~trained[1]
-    by_hand = torch.where(
-        in_block_3,
-        (updates[2].delta_P + updates[3].delta_P) / 2,
-        sum(level * updates[2 * level - 2 + i].delta_P for level in (1, 2) for i in (0, 1)) / 6,
-    )
+    whole = torch.zeros(4, lora.layout.num_elements, dtype=torch.float64)
+    for row_P, update in zip(whole, updates, strict=True):
+        row_P[places[update.level]] = update.delta_P
+    by_hand = torch.where(in_block_3, (whole[2] + whole[3]) / 2, (whole[:2].sum(0) + 2 * whole[2:].sum(0)) / 6)
     torch.testing.assert_close(mean_P, by_hand, rtol=1e-12, atol=1e-15)
 
     unseen = [images(99)]
