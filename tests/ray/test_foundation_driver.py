@@ -17,7 +17,7 @@ import torch
 from driver_work import Values
 from processes import Known, below, living
 from safetensors.torch import load_file, save_file
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedpeat_ray.errors import ConfigError, DriverLostError

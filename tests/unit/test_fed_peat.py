@@ -197,6 +197,7 @@ def test_greedy_gives_what_fits_and_those_that_nothing_fits_drop_out_for_memory(
 )
 def test_who_can_take_part_is_known_of_the_levels_that_devices_may_get(tiny, control, levels):
     world = prepare(changed(tiny, control=control), Path())
+    assert isinstance(world.algorithm, FedPEAT)
     costs = world.algorithm.emulator_costs
     assert world.fits.memory_bytes == {level: costs.memory_bytes_L[int(level[-1]) - 1] for level in levels}
     smallest, largest = min(world.fits.memory_bytes.values()), max(TIERS, key=lambda tier: tier.memory_cap_bytes)
