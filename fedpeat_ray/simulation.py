@@ -88,10 +88,7 @@ class Simulation:
             world = prepare(config, directory)
             if config.resume:
                 check_inputs(directory, read_config(directory), _inputs(world))
-            for side, corpus in world.corpora.items():
-                if corpus.removed.total:
-                    progress.say(f"{side} text: {corpus.num_documents} documents; left out: {corpus.removed}")
-            progress.show(fits_table(world.fits))
+            _introduce(world, progress)
             if config.foundation.num_shards > 1:
                 progress.stage(f"dividing {config.foundation.name} into {config.foundation.num_shards} shards")
             driver = stack.enter_context(driver_of(world, on_event))
@@ -118,6 +115,14 @@ class Simulation:
         if summary["failure"]:
             raise RunFailedError(summary["failure"], summary)
         return summary
+
+
+def _introduce(world: World, progress: Progress) -> None:
+    """What is known of text and fleet before anything starts."""
+    for side, corpus in world.corpora.items():
+        if corpus.removed.total:
+            progress.say(f"{side} text: {corpus.num_documents} documents; left out: {corpus.removed}")
+    progress.show(fits_table(world.fits))
 
 
 def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress, run_started: float) -> dict[str, Any]:
