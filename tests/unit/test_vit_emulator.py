@@ -23,7 +23,7 @@ NUM_CLIENTS, NUM_IMAGES = 2, 6
 
 @pytest.fixture
 def model() -> ViTForImageClassification:
-    """Six blocks on images of 16 tiles; frozen."""
+    """Six blocks on images of 16 tiles, in float64; frozen."""
     config = ViTConfig(
         hidden_size=32,
         num_hidden_layers=6,
@@ -37,7 +37,7 @@ def model() -> ViTForImageClassification:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if bool((parameter == 1).all()) else 0.0, 0.15, generator=rng)
-    return model.requires_grad_(False).eval()
+    return model.double().requires_grad_(False).eval()
 
 
 @pytest.fixture
@@ -54,8 +54,8 @@ def images(seed: int) -> tuple[Tensor, Tensor]:
     """Random images of three classes, which differ in how bright each colour is."""
     rng = torch.Generator().manual_seed(seed)
     labels = torch.arange(NUM_IMAGES) % 3
-    bright = nn.functional.one_hot(labels, 3).float()[:, :, None, None]
-    return bright + 0.5 * torch.randn(NUM_IMAGES, 3, 16, 16, generator=rng), labels
+    bright = nn.functional.one_hot(labels, 3).double()[:, :, None, None]
+    return bright + 0.5 * torch.randn(NUM_IMAGES, 3, 16, 16, generator=rng, dtype=torch.float64), labels
 
 
 def losses(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -68,7 +68,7 @@ def losses(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 def tune(model: ViTForImageClassification, lora: Lora, start_P: Tensor, data: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Eight steps of SGD of all clients at once."""
-    theta_KP = start_P.repeat(len(data), 1).requires_grad_(True)
+    theta_KP = start_P.double().repeat(len(data), 1).requires_grad_(True)
     optimizer = torch.optim.SGD([theta_KP], lr=0.2)
     with stacked_lora(model, lora) as set_factors:
         for _ in range(8):
@@ -101,7 +101,7 @@ def test_clients_of_a_batch_are_tuned_on_an_emulator_as_each_would_be_alone(mode
     with emulated(model, ladder.block_list, ladder.rungs[0]):
         together = tune(model, part, part.init(0), data)
         alone = [tune(model, part, part.init(0), [own]) for own in data]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-9)
     assert not together[0].allclose(together[1])
 
 
@@ -132,7 +132,7 @@ def test_what_was_tuned_on_two_emulators_lowers_the_loss_of_the_whole_model(mode
 
     unseen = [images(99)]
     untuned = losses(model, unseen)
-    with torch.no_grad(), adapter.plugged(model, (start_P.double() + mean_P).float()):
+    with torch.no_grad(), adapter.plugged(model, start_P.double() + mean_P):
         tuned = losses(model, unseen)
     assert tuned < 0.9 * untuned
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
