@@ -194,9 +194,16 @@ def test_a_ladder_by_influence_keeps_the_middle_blocks_with_the_highest_scores(m
 # What the view computes
 
 
+def assert_same_weights(ours: PreTrainedModel, theirs: nn.Module) -> None:
+    """Bit for bit, under the same names."""
+    state, expected = ours.state_dict(), theirs.state_dict()
+    assert state.keys() == expected.keys() and all(state[name].equal(tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_an_emulator_is_the_plain_model_that_has_its_blocks_only(deep_dir, model, ladder, level):
     rung = ladder.rungs[level - 1]
+    model.double()  # products of matrices have last bits that depend on where in memory these lie
     before = dict(model.named_parameters())
     tokens = torch.from_numpy(text(1)[0].tokens_BT)
     with torch.no_grad(), emulated(model, ladder.block_list, rung):
@@ -204,11 +211,12 @@ def test_an_emulator_is_the_plain_model_that_has_its_blocks_only(deep_dir, model
         kept = {name for name, _ in model.named_parameters()}
     assert {int(name.split(".")[2]) for name in kept if name.startswith(ladder.block_list)} == set(rung.blocks)
     assert kept <= before.keys(), "the view has the foundation's names"
-    reference = plain_emulator(deep_dir, rung.blocks)
+    reference = plain_emulator(deep_dir, rung.blocks).double()
     with torch.no_grad():
-        torch.testing.assert_close(logits, reference(input_ids=tokens).logits, rtol=0, atol=0)
         whole = model(input_ids=tokens).logits
-        assert whole.equal(plain(deep_dir)(input_ids=tokens).logits)
+        for found, theirs in ((logits, reference), (whole, plain(deep_dir).double())):
+            # LLaMA rounds to float32 on the way, which a sum in another order can tip
+            torch.testing.assert_close(found, theirs(input_ids=tokens).logits, rtol=0, atol=2**-20)
     assert logits.equal(whole) == (level == ladder.top)
     after = dict(model.named_parameters())
     assert list(after) == list(before) and all(after[name] is before[name] for name in before)
@@ -235,13 +243,17 @@ def test_blocks_with_weights_of_their_own_stand_in_for_the_models_in_both_types(
     own, tokens = Rung(2, rung.blocks), torch.from_numpy(text(1)[0].tokens_BT)
     with torch.no_grad():
         with on_emulator(expected, ladder.block_list, own):
-            exact, rounded = (m(input_ids=tokens).logits for m in (expected.exact, expected.training))
-        for _ in range(2):  # the second time they are there already
-            with on_emulator(backbone, ladder.block_list, rung):
-                assert backbone.exact(input_ids=tokens).logits.equal(exact)
-                assert backbone.training(input_ids=tokens).logits.equal(rounded) and rounded.dtype == torch.bfloat16
-                assert weights.keys() <= dict(backbone.exact.named_parameters()).keys(), "under the foundation's names"
-        assert backbone.exact(input_ids=tokens).logits.equal(plain(deep_dir)(input_ids=tokens).logits)
+            logits = expected.exact(input_ids=tokens).logits
+            for _ in range(2):  # the second time they are there already
+                with on_emulator(backbone, ladder.block_list, rung):
+                    assert_same_weights(backbone.exact, expected.exact)
+                    assert_same_weights(backbone.training, expected.training)
+                    assert backbone.training(input_ids=tokens).logits.dtype == torch.bfloat16
+                    # sums of up to 128 products in float32, each of them rounded, of numbers not far from 1
+                    torch.testing.assert_close(backbone.exact(input_ids=tokens).logits, logits, rtol=0, atol=2**-14)
+                    names = dict(backbone.exact.named_parameters()).keys()
+                    assert weights.keys() <= names, "under the foundation's names"
+        assert_same_weights(backbone.exact, plain(deep_dir))
 
 
 def test_a_block_that_stands_in_is_made_like_the_one_of_its_number(deep_gpt2_dir, tmp_path):
