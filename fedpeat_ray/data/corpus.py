@@ -65,9 +65,14 @@ class Corpus:
         return self.__dict__ | ({"tokens": files[0]} if files else {})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if isinstance(state["tokens"], Path):
-            state = state | {"tokens": _mapped(state["tokens"])}
-        self.__dict__.update(state)
+        tokens = state.pop("tokens")
+        self.__dict__.update(state | ({"_file": tokens} if isinstance(tokens, Path) else {"tokens": tokens}))
+
+    def __getattr__(self, name: str) -> Any:
+        """Tokens that came as a file's name are mapped when they are asked for: by then the file is there."""
+        if name == "tokens" and "_file" in self.__dict__:
+            return _mapped(self._file)
+        raise AttributeError(name)
 
     @property
     def num_tokens(self) -> np.ndarray:

@@ -77,7 +77,7 @@ def test_a_setting_that_cannot_be_used_is_refused_with_what_is_allowed(wrong, fi
         (lambda path: (path / "a.jsonl").write_text('{"text": "one"'), "cannot be read"),
         (lambda path: (path / "a.jsonl").write_text('{"text": ""}\n'), "has no text"),
         (lambda path: (path / "a.jsonl").write_text('{"text": 5}\n'), "must be string"),
-        (lambda path: (path / "a.txt").write_text("one document"), "none to train on"),
+        (lambda path: (path / "a.txt").write_text("one document"), "nothing left to train on"),
     ],
     ids=["empty directory", "broken file", "no text", "numbers", "one document"],
 )

@@ -24,8 +24,13 @@ def _interrupted(stop: str, ending: str, arguments: list[str], folder: Path) -> 
     command = [sys.executable, str(STOPS_AT), ending, f"--signal={stop}", *arguments]
     out, error = folder / "out", folder / "error"
     with out.open("wb") as out_file, error.open("wb") as error_file:  # no pipes, which a process left would hold open
-        ended = subprocess.run(command, stdout=out_file, stderr=error_file, timeout=120)
+        ended = subprocess.run(command, stdout=out_file, stderr=error_file, timeout=120, preexec_fn=_heeds_interrupts)
     return ended.returncode, out.read_text().splitlines(), error.read_text().splitlines()
+
+
+def _heeds_interrupts() -> None:
+    """Also where these tests are run in the background, whose processes ignore them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.parametrize(("stop", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
@@ -58,7 +63,7 @@ def test_hosts_end_with_an_interrupted_run(stop, tiny_arguments, tmp_path):
 
 def test_a_run_that_is_interrupted_before_it_wrote_anything_says_that(monkeypatch, tiny_arguments, tmp_path, capfd):
     def stop(*_: object) -> None:
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt  # what Python makes of SIGINT
 
     monkeypatch.setattr("fedpeat_ray.simulation.prepare", stop)
     assert main(tiny_arguments("--out", tmp_path / "run")) == 130

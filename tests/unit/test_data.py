@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import pickle
 from pathlib import Path
 
 import datasets
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedpeat_ray.config import DataConfig, LocalConfig, PartitionConfig
 from fedpeat_ray.data import batches, hub, python_docs
+from fedpeat_ray.data import corpus as corpus_module
 from fedpeat_ray.data.corpus import Corpus, load_corpus
 from fedpeat_ray.data.documents import Removed, load_documents
 from fedpeat_ray.data.partition import Partition
@@ -446,3 +448,20 @@ def test_heldout_sequences_are_proportional_over_groups():
     assert lengths_N.sum() == 800 and len(tokens_NT) == 115
     with pytest.raises(DataError, match="no document is held out"):
         batches.heldout_sequences(corpus_of([3], [0], [False]), 1, 8, seed=0)
+
+
+def test_tokens_travel_as_the_name_of_their_file_which_is_opened_when_they_are_read(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+):
+    config = write_documents(tmp_path, {"b": ["w1 w2", "w3"], "a": ["w4 w5 w6", "w7 w8"]})
+    corpus = load_corpus(config, tokenizer, cache_dir=tmp_path / "cache")
+    (file,) = corpus.files
+    sent, hidden = pickle.dumps(corpus), file.with_name("hidden")
+    file.rename(hidden)
+    corpus_module._mapped.cache_clear()
+    arrived = pickle.loads(sent)  # on a node that does not have the file yet
+    hidden.rename(file)
+    assert np.array_equal(arrived.tokens, corpus.tokens) and arrived.digest == corpus.digest
+    assert pickle.loads(pickle.dumps(arrived)).tokens.tolist() == corpus.tokens.tolist()
+    by_value = dataclasses.replace(corpus, tokens=np.array(corpus.tokens))
+    assert by_value.files == [] and np.array_equal(pickle.loads(pickle.dumps(by_value)).tokens, corpus.tokens)
