@@ -64,7 +64,7 @@ class ClientData:
     def task(self, assignment: Assignment) -> ClientTask:
         """A device's text: its share, packed, in an order of the round's own."""
         device_id, length, batch_size = assignment.device_id, self.local.sequence_length, self.local.batch_size
-        tokens_NT, lengths_N = client_sequences(self.corpus, self.partition.documents(device_id), length)
+        tokens_NT, lengths_N = client_sequences(self.corpus, assignment.documents, length)
         order = self._order(assignment.round, device_id)
         batches = client_batches(tokens_NT, lengths_N, assignment.num_steps, batch_size, order)
         return ClientTask(device_id, assignment.num_examples, *batches, assignment.level)
@@ -90,7 +90,7 @@ class ClientData:
         lengths_N = sequence_lengths(num_tokens, self.local.sequence_length)
         steps = num_steps(len(lengths_N), self.local)
         order_SB = batch_order(len(lengths_N), steps, self.local.batch_size, self._order(round, device_id))
-        return Assignment(device_id, round, len(lengths_N), steps, int(lengths_N[order_SB].sum()))
+        return Assignment(device_id, round, len(lengths_N), steps, int(lengths_N[order_SB].sum()), documents)
 
     def _order(self, round: int, device_id: int) -> np.random.Generator:
         return generator(self.seed, "batch order", round, device_id)

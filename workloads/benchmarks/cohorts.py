@@ -40,7 +40,7 @@ from fedpeat_ray.config import (
 @dataclass(frozen=True)
 class BenchmarkConfig:
     cohort_sizes: tuple[int, ...] = (16, 1000)
-    """Devices whose updates a round waits for, where memory is measured."""
+    """Devices whose updates a round waits for, where memory is measured; none: it is not."""
     many: int = 10_000
     """Devices of the round whose time is measured; 0: not."""
     num_hosts: int = 2
@@ -50,18 +50,24 @@ class BenchmarkConfig:
 def main(config: BenchmarkConfig) -> int:
     """Print both tables; returns the exit status."""
     console = Console()
+    if config.cohort_sizes:
+        console.print(memory_table(config))
+    if config.many:
+        _, wall_s, outside = alone(one_round("fed-peft", "pydoc-small", config.many, config.num_hosts))
+        rate = config.many / wall_s
+        console.print(f"{config.many:,} devices: {wall_s:.1f} s, {rate:,.0f} a second, {outside:.1%} not in training")
+    return 0
+
+
+def memory_table(config: BenchmarkConfig) -> Table:
+    """A row an algorithm, a column a cohort size."""
     table = Table(title="greatest resident memory of the main process, MB")
     for name in ("algorithm", *map(str, config.cohort_sizes), "difference"):
         table.add_column(name, justify="left" if name == "algorithm" else "right")
     for algorithm in ("fed-avg", "fed-peat"):
         peaks = [alone(one_round(algorithm, "pydoc-base", size, config.num_hosts))[0] for size in config.cohort_sizes]
         table.add_row(algorithm, *(f"{peak / 1e6:,.0f}" for peak in peaks), f"{(peaks[-1] - peaks[0]) / 1e6:,.0f}")
-    console.print(table)
-    if config.many:
-        _, wall_s, outside = alone(one_round("fed-peft", "pydoc-small", config.many, config.num_hosts))
-        rate = config.many / wall_s
-        console.print(f"{config.many:,} devices: {wall_s:.1f} s, {rate:,.0f} a second, {outside:.1%} not in training")
-    return 0
+    return table
 
 
 def one_round(
