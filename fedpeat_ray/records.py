@@ -111,8 +111,8 @@ class Assignment:
     num_steps: int
     num_tokens: int
     """Valid tokens of all steps."""
-    documents: np.ndarray
-    """Of the device's share, by index: int64."""
+    documents: tuple[int, ...]
+    """Of the device's share, by index."""
     level: int | None = None
     """The emulator to train on; None: the foundation."""
 

@@ -20,7 +20,7 @@ def derive_seed(run_seed: int, purpose: str, *keys: int) -> int:
 
     The same arguments give the same seed on every machine (BLAKE2b, no Python hashing).
     """
-    text = "\x1f".join([str(int(run_seed)), purpose, *(str(int(key)) for key in keys)])
+    text = "\x1f".join([str(int(run_seed)), purpose, *map(str, map(int, keys))])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 

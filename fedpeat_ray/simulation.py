@@ -22,7 +22,7 @@ from fedpeat_ray.models.shape import memory_model
 from fedpeat_ray.runtime import verdict
 from fedpeat_ray.runtime.centralised import tune_centrally
 from fedpeat_ray.runtime.checkpoint import Facts, load_checkpoint, save_checkpoint
-from fedpeat_ray.runtime.process import process_settings
+from fedpeat_ray.runtime.process import loaded, process_settings
 from fedpeat_ray.runtime.progress import Progress, fits_table
 from fedpeat_ray.runtime.rows import client_columns, round_row
 from fedpeat_ray.runtime.run_lock import only_writer
@@ -106,6 +106,7 @@ class Simulation:
             progress.say(f"run directory: {log.directory}")
             if not has_locks:
                 progress.say("the file system has no locks: do not resume this run while it is going on")
+            stack.enter_context(loaded())
             summary = _run(world, map_clients, log, progress, started)
             summary |= {"warnings": verdict.warnings(summary), "failure": verdict.failure(summary)}
             for line in summary["warnings"]:

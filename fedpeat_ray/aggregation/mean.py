@@ -29,12 +29,12 @@ class WeightedMean:
 
     def add(self, updates: Sequence[ClientUpdate]) -> WeightedMean:
         """With these updates added; those that failed are left out."""
-        weight, sum_P = self.weight, self.sum_P
+        weight, sum_P = self.weight, None if self.sum_P is None else self.sum_P.clone()
         for update in updates:
             if update.report.failure is None:
                 weight += update.weight
                 term_P = update.weight * update.delta_P
-                sum_P = term_P if sum_P is None else sum_P + term_P
+                sum_P = term_P if sum_P is None else sum_P.add_(term_P)
         return WeightedMean(weight, sum_P)
 
     def merge(self, other: WeightedMean) -> WeightedMean:

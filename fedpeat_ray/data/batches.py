@@ -10,6 +10,7 @@ Shapes: N sequences, S steps, B sequences a batch, T tokens a sequence.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,7 +20,9 @@ from fedpeat_ray.errors import DataError
 from fedpeat_ray.seeding import generator
 
 
-def client_sequences(corpus: Corpus, documents: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+def client_sequences(
+    corpus: Corpus, documents: Sequence[int] | np.ndarray, sequence_length: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The documents, in the order given, packed into sequences.
 
     The last sequence is padded with the end token. If it would be a single token, which predicts
@@ -27,8 +30,10 @@ def client_sequences(corpus: Corpus, documents: np.ndarray, sequence_length: int
 
     Returns tokens_NT int64 and lengths_N int64, the tokens of each sequence that are not padding.
     """
-    stored, offsets = np.asarray(corpus.tokens), corpus.offsets  # slices of a memory map are slow as such
-    pieces = [stored[offsets[i] : offsets[i + 1]] for i in documents]
+    stored = np.asarray(corpus.tokens)  # slices of a memory map are slow as such
+    documents = np.asarray(documents)
+    starts, stops = corpus.offsets[documents].tolist(), corpus.offsets[documents + 1].tolist()
+    pieces = [stored[start:stop] for start, stop in zip(starts, stops, strict=True)]
     tokens = np.concatenate(pieces) if pieces else stored[:0]
     lengths_N = sequence_lengths(len(tokens), sequence_length)
     tokens = tokens[: lengths_N.sum()]

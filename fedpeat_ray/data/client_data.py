@@ -90,7 +90,9 @@ class ClientData:
         lengths_N = sequence_lengths(num_tokens, self.local.sequence_length)
         steps = num_steps(len(lengths_N), self.local)
         order_SB = batch_order(len(lengths_N), steps, self.local.batch_size, self._order(round, device_id))
-        return Assignment(device_id, round, len(lengths_N), steps, int(lengths_N[order_SB].sum()), documents)
+        return Assignment(
+            device_id, round, len(lengths_N), steps, int(lengths_N[order_SB].sum()), tuple(documents.tolist())
+        )
 
     def _order(self, round: int, device_id: int) -> np.random.Generator:
         return generator(self.seed, "batch order", round, device_id)

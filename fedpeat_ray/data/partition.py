@@ -54,6 +54,8 @@ class Partition:
         num_groups = int(group_D.max(initial=0)) + 1
         self._train_D, self._starts_G, self._sizes_G = _sorted_by_group(group_D, ~heldout_D, num_groups)
         self._prior_G = self._sizes_G / max(1, self._sizes_G.sum())
+        self._present = np.flatnonzero(self._prior_G)
+        self._concentration = config.alpha * self._prior_G[self._present]
         if not len(self._train_D) or not heldout_D.any():
             counts = f"{len(self._train_D)} to train on and {heldout_D.sum()} held out"
             raise DataError(f"a partition needs at least one document of each kind; there are {counts}")
@@ -98,7 +100,7 @@ class Partition:
             case "iid":
                 mixture_G = prior_G
             case "dirichlet":
-                mixture_G[prior_G > 0] = rng.dirichlet(self._config.alpha * prior_G[prior_G > 0])
+                mixture_G[self._present] = rng.dirichlet(self._concentration)
             case "by_source":
                 mixture_G[rng.choice(len(prior_G), p=prior_G)] = 1.0
             case "shards":

@@ -33,6 +33,11 @@ class Job:
     parts: tuple[Any, Any] | None = None
     lost_hosts: int = 0
 
+    @property
+    def is_long(self) -> bool:
+        """That it has several batches to be trained."""
+        return self.parts is None and self.span[1] - self.span[0] > 1
+
 
 class HostJobs:
     """What is still to be done of a call, and what came of it so far."""

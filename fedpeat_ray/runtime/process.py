@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import resource
 import signal
 import threading
@@ -61,6 +62,16 @@ def process_settings(num_threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def loaded() -> Iterator[None]:
+    """What is there now stays until the end, so garbage is not looked for in it: that takes a quarter of a second."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def give_freed_memory_back() -> None:

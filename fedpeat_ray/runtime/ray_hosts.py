@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import logging
 import os
 from collections import deque
@@ -75,6 +76,7 @@ class Host:
             torch.ones(2**20).exp_()  # starts the threads, whose stacks are not the device's
             limit = functools.partial(limited_memory, room_bytes, device)
             self._limited = Serial(dataclasses.replace(backbone, while_training=limit))
+        gc.freeze()  # what is loaded stays
 
     def run(
         self,
@@ -175,7 +177,7 @@ class RayHosts:
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(config.num_threads)}},
         )(Host)
         self._hosts = [self._new_host() for _ in range(self.num_hosts)]
-        self._idle = deque(self._hosts)
+        self._idle, self._with_one_job = deque(self._hosts), deque()
 
     def __enter__(self) -> Self:
         try:
@@ -221,7 +223,7 @@ class RayHosts:
                     running[facts] = (host, job, part)
                 if running:
                     (done,), _ = ray.wait(list(running), fetch_local=False)
-                    self._take_in(jobs, running, done)
+                    self._take_in(jobs, running, running[done][0])
                     continue
                 with contextlib.suppress(ObjectLostError):
                     return ray.get(jobs.total.ref) if isinstance(jobs.total, Away) else jobs.total, jobs.reports
@@ -230,29 +232,36 @@ class RayHosts:
             for host, *_ in running.values():
                 self._give_back(host)
 
-    def _take_in(self, jobs: HostJobs, running: dict[ray.ObjectRef, tuple[Any, Job, Any]], done: ray.ObjectRef) -> None:
-        """What came of a job. Large aggregates stay where they are."""
-        host, job, part = running[done]
+    def _take_in(self, jobs: HostJobs, running: dict[ray.ObjectRef, tuple[Any, Job, Any]], host: Any) -> None:
+        """What came of the first of a host's jobs. Large aggregates stay where they are."""
+        first, *waiting = (facts for facts in running if running[facts][0] is host)
+        _, job, part = running[first]
         try:
-            reports, num_bytes = ray.get(done)
+            reports, num_bytes = ray.get(first)
             part = Away(part) if num_bytes > _LARGE_BYTES else ray.get(part)
         except _HOST_LOST as error:
-            del running[done]
+            del running[first]
+            for facts in waiting:  # never begun
+                jobs.give_back(running.pop(facts)[1])
             self._discard(host)
             self._lost(job, error)
             jobs.lost(job)
         except ObjectLostError:  # the aggregates to be merged went with the node they lay on
-            del running[done]
+            del running[first]
             self._give_back(host)
             jobs.parts_lost(job)
         else:
-            del running[done]
+            del running[first]
             self._give_back(host)
             jobs.done(job, part, reports)
 
     def _take(self, job: Job, num_running: int) -> Any | None:
-        """A host that is free for this job, if there is one."""
-        return self._idle.popleft() if self._idle else None
+        """A host that is free for this job, if there is one. Long jobs are there before the one at work is done: a
+        host need not wait for this process."""
+        if self._idle:
+            self._with_one_job.append(self._idle[0])
+            return self._idle.popleft()
+        return self._with_one_job.popleft() if self._with_one_job and job.is_long else None
 
     def _start(self, host: Any, job: Job, work: tuple[Any, ...]) -> list[ray.ObjectRef]:
         """Where the aggregate will be, and its facts."""
@@ -262,10 +271,17 @@ class RayHosts:
         return host.merge.options(num_returns=2).remote(*parts)
 
     def _give_back(self, host: Any) -> None:
-        self._idle.append(host)
+        """It has one job fewer."""
+        if host in self._with_one_job:
+            self._with_one_job.remove(host)
+            self._idle.append(host)
+        else:
+            self._with_one_job.append(host)
 
     def _discard(self, lost: Any) -> None:
         """A new host in place of a lost one."""
+        if lost in self._with_one_job:
+            self._with_one_job.remove(lost)
         new = self._new_host()
         self._hosts[self._hosts.index(lost)] = new
         self._idle.append(new)

@@ -56,9 +56,9 @@ class TrainClientBatch:
         by_steps = [tasks[i] for i in order]
         with backbone.while_training():
             theta_KP, losses_K = train_stacked(backbone.training, self.lora, self.local, start_P, by_steps)
+        delta_KP = theta_KP.double().sub_(start_P.to(theta_KP.device).double())
+        usable_K = usable(delta_KP, start_P).tolist()
         wall_s = (time.perf_counter() - started) / len(tasks)
-        delta_KP = theta_KP.double() - start_P.to(theta_KP.device).double()
-        usable_K = usable(delta_KP, start_P)
         updates: dict[int, ClientUpdate] = {}
         for row, i in enumerate(order):
             report = ClientReport(

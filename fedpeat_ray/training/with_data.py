@@ -14,7 +14,7 @@ from fedpeat_ray.records import Assignment
 from fedpeat_ray.training.collect import Collected, Result
 from fedpeat_ray.training.map_clients import MapClients, split
 
-_DEVICES_AT_A_TIME = 128
+_DEVICES_AT_A_TIME = 512
 
 
 @dataclass(frozen=True)

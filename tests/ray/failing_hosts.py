@@ -84,6 +84,21 @@ class EndsLast:
 
 
 @dataclass(frozen=True)
+class EndsItsHost:
+    """Tasks are numbers; ends the process at one of them, once or always."""
+
+    number: int
+    once: Path | None
+
+    def __call__(self, backbone: Backbone, shared: None, tasks: Sequence[int]) -> list[Update]:
+        if self.number in tasks and not (self.once and self.once.exists()):
+            if self.once:
+                self.once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [Update(task) for task in tasks]
+
+
+@dataclass(frozen=True)
 class Text:
     """An aggregator that shows what was added to it, in which order."""
 

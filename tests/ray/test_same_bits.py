@@ -76,6 +76,22 @@ def test_partial_results_are_merged_in_the_order_of_the_batches_whatever_ends_fi
     assert len(processes) == 2 and not living(processes), "the hosts end with the pool"
 
 
+def test_a_job_that_waited_at_a_lost_host_is_not_among_what_ended_it(tiny_arguments, tmp_path):
+    lost, tasks = [], list(range(100))
+    foundation = prepare(parse(tiny_arguments()).foundation.name, "float32")
+    with RayHosts(HostsConfig(num_hosts=1), foundation, lambda kind, **facts: lost.append(facts["batch"])) as hosts:
+        once = failing_hosts.EndsItsHost(number=3, once=tmp_path / "ended")
+        merged, reports = hosts(once, None, tasks, failing_hosts.Text())
+        assert merged.result() == "".join(f"({task})" for task in tasks) and reports == tasks
+        assert lost == [0], "of its jobs the first"
+        lost.clear()
+        always = failing_hosts.EndsItsHost(number=3, once=None)
+        with pytest.raises(HostLostError, match="batch 3 ended two hosts"):
+            hosts(always, None, tasks, failing_hosts.Text())
+        assert lost == [0, 3]
+        assert hosts(once, None, tasks, failing_hosts.Text())[1] == tasks, "the pool can still be used"
+
+
 def test_two_hosts_of_which_one_is_killed_in_a_round_give_the_same_bits(
     run_on_hosts, train_with, uninterrupted, tmp_path
 ):
