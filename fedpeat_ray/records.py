@@ -7,12 +7,15 @@ on the machine; all others are a function of the configuration.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 COMPLETED = "completed"
 DROPPED = "dropped"
+SKIPPED = "skipped"
+"""The controller left the device out: decided, not lost. It costs nothing."""
 
 UNAVAILABLE = "unavailable"
 MEMORY = "memory"
@@ -35,6 +38,8 @@ class Column:
     type: pa.DataType
     unit: str
     meaning: str
+    default: Any = None
+    """Written where a row lacks the column; None: no row may."""
 
     @property
     def measured(self) -> bool:
@@ -46,9 +51,9 @@ CLIENT_COLUMNS = (
     Column("round", pa.int32(), "", "round, from 1"),
     Column("device_id", pa.int64(), "", "the device, from 0"),
     Column("tier", pa.string(), "", "class of hardware"),
-    Column("outcome", pa.string(), "", "completed | dropped"),
-    Column("drop_reason", pa.string(), "", " | ".join(DROP_REASONS) + "; null if completed"),
-    Column("level", pa.int32(), "", "emulator level; null where the algorithm has none"),
+    Column("outcome", pa.string(), "", " | ".join((COMPLETED, DROPPED, SKIPPED))),
+    Column("drop_reason", pa.string(), "", " | ".join(DROP_REASONS) + "; null if not dropped"),
+    Column("level", pa.int32(), "", "emulator level; null where the algorithm has none, and if skipped"),
     Column("lora_rank", pa.int32(), "", "rank of the device's LoRA; null without LoRA"),
     Column("num_steps", pa.int32(), "steps", "local optimizer steps of the task"),
     Column("num_examples", pa.int64(), "sequences", "sequences in the device's share"),
@@ -71,7 +76,8 @@ ROUND_COLUMNS = (
     Column("round", pa.int32(), "", "round, from 1"),
     Column("virtual_s", pa.float64(), "virtual s", "simulated clock at the end of the round"),
     Column("num_completed", pa.int32(), "devices", "devices whose update was used"),
-    Column("num_dropped", pa.int32(), "devices", "devices sampled and not used, whatever the reason"),
+    Column("num_dropped", pa.int32(), "devices", "devices sampled, not skipped and not used, whatever the reason"),
+    Column("num_skipped", pa.int32(), "devices", "devices sampled and left out by the controller", default=0),
     Column("num_tokens", pa.int64(), "tokens", "tokens trained on by completed devices"),
     Column("download_bytes", pa.int64(), "bytes", "by all sampled devices"),
     Column("emulator_bytes", pa.int64(), "bytes", "of these emulators"),
@@ -89,6 +95,13 @@ ROUND_COLUMNS = (
     Column("perplexity", pa.float64(), "", "on held-out private text, after the round; null if not evaluated"),
     Column("device_perplexity", pa.float64(), "", "same text, the largest emulator or small model on devices; or null"),
     Column("token_accuracy", pa.float64(), "", "share of next tokens guessed, same text; null if not evaluated"),
+    Column(
+        "figures",
+        pa.map_(pa.string(), pa.float64()),
+        "",
+        "numbers that the algorithm or its controller logged, by name",
+        default=(),
+    ),
     Column("wall_train_s", pa.float64(), "s", "measured: training on the hosts"),
     Column("wall_eval_s", pa.float64(), "s", "measured: evaluation"),
     Column("wall_s", pa.float64(), "s", "measured: the whole round"),

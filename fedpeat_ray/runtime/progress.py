@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
+from numbers import Real
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +23,7 @@ from rich.text import Text
 from fedpeat_ray.fleet.fits import Fits
 
 NO_VALUE = "-"  # ASCII: a log may have any encoding
+IN_WORDS = {"plug_in": "plug-in", "proxy_tuned": "steered"}  # names of perplexities that say how `tuned` came about
 
 
 class Progress:
@@ -128,30 +130,34 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         table.add_row(Text(name), Text(value))  # as they are: brackets are no markup
 
     add("perplexity, zero-shot", _number(perplexity["zero_shot"]))
-    for level, before in perplexity.get("emulator_zero_shot", {}).items():
-        change = {"zero_shot": before, "tuned": perplexity["emulator_tuned"][level]}
-        add(f"perplexity, emulator of level {level}", _change(change, _number))
-    if "small_tuned" in perplexity:
-        change = {"zero_shot": perplexity["small_zero_shot"], "tuned": perplexity["small_tuned"]}
-        add("perplexity, small model alone", _change(change, _number))
-    how = "plug-in" if "plug_in" in perplexity else "steered" if "proxy_tuned" in perplexity else "tuned"
-    add(f"perplexity, {how}", _number(perplexity["tuned"]))
+    on_devices, others = _sorted_out(perplexity)
+    for name, change in on_devices.items():
+        add(f"perplexity, {name}", _change(change, _number))
+    how = [name for name, value in others.items() if str(value) == str(perplexity["tuned"])]  # nan is nan
+    add(f"perplexity, {', '.join(map(_words, how)) or 'tuned'}", _number(perplexity["tuned"]))
+    for name, value in others.items():
+        if name not in how:
+            add(f"perplexity, {_words(name)}", _number(value))
     if perplexity.get("centralised") is not None:
         add("perplexity, tuned centrally", _number(perplexity["centralised"]))
         gap = summary.get("gap_closed")
         add("share of the gap closed", _percent(gap) if gap is not None else "tuned centrally is no bound here")
     if "privacy_gap" in summary:
         add("privacy gap", _number(summary["privacy_gap"]))
+    for name, value in (summary.get("figures") or {}).items():
+        add(_words(name), _figure(value))
     add("token accuracy", _change(summary["token_accuracy"], _percent))
     table.add_section()
     add("updates used", f"{summary['num_completed']:,}")
     add("devices dropped", f"{summary['num_dropped']:,}")
     for reason, count in (summary.get("drop_reasons") or {}).items():
         add(f"  {reason}", f"{count:,}")
+    if summary.get("num_skipped"):
+        add("devices skipped", f"{summary['num_skipped']:,}")
     table.add_section()
     add("virtual time", human_seconds(summary["virtual_s"]))
     add("sent to devices", human_bytes(summary["download_bytes"]))
-    if "plug_in" in perplexity:
+    if summary.get("emulator_bytes"):
         add("  of these emulators", human_bytes(summary["emulator_bytes"]))
     add("sent by devices", human_bytes(summary["upload_bytes"]))
     add("energy of devices", _scaled(summary["energy_j"], ("J", "kJ", "MJ", "GJ")))
@@ -208,9 +214,38 @@ def _number(value: float | None) -> str:
     return NO_VALUE if value is None or math.isnan(value) else f"{value:.2f}"
 
 
+def _figure(value: float | None) -> str:
+    """A number of any size: 3, 0.00025, 12,345.68."""
+    if value is None or not math.isfinite(value):
+        return NO_VALUE
+    return f"{value:,.2f}".removesuffix(".00") if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
 def _percent(value: float | None) -> str:
     return NO_VALUE if value is None or math.isnan(value) else f"{value:.1%}"
 
 
 def _change(values: Mapping[str, float | None], write: Callable[[float | None], str]) -> str:
     return f"{write(values.get('zero_shot'))} -> {write(values.get('tuned'))}"
+
+
+def _sorted_out(perplexity: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Perplexities of what devices train where that is not the model itself, in words: every pair `X_zero_shot`,
+    `X_tuned`, by level or not. And the numbers under any other name."""
+    others = {name: value for name, value in perplexity.items() if name not in ("zero_shot", "tuned", "centralised")}
+    on_devices = {}
+    for name in [name.removesuffix("_zero_shot") for name in others if name.endswith("_zero_shot")]:
+        if f"{name}_tuned" not in others:
+            continue
+        before, after = others.pop(f"{name}_zero_shot"), others.pop(f"{name}_tuned")
+        if isinstance(before, Mapping):
+            for level in dict.fromkeys((*before, *after)):
+                change = {"zero_shot": before.get(level), "tuned": after.get(level)}
+                on_devices[f"{_words(name)} of level {level}"] = change
+        else:
+            on_devices[f"{_words(name)} model alone"] = {"zero_shot": before, "tuned": after}
+    return on_devices, {name: value for name, value in others.items() if isinstance(value, Real | None)}
+
+
+def _words(name: str) -> str:
+    return IN_WORDS.get(name) or name.replace("_", " ")

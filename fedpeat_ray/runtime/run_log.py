@@ -131,7 +131,7 @@ class RunLog:
     ) -> None:
         """Write both parts of one round: its row, and a row a client (as rows, or as columns).
 
-        The columns are exactly those of `records`. None and NaN become null.
+        The columns are exactly those of `records`; those with a default may be missing. None and NaN become null.
         """
         if not isinstance(client_rows, Mapping):
             client_rows = _columns_of(client_rows)
@@ -155,13 +155,12 @@ class RunLog:
 
     def totals(self) -> dict[str, Any]:
         """Sums over all rounds written so far, as summary.json has them."""
-        rounds = pq.read_table(self.directory / "rounds")
+        rounds = pq.read_table(self.directory / "rounds", schema=arrow_schema(ROUND_COLUMNS))
         reasons = pq.read_table(self.directory / "clients", columns=["drop_reason"])["drop_reason"]
         counted = {item["values"]: item["counts"] for item in reasons.value_counts().to_pylist()}
-        sums = {
-            name: sum(rounds[name].to_pylist())
-            for name in ("num_completed", "num_dropped", "download_bytes", "emulator_bytes", "upload_bytes", "energy_j")
-        }
+        counts = ("num_completed", "num_dropped", "num_skipped")
+        costs = ("download_bytes", "emulator_bytes", "upload_bytes", "energy_j")
+        sums = {name: sum(value or 0 for value in rounds[name].to_pylist()) for name in counts + costs}
         sums["rounds_without_updates"] = rounds["num_completed"].to_pylist().count(0)
         return {**sums, "drop_reasons": {reason: counted.get(reason, 0) for reason in DROP_REASONS}}
 
@@ -268,6 +267,8 @@ def _columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def _table(columns: tuple[Column, ...], values: Mapping[str, Sequence[Any] | np.ndarray]) -> pa.Table:
     schema = arrow_schema(columns)
+    num_rows = max(map(len, values.values()), default=0)
+    values = {c.name: [c.default] * num_rows for c in columns if c.default is not None} | dict(values)
     assert set(values) == set(schema.names), f"columns unknown or missing: {sorted(set(values) ^ set(schema.names))}"
     arrays = [pa.array(values[field.name], field.type, from_pandas=True) for field in schema]
     return pa.Table.from_arrays(arrays, schema=schema)

@@ -385,7 +385,7 @@ def test_examples_of_the_docs_run(tmp_path, monkeypatch):
     names = {}
     for example in examples:
         exec(example, names)
-    assert len(examples) == 3
+    assert len(examples) == 4
     assert len(names["slowest"]) == 3
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
 from fedpeat_ray.config import SimulationConfig
 from fedpeat_ray.errors import RunDirError
-from fedpeat_ray.records import CLIENT_COLUMNS, ROUND_COLUMNS, Column, arrow_schema
+from fedpeat_ray.records import CLIENT_COLUMNS, MEMORY, ROUND_COLUMNS, SKIPPED, Column, arrow_schema
 from fedpeat_ray.runtime import run_log
 from fedpeat_ray.runtime.progress import Progress, human_bytes, human_seconds, print_summary
 from fedpeat_ray.runtime.run_log import RunLog, default_run_dir, read_config
@@ -24,7 +25,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "run_log.md"
 
 def round_row(round: int, **values) -> dict:
     row = {column.name: 1 for column in ROUND_COLUMNS} | {"round": round, "perplexity": 40.0 - round, "wall_s": 2.0}
-    return row | values
+    return row | {"figures": {"top_level": 2.0}} | values
 
 
 def client_row(round: int, device_id: int, **values) -> dict:
@@ -81,6 +82,28 @@ def test_columns_are_exactly_those_of_the_schema(log, broken):
     with pytest.raises(AssertionError):
         log.write_round(1, round_row(2), [client_row(1, 3)])
     assert not list((log.directory / "rounds").iterdir())
+
+
+NEW = ("num_skipped", "figures")
+
+
+@pytest.mark.parametrize("lacking", [(), *((name,) for name in NEW), NEW])
+def test_a_round_without_skipped_devices_or_figures_need_not_say_so(log, lacking):
+    row = {name: value for name, value in round_row(1).items() if name not in lacking}
+    log.write_round(1, row, [])
+    rounds = pq.read_table(log.directory / "rounds")
+    assert rounds.schema == arrow_schema(ROUND_COLUMNS)
+    assert rounds["num_skipped"].to_pylist() == [0 if "num_skipped" in lacking else 1]
+    assert rounds["figures"].to_pylist() == [[] if "figures" in lacking else [("top_level", 2.0)]]
+    with pytest.raises(AssertionError, match="num_tokens"):
+        log.write_round(2, {name: value for name, value in round_row(2).items() if name != "num_tokens"}, [])
+
+
+def test_figures_are_numbers_of_any_kind_by_name(log):
+    figures = {"whole": 3, "numpy": np.float32(0.5), "not a number": math.nan, "huge": math.inf, "none": None}
+    log.write_round(1, round_row(1, figures=figures), [])
+    written = dict(pq.read_table(log.directory / "rounds")["figures"].to_pylist()[0])
+    assert written == {"whole": 3.0, "numpy": 0.5, "not a number": None, "huge": math.inf, "none": None}
 
 
 def test_a_crash_before_the_move_leaves_what_was_there(log, monkeypatch):
@@ -248,6 +271,22 @@ def test_progress_on_a_terminal_is_live():
     assert "\x1b" in out.getvalue() and "round 2/3" in out.getvalue()
 
 
+def printed(summary: dict) -> dict[str, str]:
+    """The table that `print_summary` prints, by the name of the row."""
+    out = io.StringIO()
+    print_summary(summary, Console(file=out, width=80))
+    assert out.getvalue().isascii()
+    lines = [line.strip() for line in out.getvalue().splitlines()[2:] if line.strip()]
+    rows = [re.split(r"\s{2,}", line, maxsplit=1) for line in lines]
+    assert len(dict(rows)) == len(rows)
+    return dict(rows)
+
+
+SUMMARY: dict = {"algorithm": "mine.py:Mine", "rounds": 1, "virtual_s": 1.0, "energy_j": 1.0, "wall_s": 5.0}
+SUMMARY |= {"download_bytes": 9_000_000, "emulator_bytes": 0, "upload_bytes": 0, "num_completed": 4, "num_dropped": 2}
+SUMMARY |= {"token_accuracy": {"zero_shot": 0.25, "tuned": 0.3}, "perplexity": {"zero_shot": 41.2, "tuned": 31.4}}
+
+
 @pytest.mark.parametrize("centralised", [28.4, None])
 def test_summary_prints_in_a_log(centralised):
     summary = {"algorithm": "fed-peft", "rounds": 1, "virtual_s": 3700.0, "energy_j": 12_345.0, "wall_s": 5.0}
@@ -265,16 +304,9 @@ def test_summary_prints_in_a_log(centralised):
 def test_summary_of_emulators_prints_each_level_and_what_the_foundation_alone_gives():
     perplexity = {"zero_shot": 41.2, "tuned": 31.4, "centralised": 28.4, "plug_in": 31.4}
     perplexity |= {"emulator_zero_shot": {"1": 58.4, "2": 47.0}, "emulator_tuned": {"1": 45.1, "2": None}}
-    summary = {"algorithm": "fed-peat", "rounds": 1, "virtual_s": 1.0, "energy_j": 1.0, "wall_s": 5.0}
-    summary |= {"download_bytes": 9_000_000, "emulator_bytes": 7_000_000, "upload_bytes": 0, "num_completed": 4}
-    summary |= {"num_dropped": 2, "perplexity": perplexity, "gap_closed": 0.77, "privacy_gap": 13.7}
-    summary |= {"token_accuracy": {"zero_shot": 0.25, "tuned": 0.3}}
-    out = io.StringIO()
-    print_summary(summary, Console(file=out, width=80))
-    rows = dict(
-        re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in out.getvalue().splitlines()[2:] if line.strip()
-    )
-    assert list(rows.items())[:7] == [
+    found = {"perplexity": perplexity, "gap_closed": 0.77, "privacy_gap": 13.7, "emulator_bytes": 7_000_000}
+    rows = printed(SUMMARY | found)
+    assert list(rows.items())[:8] == [
         ("perplexity, zero-shot", "41.20"),
         ("perplexity, emulator of level 1", "58.40 -> 45.10"),
         ("perplexity, emulator of level 2", "47.00 -> -"),
@@ -282,17 +314,80 @@ def test_summary_of_emulators_prints_each_level_and_what_the_foundation_alone_gi
         ("perplexity, tuned centrally", "28.40"),
         ("share of the gap closed", "77.0%"),
         ("privacy gap", "13.70"),
+        ("token accuracy", "25.0% -> 30.0%"),
     ]
     assert rows["sent to devices"] == "9.0 MB" and rows["of these emulators"] == "7.0 MB"
-    assert out.getvalue().isascii()
+
+
+def test_summary_of_a_small_model_prints_it_alone():
+    perplexity = {"zero_shot": 41.2, "tuned": 31.4, "centralised": None}
+    perplexity |= {"small_zero_shot": 80.0, "small_tuned": 65.0, "proxy_tuned": 31.4}
+    assert list(printed(SUMMARY | {"perplexity": perplexity}).items())[:4] == [
+        ("perplexity, zero-shot", "41.20"),
+        ("perplexity, small model alone", "80.00 -> 65.00"),
+        ("perplexity, steered", "31.40"),
+        ("token accuracy", "25.0% -> 30.0%"),
+    ]
+
+
+@pytest.mark.parametrize("tuned", [math.nan, None])
+def test_summary_of_a_result_that_is_no_number_prints(tuned):
+    rows = printed(SUMMARY | {"perplexity": {"zero_shot": 41.2, "tuned": tuned, "plug_in": tuned}})
+    assert rows["perplexity, plug-in"] == "-" and "perplexity, tuned" not in rows
+
+
+def test_summary_prints_what_it_does_not_know():
+    perplexity = {"zero_shot": 41.2, "tuned": 31.4, "centralised": None, "of_the_median_device": 35.5, "words": "many"}
+    perplexity |= {"sparse_twin_zero_shot": 70.0, "sparse_twin_tuned": 60.0, "lone_tuned": 50.0, "plug_in": 33.3}
+    perplexity |= {"slice_zero_shot": {"left": 90.0, "right": 91.0}, "slice_tuned": {"left": 80.0}}
+    figures = {"levels_raised": 3, "final_rate": 0.00025, "[bold]": 12345.678, "gone": None, "million": 1e6}
+    rows = printed(SUMMARY | {"perplexity": perplexity, "figures": figures, "num_skipped": 5})
+    assert list(rows.items())[:15] == [
+        ("perplexity, zero-shot", "41.20"),
+        ("perplexity, sparse twin model alone", "70.00 -> 60.00"),
+        ("perplexity, slice of level left", "90.00 -> 80.00"),
+        ("perplexity, slice of level right", "91.00 -> -"),
+        ("perplexity, tuned", "31.40"),
+        ("perplexity, of the median device", "35.50"),
+        ("perplexity, lone tuned", "50.00"),
+        ("perplexity, plug-in", "33.30"),
+        ("levels raised", "3"),
+        ("final rate", "0.00025"),
+        ("[bold]", "12,345.68"),
+        ("gone", "-"),
+        ("million", "1,000,000"),
+        ("token accuracy", "25.0% -> 30.0%"),
+        ("updates used", "4"),
+    ]
+    assert rows["devices skipped"] == "5"
+    assert "devices skipped" not in printed(SUMMARY | {"num_skipped": 0})
 
 
 def test_totals_sum_up_the_rounds(log):
     write_rounds(log, 3)
-    names = ("num_completed", "num_dropped", "download_bytes", "emulator_bytes", "upload_bytes", "energy_j")
+    names = ("num_completed", "num_dropped", "num_skipped", "download_bytes", "emulator_bytes", "upload_bytes")
     totals = log.totals()
-    assert {name: totals[name] for name in names} == dict.fromkeys(names, 3)
+    assert {name: totals[name] for name in (*names, "energy_j")} == dict.fromkeys((*names, "energy_j"), 3)
     assert sum(totals["drop_reasons"].values()) == 0
+
+
+@pytest.mark.parametrize("older", [1, 3])
+def test_totals_of_a_run_that_an_older_version_began(log, older):
+    write_rounds(log, 3)
+    for part in sorted((log.directory / "rounds").iterdir())[:older]:
+        pq.write_table(pq.read_table(part).drop_columns(list(NEW)), part)
+    totals = log.totals()
+    assert totals["num_skipped"] == 3 - older and totals["num_completed"] == 3
+
+
+def test_skipped_devices_are_not_dropped(log):
+    clients = [
+        client_row(1, 3),
+        client_row(1, 4, outcome=SKIPPED),
+        client_row(1, 5, outcome="dropped", drop_reason=MEMORY),
+    ]
+    log.write_round(1, round_row(1), clients)
+    assert sum(log.totals()["drop_reasons"].values()) == 1
 
 
 @pytest.mark.parametrize(
