@@ -7,6 +7,7 @@ nothing global is touched.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
@@ -19,7 +20,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter, StrMethodFormatter
 
 from analysis.load import Frame, Run
 
@@ -36,6 +37,7 @@ REASON_COLOURS = {
     "deadline": "#CC79A7",
     "non_finite": "#000000",
     "not needed": "#b0b0b0",
+    "skipped": "#7b8790",  # a decision, drawn beside the losses
 }
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -90,22 +92,24 @@ def perplexity_over_costs(runs: Runs) -> Figure | None:
 
 def perplexity_by_level(runs: Runs) -> Figure | None:
     """Emulators before and after tuning, by the blocks they keep, between what the foundation does."""
-    runs = {label: run for label, run in runs.items() if run.levels and "emulator_tuned" in run.perplexity}
+    names = {"emulator_zero_shot", "emulator_tuned"}
+    runs = {label: run for label, run in runs.items() if run.levels and names <= run.perplexity.keys()}
     if not runs:
         return None
     figure, panels = _grid(len(runs), min(2, len(runs)), 3.1)
     emulators = (("emulator_zero_shot", GREY, "white"), ("emulator_tuned", RUN_COLOURS[0], RUN_COLOURS[0]))
     for axes, (label, run) in zip(panels, runs.items(), strict=True):
         for name, colour, face in emulators:
-            points = pd.Series(
-                {int(level): value for level, value in run.perplexity[name].items()}, dtype=float
-            ).dropna()
+            by_level = {level: run.perplexity[name].get(str(level)) for level in run.levels}
+            points = pd.Series(by_level, dtype=float).dropna()
             blocks = [run.levels[level] for level in points.index]
             axes.plot(blocks, points, color=colour, marker="o", markersize=5, markerfacecolor=face, zorder=3)
         for name, (_, style) in FOUNDATION_LINES.items():
             if (value := run.perplexity.get(name)) is not None:
                 axes.axhline(value, **style)
-        given = {int(level): run.levels[int(level)] for level in run.perplexity["emulator_tuned"]}
+        given = {
+            level: blocks for level, blocks in run.levels.items() if str(level) in run.perplexity["emulator_tuned"]
+        }
         axes.set_xticks(list(given.values()), [f"{blocks}\nlevel {level}" for level, blocks in given.items()])
         axes.margins(x=0.12)
         axes.grid(axis="y")
@@ -127,16 +131,16 @@ def perplexity_by_level(runs: Runs) -> Figure | None:
 
 def levels_in_use(runs: Runs) -> Figure | None:
     """A row a run: who completed on which emulator, and what was sent for it, round by round."""
-    runs = {label: run for label, run in runs.items() if run.levels and not _completed(run).empty}
+    runs = {label: run for label, run in runs.items() if _completed(run)["level"].notna().any()}
     if not runs:
         return None
     figure = Figure((WIDTH, 2.3 * len(runs) + 0.6), layout="constrained")
     rows = figure.subplots(len(runs), 2, squeeze=False)
-    top = max(max(run.levels) for run in runs.values())
     unit, unit_name = byte_unit(
         max((run.rounds["download_bytes"] + run.rounds["upload_bytes"]).max() for run in runs.values())
     )
     used = sorted({int(level) for run in runs.values() for level in _completed(run)["level"].dropna()})
+    top = max(1, *used, *(level for run in runs.values() for level in run.levels))
     level_colours = {f"level {level}": _shade(level / top) for level in used}
     for (left, right), (label, run) in zip(rows, runs.items(), strict=True):
         completed, rounds = _completed(run), run.rounds.set_index("round")
@@ -154,6 +158,38 @@ def levels_in_use(runs: Runs) -> Figure | None:
     for axes in rows[-1]:
         axes.set_xlabel("round")
     _legend_above(figure, level_colours | BYTES_COLOURS)
+    return figure
+
+
+def logged_over_rounds(runs: Runs) -> Figure | None:
+    """A panel a name that the algorithm or its controller logged, with a line a run."""
+    tables = [_logged(run) for run in runs.values()]
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    if not names:
+        return None
+    num_columns = {1: 1, 2: 2, 4: 2}.get(len(names), 3)
+    figure, panels = _grid(len(names), num_columns, 2.6 - 0.3 * num_columns, share_x=True, share_y=False)
+    last = max(table.index.max() for table in tables)
+    for index, (axes, name) in enumerate(zip(panels, names, strict=True)):
+        found = [(table[name], c) for table, c in zip(tables, _colours(runs), strict=True) if name in table]
+        scale, unit = _power_of_ten(max(values.abs().max() for values, _ in found))
+        for values, colour in found:
+            points, marker = values.dropna() / scale, "o" if values.count() <= 40 else None
+            axes.plot(values.index, values / scale, color=colour, marker=marker, markersize=3)
+            if len(points) < len(values):  # thin over rounds that have none
+                axes.plot(points.index, points, color=colour, linewidth=0.8)
+        _few_ticks(axes)
+        axes.set_title(textwrap.fill(name.replace("_", " ") + unit, 110 // num_columns))
+        axes.set_xlim(0.5, last + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+        axes.grid(axis="y")
+        if index + num_columns >= len(names):  # nothing below it
+            axes.tick_params(axis="x", labelbottom=True)
+            axes.set_xlabel("round")
+    if len(runs) > 1:
+        colours = zip(runs, _colours(runs), strict=True)
+        key = [Line2D([], [], color=colour, label=label) for label, colour in colours]
+        figure.legend(handles=key, loc="outside upper left", ncols=3)
     return figure
 
 
@@ -199,15 +235,16 @@ def slowest_device(runs: Runs) -> Figure | None:
 
 def dropouts_by_tier(runs: Runs) -> Figure | None:
     """What became of the sampled devices, in shares of each tier."""
-    reasons = set().union(*(run.clients["drop_reason"].dropna() for run in runs.values()))
+    fates = {label: run.clients["drop_reason"].fillna(run.clients["outcome"]) for label, run in runs.items()}
+    reasons = set().union(*fates.values()) - {"completed"}
     if not reasons:
         return None
     colours = {reason: REASON_COLOURS.get(reason, GREY) for reason in [*REASON_COLOURS, *sorted(reasons)]}
     colours = {reason: colour for reason, colour in colours.items() if reason in reasons} | {"completed": PALE}
     figure, panels = _panels_by_tier(runs)
-    for axes, run in zip(panels, runs.values(), strict=True):
-        fate = run.clients["drop_reason"].fillna("completed")
-        counts = pd.crosstab(run.clients["tier"], fate).reindex(index=tier_order(runs), columns=list(colours)).fillna(0)
+    for axes, (label, run) in zip(panels, runs.items(), strict=True):
+        counts = pd.crosstab(run.clients["tier"], fates[label])
+        counts = counts.reindex(index=tier_order(runs), columns=list(colours)).fillna(0)
         sampled = counts.sum(axis=1)
         _stacked(axes, counts.div(sampled.clip(lower=1), axis=0) * 100, colours)
         for row, count in enumerate(sampled):
@@ -338,10 +375,12 @@ def _perplexity(runs: Runs, costs: Mapping[str, Cost], panel_height: float, on_d
     return figure
 
 
-def _grid(num_panels: int, num_columns: int, panel_height: float, share_x: bool = False) -> tuple[Figure, list[Axes]]:
+def _grid(
+    num_panels: int, num_columns: int, panel_height: float, share_x: bool = False, share_y: bool = True
+) -> tuple[Figure, list[Axes]]:
     num_rows = math.ceil(num_panels / num_columns)
     figure = Figure((WIDTH, panel_height * num_rows + 0.35), layout="constrained")
-    panels = list(figure.subplots(num_rows, num_columns, sharex=share_x, sharey=True, squeeze=False).flat)
+    panels = list(figure.subplots(num_rows, num_columns, sharex=share_x, sharey=share_y, squeeze=False).flat)
     for unused in panels[num_panels:]:
         unused.set_visible(False)
     return figure, panels[:num_panels]
@@ -413,12 +452,39 @@ def _plain_numbers(axis: Axis, subs: tuple[int, ...] = (1, 3)) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def _power_of_ten(largest: float) -> tuple[float, str]:
+    """The power of 1000 in which numbers up to this one read well, and how a title says so."""
+    if largest == 0 or 1e-2 <= largest < 1e4:
+        return 1, ""
+    exponent = 3 * math.floor(math.log10(largest) / 3)
+    return 10.0**exponent, " (10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")) + ")"
+
+
+def _few_ticks(axes: Axes) -> None:
+    """On the y axis, written out; a constant has the one of its value."""
+    low, high = axes.dataLim.intervaly
+    if high - low <= 1e-6 * max(abs(low), abs(high)):
+        axes.set_yticks([low], [f"{low:.4g}"])
+        axes.set_ylim(low - 1, high + 1)
+        return
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+    axes.ticklabel_format(axis="y", style="plain")
+
+
 def _traffic(rounds: Frame) -> Any:
     return (rounds["download_bytes"] + rounds["upload_bytes"]).cumsum()
 
 
 def _memory(run: Run) -> Frame:
-    return run.clients[["tier", "memory_bytes", "memory_cap_bytes"]].dropna()
+    tasks = run.clients[run.clients["outcome"] != "skipped"]
+    return tasks[["tier", "memory_bytes", "memory_cap_bytes"]].dropna()
+
+
+def _logged(run: Run) -> Frame:
+    """Finite numbers that were logged, by round, a column a name."""
+    table = run.rounds.set_index("round").filter(regex=r"^figures\.").replace([np.inf, -np.inf], np.nan)
+    return table.rename(columns=lambda name: name.removeprefix("figures.")).dropna(axis="columns", how="all")
 
 
 def _completed(run: Run) -> Frame:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 Frame = Any  # a pandas DataFrame: under pandas's own annotations most honest uses fail a type check
 
@@ -27,7 +29,8 @@ class Run:
     config: dict[str, Any]
     """config.json: `config` (the settings), `resolved`, `versions`, `git`, `hardware`, ..."""
     rounds: Frame
-    """One row a round, sorted; empty if none is finished."""
+    """One row a round, sorted; empty if none is finished. What was logged as `figures` has a column `figures.NAME` a
+    name."""
     clients: Frame
     """One row a (round, device), sorted; the clients of finished rounds."""
     summary: dict[str, Any] | None
@@ -58,14 +61,31 @@ class Run:
 
     @property
     def on_devices(self) -> dict[str, tuple[float | None, float | None]]:
-        """Perplexity (zero-shot, tuned) of what devices train, if that is not the foundation: emulators, the largest
-        last, or the small model that steers it."""
-        values = self.perplexity
-        if "small_tuned" in values:
-            return {"small model": (values.get("small_zero_shot"), values["small_tuned"])}
-        before, after = (values.get(name) or {} for name in ("emulator_zero_shot", "emulator_tuned"))
-        levels = sorted(before.keys() | after.keys(), key=int)
-        return {f"emulator of level {level}": (before.get(level), after.get(level)) for level in levels}
+        """Perplexity (zero-shot, tuned) of what devices train, if that is not the model itself: of every pair
+        `X_zero_shot`, `X_tuned`; where it has levels, of each, the highest last."""
+        found = {}
+        for name in _pairs(self.perplexity):
+            before, after = (self.perplexity[f"{name}_{when}"] for when in ("zero_shot", "tuned"))
+            words = name.replace("_", " ")
+            if isinstance(before, dict):
+                levels = sorted(before.keys() | after.keys(), key=lambda level: (len(level), level))
+                found |= {f"{words} of level {level}": (before.get(level), after.get(level)) for level in levels}
+            else:
+                found[f"{words} model"] = (before, after)
+        return found
+
+    @property
+    def other_perplexities(self) -> dict[str, float | None]:
+        """The numbers under names that are neither the model's, before and after, nor of what devices train."""
+        pairs = {f"{name}_{when}" for name in _pairs(self.perplexity) for when in ("zero_shot", "tuned")}
+        known = {"zero_shot", "tuned", "centralised"} | pairs
+        numbers = {name: value for name, value in self.perplexity.items() if isinstance(value, int | float | None)}
+        return {name: value for name, value in numbers.items() if name not in known}
+
+    @property
+    def tuned_by(self) -> list[str]:
+        """Names of those that are the perplexity of the tuned model: they say how it came about."""
+        return [name for name, value in self.other_perplexities.items() if value == self.perplexity.get("tuned")]
 
 
 def load_run(directory: str | Path) -> Run:
@@ -79,7 +99,7 @@ def load_run(directory: str | Path) -> Run:
     if rounds.empty:
         clients = clients.head(0)
     else:  # clients are written before their round: without its row, a round is not finished
-        rounds = rounds.sort_values("round", ignore_index=True)
+        rounds = _with_figures(rounds.sort_values("round", ignore_index=True))
         clients = clients[clients["round"].isin(rounds["round"])]
         clients = clients.sort_values(["round", "device_id"], ignore_index=True)
     summary = directory / "summary.json"
@@ -102,11 +122,26 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _pairs(perplexity: dict[str, Any]) -> list[str]:
+    names = [name.removesuffix("_zero_shot") for name in perplexity if name.endswith("_zero_shot")]
+    return [name for name in names if f"{name}_tuned" in perplexity]
+
+
+def _with_figures(rounds: Frame) -> Frame:
+    """With a column a name that was logged, and with none skipped in rounds that do not say."""
+    rounds = rounds.reindex(columns=list(dict.fromkeys([*rounds, "num_skipped", "figures"])))
+    rounds["num_skipped"] = rounds["num_skipped"].fillna(0).astype("int32")
+    logged = [dict(figures) if isinstance(figures, list) else {} for figures in rounds.pop("figures")]
+    return rounds.join(pd.DataFrame(logged, rounds.index, dtype=float).add_prefix("figures."))
+
+
 def _table(folder: Path) -> Frame:
-    if not any(folder.glob("[0-9]*.parquet")):
+    """All parts of a table as one; a column that some of them lack is null there."""
+    parts = sorted(folder.glob("[0-9]*.parquet"))
+    if not parts:
         return pd.DataFrame()
     try:
-        return pd.read_parquet(folder)
+        return pd.read_parquet(folder, schema=pa.unify_schemas([pq.read_schema(part) for part in parts]))
     except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
         raise NotARunError(f"{folder} cannot be read: {error}") from error
 

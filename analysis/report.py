@@ -20,11 +20,9 @@ from analysis.load import Frame, NotARunError, Run, load_run
 
 TEMPLATES = Path(__file__).parent / "templates"
 NO_VALUE = "–"
-ALGORITHMS = {
-    "fed-peat": "federated tuning on emulators: devices tune adapters on smaller stand-ins for the foundation",
-    "fed-peft": "federated LoRA: devices train and send low-rank adapters only",
-    "fed-pt": "federated proxy-tuning: devices tune a small model, which steers a large one that they never see",
-    "fed-avg": "federated averaging: devices train and send all weights",
+HOW = {  # in a word, and in a sentence: names of perplexities that say how the tuned model came about
+    "plug_in": ("plug-in", "with the adapter plugged into the foundation"),
+    "proxy_tuned": ("steered", "with the foundation steered by the small model"),
 }
 MEMORY_MODELS = {
     "tested family": "within 10 % of what PyTorch allocates",
@@ -41,8 +39,8 @@ class Section(NamedTuple):
     text: str
     plot: Callable[[Runs], Figure | None]
     nothing: str
-    emulators: bool = False
-    """Only for runs that have emulators."""
+    only_if: Callable[[Run], bool] | None = None
+    """Left out if it holds for none of the runs."""
 
 
 SECTIONS = (
@@ -66,7 +64,7 @@ SECTIONS = (
         "plug-in is the privacy gap: what only the owner of the foundation has.",
         figures.perplexity_by_level,
         "Emulators are measured at the end of a run, and these runs are unfinished.",
-        emulators=True,
+        only_if=lambda run: bool(run.levels),
     ),
     Section(
         "Levels in use",
@@ -74,7 +72,14 @@ SECTIONS = (
         "what was sent. A device that has the emulator of its level already receives the adapter only.",
         figures.levels_in_use,
         "No device completed a round.",
-        emulators=True,
+        only_if=lambda run: bool(run.levels) or run.clients["level"].notna().any(),
+    ),
+    Section(
+        "Logged by the algorithm",
+        "Numbers that the algorithm or its controller wrote down along the way, under the names it gave them.",
+        figures.logged_over_rounds,
+        "Nothing that was logged is a finite number.",
+        only_if=lambda run: any(name.startswith("figures.") for name in run.rounds),
     ),
     Section(
         "Where the seconds go",
@@ -91,7 +96,7 @@ SECTIONS = (
     Section(
         "Who drops out, and why",
         "What became of the devices sampled from each tier, whose number stands at the right; “not needed” are "
-        "those sampled to spare that were ready after the round was full.",
+        "those sampled to spare that were ready after the round was full, “skipped” those the controller left out.",
         figures.dropouts_by_tier,
         "No device dropped out.",
     ),
@@ -137,16 +142,14 @@ def render(runs: Runs) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    has_emulators = any(run.levels for run in runs.values())
-    on_devices = list(dict.fromkeys(name for run in runs.values() for name in run.on_devices))
-    facts = {label: _key_figures(run, on_devices) for label, run in runs.items()}
+    sections = [s for s in SECTIONS if s.only_if is None or any(s.only_if(run) for run in runs.values())]
     return environment.get_template("report.html").render(
         runs=runs,
         descriptions={label: describe(run) for label, run in runs.items()},
         outcomes={label: _outcome(run) for label, run in runs.items()},
         warnings={label: _warnings(run) for label, run in runs.items()},
-        key_figures=_side_by_side(facts),
-        sections=[(section, _image(section, runs)) for section in SECTIONS if has_emulators or not section.emulators],
+        key_figures=_key_figures(runs),
+        sections=[(section, _image(section, runs)) for section in sections],
         events={label: _events(run.events) for label, run in runs.items() if len(run.events)},
         differences=_side_by_side(_differing(runs)),
         settings=_side_by_side({label: _texts(run.settings) for label, run in runs.items()}),
@@ -174,8 +177,10 @@ def label_runs(runs: Sequence[Run]) -> dict[str, Run]:
 def describe(run: Run) -> str:
     """What was run, in words."""
     get = run.settings.get
-    algorithm = str(get("algorithm", "an unnamed algorithm"))
-    text = f"{algorithm} ({ALGORITHMS[algorithm]})" if algorithm in ALGORITHMS else algorithm
+    algorithm = (run.config.get("resolved") or {}).get("algorithm") or {}  # older runs do not say
+    text = str(algorithm.get("name") or get("algorithm", "an unnamed algorithm"))
+    if algorithm.get("about"):
+        text += f" ({algorithm['about']})"
     if get("foundation.name"):
         text += f", tuning {get('foundation.name')}"
     if get("data.name"):
@@ -202,11 +207,8 @@ def _outcome(run: Run) -> str:
         measured = run.rounds["perplexity"].dropna()
         when = "after the last round is" if run.summary else "so far is"
         return f"Perplexity {when} {measured.iloc[-1]:.2f}." if len(measured) else "Perplexity was not measured."
-    text = f"Perplexity went from {zero_shot:.2f} to {tuned:.2f}"
-    if run.levels:
-        text += " with the adapter plugged into the foundation"
-    elif run.on_devices:
-        text += " with the foundation steered by the small model"
+    how = "".join(f" {HOW[name][1]}" if name in HOW else f" ({_words(name)})" for name in run.tuned_by)
+    text = f"Perplexity went from {zero_shot:.2f} to {tuned:.2f}{how}"
     gap = (run.summary or {}).get("gap_closed")
     centralised = perplexity.get("centralised")
     if gap is not None and centralised is not None:
@@ -214,12 +216,12 @@ def _outcome(run: Run) -> str:
     elif centralised is not None:
         text += f"; tuning centrally with as many tokens came to {centralised:.2f}, so it is no bound here"
     if run.on_devices:
-        before, after = list(run.on_devices.values())[-1]
+        name, (before, after) = list(run.on_devices.items())[-1]
         if (gap := (run.summary or {}).get("privacy_gap")) is not None:
             text += f". With the same adapter the largest emulator on devices has {_number(after)}, "
             text += f"a privacy gap of {gap:.2f}"
-        elif not run.levels:
-            text += f". The small model alone went from {_number(before)} to {_number(after)}"
+        elif before is not None and after is not None:
+            text += f". The {name} alone went from {before:.2f} to {after:.2f}"
     return text + "."
 
 
@@ -235,30 +237,57 @@ def _warnings(run: Run) -> list[str]:
     return lines
 
 
-def _key_figures(run: Run, on_devices: Sequence[str] = ()) -> dict[str, str]:
-    """The figures of a run as text; from the tables, so that an unfinished run has them too.
+def _key_figures(runs: Runs) -> list[tuple[str, list[str]]]:
+    """What came out, what the algorithm sums up under names of its own, and what it cost."""
+    on_devices = list(dict.fromkeys(name for run in runs.values() for name in run.on_devices))
+    others = [name for run in runs.values() for name in run.other_perplexities if name not in run.tuned_by]
+    others = list(dict.fromkeys(others))
+    results = {label: _results(run, on_devices, others) for label, run in runs.items()}
+    summed_up = {label: _summed_up(run) for label, run in runs.items()}
+    costs = {label: _costs(run) for label, run in runs.items()}
+    return [row for facts in (results, summed_up, costs) for row in _side_by_side(facts)]
 
-    With a row for each of these models on devices.
+
+def _results(run: Run, on_devices: Sequence[str], others: Sequence[str]) -> dict[str, str | None]:
+    """How good the model became; from the tables, so that an unfinished run has it too.
+
+    With a row for each of these models on devices, and for these other perplexities.
     """
     summary, rounds = run.summary or {}, run.rounds
     perplexity, accuracy = run.perplexity, summary.get("token_accuracy") or {}
-    how = " (plug-in)" if run.levels else " (steered)" if run.on_devices else ""
-    emulators = f" ({_scaled(rounds['emulator_bytes'].sum(), 'B')} emulators)" if run.levels else ""
-    known = str((run.config.get("resolved") or {}).get("memory_model") or "")
-    reasons = ", ".join(f"{reason} {count:,}" for reason, count in run.clients["drop_reason"].value_counts().items())
+    how = f" ({', '.join(map(_words, run.tuned_by))})" if run.tuned_by else ""
     return {
         "Perplexity, zero-shot": _number(perplexity.get("zero_shot")),
         **{f"Perplexity, {name}": _change(*run.on_devices.get(name, (None, None))) for name in on_devices},
         "Perplexity, tuned": _number(perplexity.get("tuned", _last(rounds["perplexity"]))) + how,
+        **{f"Perplexity, {_words(name)}": _number(perplexity.get(name)) for name in others},
         "Perplexity, tuned centrally": _number(perplexity.get("centralised")),
         "Share of the gap closed": _percent(summary.get("gap_closed")),
-        **({"Privacy gap": _number(summary["privacy_gap"])} if "privacy_gap" in summary else {}),
+        "Privacy gap": _number(summary["privacy_gap"]) if "privacy_gap" in summary else None,
         "Token accuracy, zero-shot": _percent(accuracy.get("zero_shot")),
         "Token accuracy, tuned": _percent(accuracy.get("tuned", _last(rounds["token_accuracy"]))),
+    }
+
+
+def _summed_up(run: Run) -> dict[str, str | None]:
+    numbers = (run.summary or {}).get("figures") or {}
+    return {_words(name)[:1].upper() + _words(name)[1:]: _figure(value) for name, value in numbers.items()}
+
+
+def _costs(run: Run) -> dict[str, str | None]:
+    """What it took; from the tables, too."""
+    summary, rounds = run.summary or {}, run.rounds
+    emulator_bytes = rounds["emulator_bytes"].sum() if "emulator_bytes" in rounds else 0  # older runs do not say
+    num_skipped = rounds["num_skipped"].sum()
+    emulators = f" ({_scaled(emulator_bytes, 'B')} emulators)" if emulator_bytes else ""
+    known = str((run.config.get("resolved") or {}).get("memory_model") or "")
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in run.clients["drop_reason"].value_counts().items())
+    return {
         "Rounds": f"{len(rounds):,}",
         "Updates used": f"{rounds['num_completed'].sum():,}",
-        **({"Memory model": MEMORY_MODELS.get(known, known)} if known else {}),
+        "Memory model": MEMORY_MODELS.get(known, known) or None,
         "Devices dropped": f"{rounds['num_dropped'].sum():,}" + (f" ({reasons})" if reasons else ""),
+        "Devices skipped": f"{num_skipped:,}" if num_skipped else None,
         "Tokens trained on": f"{rounds['num_tokens'].sum():,}",
         "Virtual time": _time(rounds["virtual_s"].max()),
         "Sent to devices": _scaled(rounds["download_bytes"].sum(), "B") + emulators,
@@ -294,10 +323,12 @@ def _differing(runs: Runs) -> dict[str, dict[str, str]]:
     return {label: {path: values.get(path, NO_VALUE) for path in paths} for label, values in settings.items()}
 
 
-def _side_by_side(columns: Mapping[str, Mapping[str, str]]) -> list[tuple[str, list[str]]]:
-    """Facts by label as table rows: the name of a fact, and its value in each run."""
+def _side_by_side(columns: Mapping[str, Mapping[str, str | None]]) -> list[tuple[str, list[str]]]:
+    """Facts by label as table rows: the name of a fact, and its value in each run; none where no run has one."""
     names = dict.fromkeys(name for values in columns.values() for name in values)
-    return [(name, [values.get(name, NO_VALUE) for values in columns.values()]) for name in names]
+    rows = {name: [values.get(name) for values in columns.values()] for name in names}
+    rows = {name: values for name, values in rows.items() if values != [None] * len(values)}
+    return [(name, [NO_VALUE if value is None else value for value in values]) for name, values in rows.items()]
 
 
 def _events(events: Frame) -> list[tuple[str, str, str]]:
@@ -339,6 +370,17 @@ def _last(series: Any) -> float | None:
 
 def _number(value: float | None) -> str:
     return NO_VALUE if value is None else f"{value:.2f}"
+
+
+def _figure(value: float | None) -> str:
+    """A number of any size: 3, 0.00025, 12,345.68."""
+    if value is None:
+        return NO_VALUE
+    return f"{value:,.2f}".removesuffix(".00") if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
+def _words(name: str) -> str:
+    return HOW[name][0] if name in HOW else name.replace("_", " ")
 
 
 def _change(before: float | None, after: float | None) -> str:

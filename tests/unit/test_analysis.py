@@ -5,12 +5,13 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,7 +21,7 @@ from analysis import figures
 from analysis.load import NotARunError, load_run
 from analysis.report import SECTIONS, describe, label_runs, render, write_report
 from fedpeat_ray.config import LoraConfig, SimulationConfig
-from fedpeat_ray.records import DEADLINE, MEMORY, UNAVAILABLE
+from fedpeat_ray.records import DEADLINE, MEMORY, SKIPPED, UNAVAILABLE
 from fedpeat_ray.runtime.run_log import RunLog
 
 TIERS = ("laptop", "phone", "sbc")
@@ -29,8 +30,12 @@ LEVELS = [{"level": level, "blocks": list(range(2 + 3 * level))} for level in (1
 ROOT = Path(__file__).parents[2]
 
 
-def client(round: int, device_id: int, reason: str | None, emulators: bool = False) -> dict:
+def client(round: int, device_id: int, reason: str | None, emulators: bool = False, skipped: bool = False) -> dict:
     """Numbers that differ by device; a device that was never asked has no times."""
+    if skipped:
+        row = {name: value and 0 for name, value in client(round, device_id, UNAVAILABLE).items()}
+        about = {"round": round, "device_id": device_id, "tier": TIERS[device_id % 3], "memory_cap_bytes": 60_000_000}
+        return row | about | {"outcome": SKIPPED, "drop_reason": None}
     asked = reason not in (UNAVAILABLE, MEMORY)
     return {
         "round": round,
@@ -73,6 +78,8 @@ def write_run(
     empty_round: int | None = None,
     finished: bool = True,
     emulators: bool = False,
+    skipped: Sequence[int] = (),
+    logged: Callable[[int], dict[str, Any]] = lambda round: {},
     **summary,
 ) -> Path:
     algorithm = "fed-peat" if emulators else "fed-peft"
@@ -82,9 +89,10 @@ def write_run(
     for round in range(1, rounds + 1):
         reasons = [(None, DEADLINE, None, UNAVAILABLE, None, MEMORY)[id % 6] if dropouts else None for id in range(9)]
         reasons = [UNAVAILABLE] * 9 if round == empty_round else reasons
-        clients = [client(round, id, reasons[id], emulators) for id in range(9)]
+        clients = [client(round, id, reasons[id], emulators, id in skipped) for id in range(9)]
         completed = sum(row["outcome"] == "completed" for row in clients)
-        row = {"round": round, "virtual_s": 20.0 * round, "num_completed": completed, "num_dropped": 9 - completed}
+        row = {"round": round, "virtual_s": 20.0 * round, "num_completed": completed}
+        row |= {"num_dropped": 9 - completed - len(skipped), "num_skipped": len(skipped), "figures": logged(round)}
         row |= {"num_tokens": 512 * completed, "train_loss": 3.0 if completed else math.nan, "token_accuracy": 0.3}
         row |= {name: sum(row[name] for row in clients) for name in SUMMED}
         row |= {"perplexity": 60.0 - 5 * round if completed else None}
@@ -104,8 +112,18 @@ def write_run(
     return directory
 
 
-ALL = {section.title for section in SECTIONS if not section.emulators}
-EMULATORS = {section.title for section in SECTIONS if section.emulators}
+def without_new_columns(directory: Path, *rounds: int) -> Path:
+    """As an older version wrote these rounds."""
+    for round in rounds:
+        part = directory / "rounds" / f"{round:05d}.parquet"
+        later = ["num_skipped", "figures", "emulator_bytes", "device_perplexity"]
+        pq.write_table(pq.read_table(part).drop_columns(later), part)
+    return directory
+
+
+ALL = {section.title for section in SECTIONS if section.only_if is None}
+EMULATORS = {"Perplexity by emulator level", "Levels in use"}
+LOGGED = {"Logged by the algorithm"}
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +157,33 @@ def test_load_run(tmp_path):
     assert run.summary is not None and run.summary["gap_closed"] == 0.5
     assert run.settings["fleet.num_devices"] == 2000
     assert run.events.empty
+
+
+def test_what_was_logged_is_a_column_a_name(tmp_path):
+    def logged(round: int) -> dict[str, float]:
+        return {1: {"a": 1, "b c.d": 0.5}, 2: {}, 3: {"late": -2.0, "a": math.nan}}[round]
+
+    rounds = load_run(write_run(tmp_path / "run", logged=logged)).rounds
+    found = rounds.filter(like="figures")
+    assert {name: found[name].fillna(99).tolist() for name in found} == {
+        "figures.a": [1.0, 99, 99],
+        "figures.b c.d": [0.5, 99, 99],
+        "figures.late": [99, 99, -2.0],
+    }
+    assert set(found.dtypes) == {np.dtype(float)}
+    assert load_run(write_run(tmp_path / "none")).rounds.filter(like="figures").columns.empty
+
+
+@pytest.mark.parametrize("older", [(1, 2), (3,), (1, 2, 3)], ids=str)
+def test_rounds_of_an_older_version_are_read(tmp_path, older):
+    directory = write_run(tmp_path / "run", skipped=[4, 8], logged=lambda round: {"pace": round / 2})
+    run = load_run(without_new_columns(directory, *older))
+    new = [round for round in (1, 2, 3) if round not in older]
+    assert run.rounds["num_skipped"].tolist() == [2 if round in new else 0 for round in (1, 2, 3)]
+    assert "figures" not in run.rounds
+    if new:
+        assert run.rounds.set_index("round")["figures.pace"].dropna().to_dict() == {n: n / 2 for n in new}
+    assert shown(render(label_runs([run]))) == ALL | (LOGGED if new else set())
 
 
 def test_a_round_without_its_row_is_not_finished(tmp_path):
@@ -257,6 +302,125 @@ def test_a_run_with_a_small_model_has_its_numbers_and_its_path(tmp_path):
     assert paths == [([0.0, 1.0, 2.0, 3.0], [80.0, 75.0, 70.0, 65.0]), ([0.0, 1.0, 2.0, 3.0], [60.0, 55.0, 50.0, 45.0])]
 
 
+def test_what_devices_train_is_any_pair_of_perplexities(tmp_path):
+    perplexity = {"zero_shot": 60.0, "tuned": 45.0, "centralised": None, "lone_tuned": 50.0, "lone_zero_shot_": 1.0}
+    perplexity |= {"sparse_twin_zero_shot": 70.0, "sparse_twin_tuned": None, "note": "many", "of": {"a": 1.0}}
+    perplexity |= {"slice_zero_shot": {"10": 90.0, "9": 91.0}, "slice_tuned": {"9": 80.0, "11": 79.0}}
+    run = load_run(write_run(tmp_path / "run", perplexity=perplexity))
+    assert list(run.on_devices.items()) == [
+        ("sparse twin model", (70.0, None)),
+        ("slice of level 9", (91.0, 80.0)),
+        ("slice of level 10", (90.0, None)),
+        ("slice of level 11", (None, 79.0)),
+    ]
+    assert run.other_perplexities == {"lone_tuned": 50.0, "lone_zero_shot_": 1.0}
+
+
+def rows_of(*directories: Path) -> dict[str, list[str]]:
+    """The rows of the tables of a report, by their name."""
+    page = render(label_runs([load_run(directory) for directory in directories]))
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', page)
+    return {name: re.findall("<td>(.*?)</td>", values) for name, values in rows}
+
+
+def test_perplexities_that_nobody_knows_are_key_figures(tmp_path):
+    perplexity = {"zero_shot": 60.0, "tuned": 45.0, "with_a_twist": 45.0, "plug_in": 46.5, "of_the_median": 50.0}
+    directory = write_run(tmp_path / "run", perplexity=perplexity)
+    rows = rows_of(directory)
+    assert rows["Perplexity, tuned"] == ["45.00 (with a twist)"]
+    assert rows["Perplexity, of the median"] == ["50.00"] and rows["Perplexity, plug-in"] == ["46.50"]
+    assert "Perplexity went from 60.00 to 45.00 (with a twist)" in render(label_runs([load_run(directory)]))
+    both = rows_of(write_run(tmp_path / "other"), directory)
+    assert both["Perplexity, of the median"] == ["–", "50.00"]
+    names = list(both)
+    assert names[names.index("Perplexity, tuned") + 1] == "Perplexity, plug-in"
+
+
+def test_figures_that_the_algorithm_sums_up_are_key_figures(tmp_path):
+    numbers = {"levels_raised": 3, "final rate": 0.00025, "<b>": 12345.678, "gone": math.nan, "million": 1e6}
+    rows = rows_of(write_run(tmp_path / "run", figures=numbers))
+    assert {name: rows[name] for name in ("Levels raised", "Final rate", "&lt;b&gt;", "Gone", "Million")} == {
+        "Levels raised": ["3"],
+        "Final rate": ["0.00025"],
+        "&lt;b&gt;": ["12,345.68"],
+        "Gone": ["–"],
+        "Million": ["1,000,000"],
+    }
+
+
+def test_a_figure_does_not_hide_another_of_its_name(tmp_path):
+    page = render(label_runs([load_run(write_run(tmp_path / "run", figures={"rounds": 77}))]))
+    assert re.findall(r'<th scope="row">Rounds</th><td>(.*?)</td>', page) == ["77", "3"]
+
+
+def test_skipped_devices_are_told_from_dropped_ones(tmp_path):
+    none, some = write_run(tmp_path / "none"), write_run(tmp_path / "some", skipped=[2, 4])
+    assert "Devices skipped" not in rows_of(none)
+    rows = rows_of(none, some)
+    assert rows["Devices skipped"] == ["–", "6"] and rows["Updates used"] == ["15", "9"]
+    (axes,) = figure_of(figures.dropouts_by_tier, some)
+    assert sum(np.sum([bar.get_width() for bar in bars]) for bars in axes.containers) == pytest.approx(300)
+    assert legend_of(figures.dropouts_by_tier, some) == ["unavailable", "memory", "deadline", "skipped", "completed"]
+    assert legend_of(figures.dropouts_by_tier, none) == ["unavailable", "memory", "deadline", "completed"]
+    only = write_run(tmp_path / "only", skipped=[2, 4], dropouts=False)
+    assert legend_of(figures.dropouts_by_tier, only) == ["skipped", "completed"]
+    (axes,) = figure_of(figures.memory_by_tier, only)
+    assert min(x for xs, _ in lines(axes) for x in xs) >= 60, "a skipped device needs no memory: it has no task"
+
+
+def test_levels_are_shown_wherever_devices_have_them(tmp_path):
+    directory = with_resolved(write_run(tmp_path / "run", emulators=True), levels=[])
+    page = render(label_runs([load_run(directory)]))
+    assert shown(page) == ALL | {"Levels in use"}
+    assert rows_of(directory)["Sent to devices"] == ["1.68 MB (1.26 MB emulators)"]
+
+
+SHAPES: dict[str, Callable[[int, int], float]] = {
+    "falling": lambda round, i: math.exp(-round / 4) * 10 ** (i - 4),
+    "constant": lambda round, i: float(i - 1),
+    "gaps": lambda round, i: math.nan if round % 5 > 1 else 1.5 * round,
+    "never": lambda round, i: math.inf if round % 2 else math.nan,
+}
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 60])
+@pytest.mark.parametrize("num_names", [1, 2, 4, 5, 12])
+def test_the_figure_of_what_was_logged_has_a_panel_a_name(tmp_path, num_names, rounds):
+    def logged(round: int) -> dict[str, float]:
+        kinds = list(SHAPES)[:3]
+        return {f"{kinds[i % 3]}_{i}": SHAPES[kinds[i % 3]](round, i) for i in range(num_names)}
+
+    directory = write_run(
+        tmp_path / "run", rounds=rounds, logged=lambda n: logged(n) | {"never": SHAPES["never"](n, 0)}
+    )
+    panels = [axes for axes in figure_of(figures.logged_over_rounds, directory) if axes.get_visible()]
+    names = [f"{name} {i}" for i, name in enumerate([*list(SHAPES)[:3]] * 4)][:num_names]
+    assert [title(axes).partition(" (10")[0] for axes in panels] == names
+    for axes in panels:
+        assert [line for line in lines(axes) if np.isfinite(line[1]).any()]
+        assert 1 <= len(axes.get_yticklabels()) <= 6 and all(tick == int(tick) for tick in axes.get_xticks())
+    assert shown(render(label_runs([load_run(directory)]))) == ALL | LOGGED
+
+
+def test_what_was_logged_is_drawn_for_each_run_that_has_it(tmp_path):
+    one = write_run(tmp_path / "one", logged=lambda round: {"pace": 2.0 * round, "$x_{$": 3e7 * round})
+    two = write_run(tmp_path / "two", logged=lambda round: {"pace": 5.0 * round, "other": 7.0})
+    pace, dollars, other = (axes for axes in figure_of(figures.logged_over_rounds, one, two))
+    assert [y for _, y in lines(pace)] == [[2.0, 4.0, 6.0], [5.0, 10.0, 15.0]]
+    assert [y for _, y in lines(dollars)] == [[30.0, 60.0, 90.0]] and title(dollars) == "$x {$ (10⁶)"
+    assert [y for _, y in lines(other)] == [[7.0, 7.0, 7.0]]
+    assert lines(dollars)[0][0] == [1.0, 2.0, 3.0]
+    colours = [[line.get_color() for line in axes.get_lines()] for axes in (pace, dollars, other)]
+    assert colours[0] == [*colours[1], *colours[2]]
+    assert legend_of(figures.logged_over_rounds, one, two) == ["one", "two"]
+    assert shown(render(label_runs([load_run(one), load_run(two)]))) == ALL | LOGGED
+
+
+def test_nothing_that_was_logged_is_a_number(tmp_path):
+    page = render(label_runs([load_run(write_run(tmp_path / "run", logged=lambda round: {"odd": math.nan}))]))
+    assert shown(page) == ALL and "Nothing that was logged is a finite number." in page
+
+
 NOT_FINITE = {"zero_shot": 60.0, "tuned": 50.0, "emulator_zero_shot": {"1": 90.0, "2": math.inf}}
 NOT_FINITE |= {"emulator_tuned": {"1": math.nan, "2": math.nan}}
 
@@ -286,6 +450,17 @@ def figure_of(plot: Callable[[figures.Runs], Figure | None], *directories: Path)
     figure = plot(label_runs([load_run(directory) for directory in directories]))
     assert figure is not None
     return figure.axes
+
+
+def legend_of(plot: Callable[[figures.Runs], Figure | None], *directories: Path) -> list[str]:
+    """What the legend of a figure of some runs says."""
+    figure = plot(label_runs([load_run(directory) for directory in directories]))
+    assert figure is not None
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def title(axes: Axes) -> str:
+    return axes.get_title("left") or axes.get_title()
 
 
 def lines(axes: Axes) -> list[tuple[list[float], list[float]]]:
@@ -344,10 +519,13 @@ def test_labels(tmp_path):
 
 
 def test_a_run_is_described_in_words(tmp_path):
-    text = describe(
-        load_run(write_run(tmp_path / "run", finished=False, config=SimulationConfig(algorithm="fed-peft", rounds=12)))
-    )
-    assert text.startswith("fed-peft (federated LoRA")
+    directory = write_run(tmp_path / "run", finished=False, config=SimulationConfig(algorithm="fed-peft", rounds=12))
+    assert describe(load_run(directory)).startswith("fed-peft, tuning pydoc-base"), "as of older runs"
+    with_resolved(directory, algorithm={"name": "FedPEFT", "about": None})
+    assert describe(load_run(directory)).startswith("FedPEFT, tuning pydoc-base")
+    with_resolved(directory, algorithm={"name": "FedPEFT", "about": "federated LoRA: devices send adapters"})
+    text = describe(load_run(directory))
+    assert text.startswith("FedPEFT (federated LoRA: devices send adapters), tuning")
     assert "tuning pydoc-base on python_docs" in text
     assert "unfinished: 3 of 12 rounds so far" in text
 
