@@ -18,14 +18,14 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from safetensors.torch import load_file
-from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from fedpeat_ray.algorithms.find import find_algorithm
 from fedpeat_ray.config import SimulationConfig
 from fedpeat_ray.errors import ConfigError, FedPeatError, RunDirError
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models.lora import load_adapter, saved_lora
-from fedpeat_ray.models.proxy import ProxyLogits
 from fedpeat_ray.models.traits import check_tokenizer
 from fedpeat_ray.runtime.run_log import read_settings
 from fedpeat_ray.training.client_batch import stacked_lora
@@ -54,23 +54,21 @@ def generate(
     if max_new_tokens < 1:
         raise ConfigError.of("max_new_tokens", max_new_tokens, "at least 1")
     config = read_settings(run_dir)
-    is_proxy = config.algorithm == "fed-pt"
-    alpha = config.proxy.alpha if alpha is None else alpha
-    large = _model(config.foundation.name)
-    tuned = _model(config.proxy.small) if is_proxy else large
+    algorithm, alpha = find_algorithm(config.algorithm), config.proxy.alpha if alpha is None else alpha
+    large, tuned_name = _model(config.foundation.name), algorithm.tuned_model(config)
+    tuned = large if tuned_name == config.foundation.name else _model(tuned_name)
     tokenizer = foundations.load_tokenizer(foundations.model_dir(config.foundation.name))
     check_tokenizer(tokenizer, large, f"foundation.name = {config.foundation.name!r}")
     positions = min(map(foundations.max_positions, (large, tuned)))
 
-    def text(model: PreTrainedModel, *processors: ProxyLogits) -> str:
+    def text(model: PreTrainedModel, *processors: LogitsProcessor) -> str:
         set_seed(seed)
         return complete(model, tokenizer, prompt, max_new_tokens, temperature, positions, *processors)
 
     texts = {f"{config.foundation.name}, as it was": text(large)}
     with plugged(tuned, config, run_dir):
-        texts[f"{config.proxy.small if is_proxy else config.foundation.name}, tuned"] = text(tuned)
-        if is_proxy:
-            steer = ProxyLogits(tuned, _model(config.proxy.small), alpha)
+        texts[f"{tuned_name}, tuned"] = text(tuned)
+        if steer := algorithm.steering(config, tuned, alpha):
             texts[f"{config.foundation.name}, steered (alpha = {alpha:g})"] = text(large, steer)
     table = Table(*map(escape, texts), box=box.SIMPLE)
     table.add_row(*map(Text, texts.values()))  # as it is: brackets are no markup
@@ -84,7 +82,7 @@ def complete(
     max_new_tokens: int,
     temperature: float,
     positions: int,
-    *processors: ProxyLogits,
+    *processors: LogitsProcessor,
 ) -> str:
     """The prompt and what the model adds to it, in no more than so many positions."""
     ids = tokenizer(prompt or str(tokenizer.eos_token), return_tensors="pt").input_ids

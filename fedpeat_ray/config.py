@@ -8,7 +8,7 @@ with the field, its value and what is allowed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -126,8 +126,9 @@ class EmulatorConfig:
 class ControlConfig:
     """Which emulator a device gets in a round."""
 
-    kind: Literal["fixed", "random", "greedy"] = "greedy"
-    """fixed: one level for all; random: any that fits its memory; greedy: the largest that fits memory and deadline."""
+    kind: str = "greedy"
+    """fixed: one level for all; random: any that fits its memory; greedy: the largest that fits memory and deadline;
+    or one of your own, module:Name or file.py:Name."""
     level: PositiveInt = 1
     """The level of fixed."""
 
@@ -194,6 +195,9 @@ class ServerConfig:
     """Second-moment decay (adam, yogi)."""
     tau: Positive = 1e-3
     """Degree of adaptivity, added to the root of the second moment (adam, yogi)."""
+    aggregator: str = "weighted-mean"
+    """How updates become one: weighted-mean (by a device's number of sequences); or one of your own, module:name or
+    file.py:name."""
 
 
 @dataclass(frozen=True)
@@ -221,8 +225,8 @@ class DataConfig:
     """The text."""
 
     name: str = "python_docs"
-    """python_docs (embedded), Hugging Face dataset name, or local directory (parquet, jsonl, txt; in a
-    txt file a blank line ends a document)."""
+    """python_docs (embedded), Hugging Face dataset name, local directory (parquet, jsonl, txt; in a txt file a
+    blank line ends a document); or a function of your own, module:name or file.py:name."""
     public_name: str | None = None
     """Text of the server, named like `name`; unset: python_docs has a public part, other text has none."""
     subset: str | None = None
@@ -310,6 +314,11 @@ class FleetConfig:
     availability: AvailabilityConfig = field(default_factory=AvailabilityConfig)
     channel: ChannelConfig = field(default_factory=ChannelConfig)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of an element of a model on devices."""
+        return 4 if self.precision == "float32" else 2
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -347,9 +356,9 @@ class HostsConfig:
 class SimulationConfig:
     """A whole run."""
 
-    algorithm: Literal["fed-peat", "fed-peft", "fed-pt", "fed-avg"] = "fed-peat"
+    algorithm: str = "fed-peat"
     """fed-peat: adapters on emulators; fed-peft: LoRA on the foundation; fed-pt: LoRA on a small model that steers
-    the foundation; fed-avg: averaging of all weights."""
+    the foundation; fed-avg: averaging of all weights; or one of your own, module:Name or file.py:Name."""
     rounds: PositiveInt = 10
     """Rounds."""
     cohort_size: PositiveInt = 32
@@ -400,54 +409,14 @@ class SimulationConfig:
             raise ConfigError.of("accept_changes", True, "only together with resume")
         if self.hosts.exclusive and self.hosts.backend != "ray":
             raise ConfigError.of("hosts.exclusive", True, "hosts.backend = 'ray'")
-        self._validate_emulators()
 
-    def _validate_emulators(self) -> None:
-        shards, emulator = self.foundation.num_shards, self.emulator
-        if shards > 1 and self.algorithm in ("fed-peft", "fed-avg"):
-            raise ConfigError.of("foundation.num_shards", shards, f"1, as devices of {self.algorithm} hold all of it")
-        on_small = self.algorithm == "fed-pt" and self.proxy.emulators
-        if self.algorithm != "fed-peat" and not on_small:
-            return
-        for field_, only in (
-            ("trained", "lora"),
-            ("weights", "foundation"),
-            ("eight_bit", False),
-            ("choice", "uniform"),
-            ("server_steps", 0),
-            ("realign_every", 0),
-        ):
-            if on_small and (value := getattr(emulator, field_)) != only:
-                raise ConfigError.of(f"emulator.{field_}", value, f"{only!r} if proxy.emulators")
-        if not emulator.shares or not all(0 <= share < 1 for share in emulator.shares):
-            raise ConfigError.of("emulator.shares", emulator.shares, "at least one, each at least 0 and below 1")
-        if emulator.first + emulator.last == 0:
-            raise ConfigError.of("emulator.last", 0, "at least 1 if emulator.first = 0: there is nothing to train")
-        top = len(emulator.shares) + emulator.give_foundation
-        if self.control.kind == "fixed" and self.control.level > top:
-            allowed = f"at most {top}, the highest level that devices are given (emulator.give_foundation)"
-            raise ConfigError.of("control.level", self.control.level, allowed)
-        if on_small:
-            return
-        if shards > 1 and emulator.give_foundation:
-            raise ConfigError.of("foundation.num_shards", shards, "1 if emulator.give_foundation")
-        if shards > 1 and emulator.trained != "lora":
-            raise ConfigError.of("foundation.num_shards", shards, f"1 if emulator.trained = {emulator.trained!r}")
-        if emulator.realign_every and emulator.eight_bit:
-            raise ConfigError.of("emulator.realign_every", emulator.realign_every, "0 if emulator.eight_bit")
-
-    @property
-    def auto_learning_rate(self) -> float:
-        """What local.learning_rate = auto stands for: whole weights want a smaller step than adapters."""
-        whole = self.algorithm == "fed-avg" or (self.algorithm == "fed-peat" and self.emulator.trained == "blocks")
-        return 5e-4 if whole else 2e-3
-
-    def without_effect(self) -> list[tuple[str, Any, str]]:
-        """(setting, value, when it would count) of all that differ from their default and change nothing here."""
+    def without_effect(self, uses: Collection[str]) -> list[tuple[str, Any, str]]:
+        """(setting, value, when it would count) of all that differ from their default and change nothing for an
+        algorithm that uses these (USES)."""
         found = []
         for path, _, value in differences(SimulationConfig(), self):
             for when, counts, settings in COUNTS_ONLY:
-                if any(path == name or path.startswith(f"{name}.") for name in settings) and not counts(self):
+                if any(path == name or path.startswith(f"{name}.") for name in settings) and not counts(self, uses):
                     found.append((path, value, when))
                     break
         return found
@@ -463,77 +432,67 @@ class SimulationConfig:
         return from_plain(cls, of_today(values, REMOVED, RENAMED))
 
 
-def _has_emulators(config: SimulationConfig) -> bool:
-    return config.algorithm == "fed-peat" or (config.algorithm == "fed-pt" and config.proxy.emulators)
-
-
-def _has_lora(config: SimulationConfig) -> bool:
-    return config.algorithm != "fed-avg" and (config.algorithm != "fed-peat" or config.emulator.trained == "lora")
-
-
-def _reads_public_text(config: SimulationConfig) -> bool:
-    if config.algorithm == "fed-pt" and config.proxy.steps:
-        return True
-    return _has_emulators(config) and config.emulator.needs_public_text
-
+LORA, EMULATORS, PROXY, PUBLIC_TEXT = "lora", "emulators", "proxy", "public text"
+USES = frozenset((LORA, EMULATORS, PROXY, PUBLIC_TEXT))
+"""What an algorithm may make use of, so that the settings of it count."""
 
 _PROXY_STEPS = ("batch_size", "sequence_length", "learning_rate", "kl_weight", "temperature", "top_k")
 _READING = ("subset", "split", "text_column", "source_column", "label_column", "heldout_share")
 _FADING = ("bandwidth_hz", "server_power_w", "device_power_w", "noise_dbm_per_hz", "path_loss_db_at_1km")
 _FADING += ("path_loss_exponent", "cell_radius_m", "min_distance_m", "rician_k")
 
-COUNTS_ONLY: tuple[tuple[str, Callable[[SimulationConfig], bool], tuple[str, ...]], ...] = (
-    ("devices train LoRA", _has_lora, ("lora",)),
-    ("devices train LoRA", lambda c: _has_lora(c) or c.client_batch_size == 1, ("client_batch_size",)),
-    ("devices get emulators (fed-peat, or fed-pt with proxy.emulators)", _has_emulators, ("emulator", "control")),
-    ("algorithm is fed-pt", lambda c: c.algorithm == "fed-pt", ("proxy",)),
-    ("proxy.steps is above 0", lambda c: c.proxy.steps > 0, tuple(f"proxy.{name}" for name in _PROXY_STEPS)),
+COUNTS_ONLY: tuple[tuple[str, Callable[[SimulationConfig, Collection[str]], bool], tuple[str, ...]], ...] = (
+    ("devices train LoRA", lambda _, uses: LORA in uses, ("lora",)),
+    ("devices train LoRA", lambda c, uses: LORA in uses or c.client_batch_size == 1, ("client_batch_size",)),
+    ("devices get emulators", lambda _, uses: EMULATORS in uses, ("emulator", "control")),
+    ("a small model steers the foundation", lambda _, uses: PROXY in uses, ("proxy",)),
+    ("proxy.steps is above 0", lambda c, _: c.proxy.steps > 0, tuple(f"proxy.{name}" for name in _PROXY_STEPS)),
     (
         "emulators are distilled",
-        lambda c: c.emulator.weights != "foundation" or c.emulator.realign_every > 0,
+        lambda c, _: c.emulator.weights != "foundation" or c.emulator.realign_every > 0,
         ("emulator.distil",),
     ),
-    ("emulator.realign_every is above 0", lambda c: c.emulator.realign_every > 0, ("emulator.realign_steps",)),
-    ("control.kind is fixed", lambda c: c.control.kind == "fixed", ("control.level",)),
-    ("server.optimizer is adam or yogi", lambda c: c.server.optimizer != "sgd", ("server.beta2", "server.tau")),
-    ("foundation.num_shards is above 1", lambda c: c.foundation.num_shards > 1, ("foundation.num_gpus",)),
-    ("something learns from public text", _reads_public_text, ("data.public_name",)),
+    ("emulator.realign_every is above 0", lambda c, _: c.emulator.realign_every > 0, ("emulator.realign_steps",)),
+    ("control.kind is fixed", lambda c, _: c.control.kind == "fixed", ("control.level",)),
+    ("server.optimizer is adam or yogi", lambda c, _: c.server.optimizer != "sgd", ("server.beta2", "server.tau")),
+    ("foundation.num_shards is above 1", lambda c, _: c.foundation.num_shards > 1, ("foundation.num_gpus",)),
+    ("something learns from public text", lambda _, uses: PUBLIC_TEXT in uses, ("data.public_name",)),
     (
         "data are not embedded",
-        lambda c: c.data.name != "python_docs" or (c.data.public_name is not None and _reads_public_text(c)),
+        lambda c, uses: c.data.name != "python_docs" or (c.data.public_name is not None and PUBLIC_TEXT in uses),
         tuple(f"data.{name}" for name in _READING),
     ),
-    ("data.partition.kind is dirichlet", lambda c: c.data.partition.kind == "dirichlet", ("data.partition.alpha",)),
+    ("data.partition.kind is dirichlet", lambda c, _: c.data.partition.kind == "dirichlet", ("data.partition.alpha",)),
     (
         "data.partition.kind is shards",
-        lambda c: c.data.partition.kind == "shards",
+        lambda c, _: c.data.partition.kind == "shards",
         ("data.partition.shards_per_device", "data.partition.num_shards"),
     ),
-    ("data.partition.kind is not iid", lambda c: c.data.partition.kind != "iid", ("data.partition.group_by",)),
+    ("data.partition.kind is not iid", lambda c, _: c.data.partition.kind != "iid", ("data.partition.group_by",)),
     (
         "fleet.availability.kind is markov",
-        lambda c: c.fleet.availability.kind == "markov",
+        lambda c, _: c.fleet.availability.kind == "markov",
         ("fleet.availability.mean_on_s", "fleet.availability.mean_off_s"),
     ),
     (
         "fleet.availability.kind is diurnal",
-        lambda c: c.fleet.availability.kind == "diurnal",
+        lambda c, _: c.fleet.availability.kind == "diurnal",
         ("fleet.availability.day_s", "fleet.availability.min_share", "fleet.availability.max_share"),
     ),
     (
         "fleet.availability.kind is trace",
-        lambda c: c.fleet.availability.kind == "trace",
+        lambda c, _: c.fleet.availability.kind == "trace",
         ("fleet.availability.trace",),
     ),
     (
         "fleet.channel.kind is not nominal",
-        lambda c: c.fleet.channel.kind != "nominal",
+        lambda c, _: c.fleet.channel.kind != "nominal",
         tuple(f"fleet.channel.{name}" for name in _FADING),
     ),
-    ("fleet.channel.kind is rician", lambda c: c.fleet.channel.kind == "rician", ("fleet.channel.rician_k",)),
+    ("fleet.channel.kind is rician", lambda c, _: c.fleet.channel.kind == "rician", ("fleet.channel.rician_k",)),
     (
         "hosts.backend is ray",
-        lambda c: c.hosts.backend == "ray",
+        lambda c, _: c.hosts.backend == "ray",
         ("hosts.num_hosts", "hosts.num_gpus", "hosts.memory_gib"),
     ),
 )

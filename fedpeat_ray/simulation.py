@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedpeat_ray import own
+from fedpeat_ray.aggregation.find import find_aggregator
 from fedpeat_ray.aggregation.server_optimizer import ServerState
-from fedpeat_ray.algorithms.fed_peat import FedPEAT
-from fedpeat_ray.algorithms.fed_pt import FedPT
+from fedpeat_ray.algorithms.algorithm import ALL, level_group
+from fedpeat_ray.algorithms.find import find_algorithm
 from fedpeat_ray.config import SimulationConfig
 from fedpeat_ray.data.corpus import Corpus
 from fedpeat_ray.errors import ConfigError, RunDirError, RunFailedError
@@ -38,24 +41,27 @@ from fedpeat_ray.runtime.run_log import (
 from fedpeat_ray.settings import differences
 from fedpeat_ray.training.evaluation import EvaluationTask, Score, ScoreSum
 from fedpeat_ray.training.map_clients import MapClients
-from fedpeat_ray.world import (
-    ALL,
-    World,
-    driver_of,
-    hosts,
-    level_group,
-    prepare,
-    with_emulators,
-    with_measured_batch_size,
-)
+from fedpeat_ray.world import World, driver_of, furnished, hosts, prepare, with_measured_batch_size
 
 
 class Simulation:
     """A federated run from a configuration; `run` does it and returns what summary.json holds."""
 
-    def __init__(self, config: SimulationConfig):
-        """Raises ConfigError for the first setting that cannot be used."""
+    def __init__(
+        self,
+        config: SimulationConfig,
+        *,
+        algorithm: type | None = None,
+        controller: type | None = None,
+        aggregator: Callable | None = None,
+        dataset: Callable | None = None,
+    ):
+        """What is given beside the configuration takes the place of `algorithm`, `control.kind`, `server.aggregator`
+        and `data.name` in it. Raises ConfigError for the first setting that cannot be used."""
+        config = _with_own(config, algorithm, controller, aggregator, dataset)
         config.validate()
+        find_algorithm(config.algorithm).check(config)
+        find_aggregator(config.server.aggregator)
         out, resume = (path and path.absolute() for path in (config.out, config.resume))  # workers are elsewhere
         config = dataclasses.replace(config, out=out, resume=resume)
         self.config = _with_resumed(config) if config.resume else config
@@ -66,7 +72,7 @@ class Simulation:
         """Run all rounds. Raises a FedPeatError, with nothing written, if something does not fit; RunFailedError, with
         everything written, if nothing came out."""
         config, started, log = self.config, time.monotonic(), None
-        directory = config.resume or config.out or default_run_dir(config.algorithm, config.seed)
+        directory = config.resume or config.out or default_run_dir(own.short(config.algorithm), config.seed)
         if not config.resume:
             RunLog.check_free(directory)
 
@@ -82,7 +88,7 @@ class Simulation:
                 started -= before[1].wall_s if before else 0.0
             stack.enter_context(process_settings(config.hosts.num_threads))
             progress = stack.enter_context(Progress(config.rounds, first_round=before[1].round + 1 if before else 1))
-            for path, value, when in config.without_effect():
+            for path, value, when in config.without_effect(_uses(config)):
                 progress.warn(f"{path} = {value!r} has no effect here: it counts if {when}")
             progress.stage(f"loading {config.foundation.name} and {config.data.name}")
             world = prepare(config, directory)
@@ -92,9 +98,9 @@ class Simulation:
             if config.foundation.num_shards > 1:
                 progress.stage(f"dividing {config.foundation.name} into {config.foundation.num_shards} shards")
             driver = stack.enter_context(driver_of(world, on_event))
-            world = with_emulators(world, driver, progress)
+            world = furnished(world, driver, progress)
             if config.resume:
-                check_inputs(directory, read_config(directory), _emulators(world))
+                check_inputs(directory, read_config(directory), world.algorithm.made())
             progress.stage("starting hosts")
             map_clients, num_hosts = stack.enter_context(hosts(world, on_event, driver))
             if world.config.client_batch_size == "auto":
@@ -116,6 +122,30 @@ class Simulation:
         if summary["failure"]:
             raise RunFailedError(summary["failure"], summary)
         return summary
+
+
+def _with_own(
+    config: SimulationConfig,
+    algorithm: type | None,
+    controller: type | None,
+    aggregator: Callable | None,
+    dataset: Callable | None,
+) -> SimulationConfig:
+    """The configuration that names what is given."""
+    if algorithm is not None:
+        config = dataclasses.replace(config, algorithm=own.given(algorithm))
+    if controller is not None:
+        config = dataclasses.replace(config, control=dataclasses.replace(config.control, kind=own.given(controller)))
+    if aggregator is not None:
+        server = dataclasses.replace(config.server, aggregator=own.given(aggregator))
+        config = dataclasses.replace(config, server=server)
+    if dataset is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, name=own.given(dataset)))
+    return config
+
+
+def _uses(config: SimulationConfig) -> Collection[str]:
+    return find_algorithm(config.algorithm).uses(config)
 
 
 def _introduce(world: World, progress: Progress) -> None:
@@ -158,6 +188,7 @@ def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress,
             "perplexity": score and score.perplexity,
             "device_perplexity": on_devices,
             "token_accuracy": score and score.token_accuracy,
+            "figures": result.figures,
             "wall_train_s": trained - started,
             "wall_eval_s": time.monotonic() - trained,
             "wall_s": time.monotonic() - started,
@@ -168,6 +199,7 @@ def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress,
                 log.event(report.failure, round=round, device_id=report.device_id)
         if result.refused:
             log.event("refused", round=round, what=result.refused, why="the server's state would be not finite")
+        state = algorithm.learn(state, result, score and score.perplexity)
         facts = Facts(round, row["virtual_s"], facts.num_tokens + row["num_tokens"], facts.zero_shot)
         if round % config.checkpoint_every == 0 or round == config.rounds:
             save_checkpoint(log.directory, state, facts.at(time.monotonic() - run_started))
@@ -192,30 +224,15 @@ def _finish(
         progress.stage("tuning centrally, for comparison")
 
         def judge(model_P: Tensor) -> float:
-            return evaluate(world, map_clients, dataclasses.replace(state, model_P=model_P), world.heldout)[
-                ALL
-            ].perplexity
+            with_it = dataclasses.replace(state, model_P=model_P)
+            return evaluate(world, map_clients, with_it, world.heldout)[ALL].perplexity
 
-        centralised = tune_centrally(world.reference, world.data, config, facts.num_tokens, map_clients, judge)
+        reference = world.algorithm.reference
+        centralised = tune_centrally(reference, world.data, config, facts.num_tokens, map_clients, judge)
     perplexity = {"zero_shot": zero_shot[ALL].perplexity, "tuned": tuned[ALL].perplexity, "centralised": centralised}
     gap = gap_closed(**perplexity)
-    emulators = {}
-    if isinstance(world.algorithm, FedPT):
-        small = level_group(levels[0])
-        perplexity |= {
-            "small_zero_shot": zero_shot[small].perplexity,
-            "small_tuned": tuned[small].perplexity,
-            "proxy_tuned": tuned[ALL].perplexity,
-        }
-    elif levels:
-        of_level = {str(level): level_group(level) for level in levels}
-        perplexity |= {
-            "plug_in": tuned[ALL].perplexity,
-            "emulator_zero_shot": {level: zero_shot[group].perplexity for level, group in of_level.items()},
-            "emulator_tuned": {level: tuned[group].perplexity for level, group in of_level.items()},
-        }
-        privacy_gap = tuned[level_group(levels[-1])].perplexity - tuned[ALL].perplexity
-        emulators = {"privacy_gap": privacy_gap}
+    came_of_it = world.algorithm.summary(zero_shot, tuned)
+    perplexity |= came_of_it.pop("perplexity", {})
     return {
         "algorithm": config.algorithm,
         "rounds": config.rounds,
@@ -225,7 +242,7 @@ def _finish(
         "num_tokens": facts.num_tokens,
         "perplexity": perplexity,
         "gap_closed": gap,
-        **emulators,
+        **came_of_it,
         "token_accuracy": {"zero_shot": zero_shot[ALL].token_accuracy, "tuned": tuned[ALL].token_accuracy},
     }
 
@@ -268,26 +285,15 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
         "documents": {side: _documents(corpus) for side, corpus in world.corpora.items()},
         "fits": dataclasses.asdict(world.fits),
         "memory_model": memory_model(world.held.config_json),
+        "algorithm": {"name": type(world.algorithm).__name__, "about": world.algorithm.about},
+        **world.algorithm.facts(),
     }
-    if isinstance(world.algorithm, FedPEAT):
-        costs = world.algorithm.emulator_costs
-        resolved["levels"] = [
-            {
-                "level": rung.level,
-                "blocks": rung.blocks,
-                "weights": rung.weights and rung.weights.name,
-                "weights_sha256": rung.weights and file_sha256(rung.weights),
-                "emulator_bytes": int(costs.emulator_bytes_L[rung.level - 1]),
-                "memory_bytes": int(costs.memory_bytes_L[rung.level - 1]),
-            }
-            for rung in world.algorithm.ladder.rungs
-        ]
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     log = RunLog.create(directory, settings, resolved, data_digest=data_digest, gpus=gpus)
     for side, corpus in world.corpora.items():
         if corpus.removed.total:
             log.event("documents_removed", side=side, **dataclasses.asdict(corpus.removed))
-    for path, value, when in world.config.without_effect():
+    for path, value, when in world.config.without_effect(_uses(world.config)):
         log.event("ignored_setting", setting=path, value=value, counts_if=when)
     if resolved["memory_model"] == "estimate":
         log.event("memory_estimated", model=world.held.name)
@@ -303,27 +309,13 @@ def _documents(corpus: Corpus) -> dict[str, Any]:
 
 def _inputs(world: World) -> dict[str, str | None]:
     """Digests of what the rounds read, by their names in config.json; None where there is nothing of the kind."""
-    algorithm, trace, public, small = world.algorithm, world.config.fleet.availability.trace, None, None
-    if isinstance(algorithm, FedPT):
-        public, small = algorithm.public, algorithm.small.foundation
-    elif isinstance(algorithm, FedPEAT) and (world.config.emulator.server_steps or world.config.emulator.realign_every):
-        public = algorithm.workshop.public_text  # what emulators learnt from it before is in their weights
+    availability = world.config.fleet.availability
+    trace = availability.trace
     return {
         "data_digest": world.data.corpus.digest,
         "foundation_sha256": world.foundation.digest,
-        "small_sha256": small and small.digest,
-        "public_digest": public and public.corpus.digest,
-        "trace_sha256": file_sha256(trace) if trace and world.config.fleet.availability.kind == "trace" else None,
-    }
-
-
-def _emulators(world: World) -> dict[str, str | None]:
-    """What is compared of emulators when a run is resumed: their blocks and weights, by level."""
-    if not isinstance(world.algorithm, FedPEAT):
-        return {}
-    rungs = world.algorithm.ladder.rungs
-    return {f"blocks of level {rung.level}": str(list(rung.blocks)) for rung in rungs} | {
-        f"weights_sha256 of level {rung.level}": rung.weights and file_sha256(rung.weights) for rung in rungs
+        "trace_sha256": file_sha256(trace) if trace and availability.kind == "trace" else None,
+        **world.algorithm.digests(),
     }
 
 

@@ -52,8 +52,8 @@ def test_ray_and_deepspeed_are_imported_by_hosts_and_driver_alone(library, may):
     assert importing == may
 
 
-def test_controllers_know_numbers_of_the_fleet_and_seeds_only():
-    allowed = ("fedpeat_ray.control", "fedpeat_ray.fleet", "fedpeat_ray.seeding")
+def test_controllers_know_numbers_of_the_fleet_settings_and_seeds_only():
+    allowed = tuple(f"fedpeat_ray.{name}" for name in ("control", "fleet", "seeding", "config", "errors", "own"))
     for path in (REPOSITORY / "fedpeat_ray" / "control").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fedpeat_ray"):

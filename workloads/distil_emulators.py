@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 import torch
 import tyro
@@ -19,6 +20,8 @@ from rich import print
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
+from fedpeat_ray.algorithms.algorithm import ALL, level_group
+from fedpeat_ray.algorithms.fed_peat import FedPEAT
 from fedpeat_ray.config import (
     DataConfig,
     EmulatorConfig,
@@ -31,7 +34,7 @@ from fedpeat_ray.errors import FedPeatError
 from fedpeat_ray.files import written_with_hash
 from fedpeat_ray.runtime.progress import Progress
 from fedpeat_ray.simulation import evaluate
-from fedpeat_ray.world import ALL, FedPEAT, World, hosts, level_group, prepare, with_emulators
+from fedpeat_ray.world import World, furnished, hosts, prepare
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def main(settings: Settings) -> int:
     try:
         config.validate()
         with TemporaryDirectory() as directory, Progress(num_rounds=1) as progress:
-            world = with_emulators(prepare(config, Path(directory)), None, progress)
+            world = furnished(prepare(config, Path(directory)), None, progress)
             progress.stage("judging emulators")
             print(judged(world))
     except FedPeatError as error:
@@ -75,15 +78,14 @@ def main(settings: Settings) -> int:
 
 def judged(world: World) -> Table:
     """Held-out perplexity of the foundation and of each emulator."""
-    algorithm = world.algorithm
-    assert isinstance(algorithm, FedPEAT)
+    algorithm = cast(FedPEAT, world.algorithm)
     with hosts(world, lambda kind, **facts: None) as (map_clients, _):
         tasks = world.heldout + world.heldout_by_level(algorithm.levels)
         scores = evaluate(world, map_clients, algorithm.init(0), tasks)
     table = Table("level", "blocks", "emulator, MB", "perplexity")
     for level in algorithm.levels:
-        megabytes = algorithm.emulator_costs.emulator_bytes_L[level - 1] / 1e6
-        blocks = " ".join(map(str, algorithm.ladder.rungs[level - 1].blocks))
+        megabytes = algorithm.emulators.costs.emulator_bytes_L[level - 1] / 1e6
+        blocks = " ".join(map(str, algorithm.emulators.ladder.rungs[level - 1].blocks))
         table.add_row(str(level), blocks, f"{megabytes:.1f}", f"{scores[level_group(level)].perplexity:.2f}")
     table.add_row("", "the foundation", "", f"{scores[ALL].perplexity:.2f}")
     return table
@@ -91,11 +93,10 @@ def judged(world: World) -> Table:
 
 def ship(world: World, directory: Path) -> None:
     """Write the distilled weights of all levels to a directory, in bfloat16, under the names they are looked for."""
-    algorithm = world.algorithm
-    assert isinstance(algorithm, FedPEAT)
-    for path in algorithm.ladder.files:
-        group = [rung for rung in algorithm.ladder.rungs if rung.weights == path]
-        target = directory / "emulators" / algorithm.workshop.shipped(algorithm.ladder, group).name
+    algorithm = cast(FedPEAT, world.algorithm)
+    for path in algorithm.emulators.ladder.files:
+        group = [rung for rung in algorithm.emulators.ladder.rungs if rung.weights == path]
+        target = directory / "emulators" / algorithm.emulators.workshop.shipped(algorithm.emulators.ladder, group).name
         if target != path:
             with written_with_hash(target) as part:
                 save_file({name: tensor.to(torch.bfloat16) for name, tensor in load_file(path).items()}, part)

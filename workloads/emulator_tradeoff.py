@@ -24,6 +24,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from fedpeat_ray.algorithms.fed_peat import FedPEAT
 from fedpeat_ray.config import (
     DistilConfig,
     EmulatorConfig,
@@ -32,14 +33,14 @@ from fedpeat_ray.config import (
     LocalConfig,
     SimulationConfig,
 )
+from fedpeat_ray.emulators.ladder import Ladder
+from fedpeat_ray.emulators.on_emulators import OnEmulators
 from fedpeat_ray.errors import FedPeatError
-from fedpeat_ray.models.emulator import Ladder
 from fedpeat_ray.runtime.progress import Progress
 from fedpeat_ray.training.client_batch import ClientUpdate
-from fedpeat_ray.training.emulators import OnEmulators
 from fedpeat_ray.training.evaluation import EvaluationTask, ScoreSum
 from fedpeat_ray.training.map_clients import MapClients
-from fedpeat_ray.world import FedPEAT, World, hosts, prepare, with_emulators
+from fedpeat_ray.world import World, furnished, hosts, prepare
 
 KINDS = {
     "uniform": EmulatorConfig(choice="uniform", weights="foundation"),
@@ -114,11 +115,13 @@ def one_seed(settings: Settings, seed: int, progress: Progress) -> pd.DataFrame:
     names = [(kind, share) for kind in KINDS for share in settings.shares]
     rungs = [
         dataclasses.replace(rung, level=number)
-        for number, rung in enumerate((r for kind in KINDS for r in peat(worlds[kind]).ladder.rungs[:-1]), start=1)
+        for number, rung in enumerate(
+            (r for kind in KINDS for r in peat(worlds[kind]).emulators.ladder.rungs[:-1]), start=1
+        )
     ]
     world = worlds["uniform"]
     algorithm = peat(world)
-    ladder = dataclasses.replace(algorithm.ladder, rungs=(*rungs, algorithm.ladder.rungs[-1]))
+    ladder = dataclasses.replace(algorithm.emulators.ladder, rungs=(*rungs, algorithm.emulators.ladder.rungs[-1]))
     levels = [rung.level for rung in rungs]
     progress.stage(f"seed {seed}: tuning on {len(rungs)} emulators and on the foundation")
     with hosts(world, lambda kind, **facts: None) as (map_clients, _):
@@ -155,13 +158,12 @@ def world_of(settings: Settings, kind: str, seed: int, progress: Progress) -> Wo
     )
     config.validate()
     progress.stage(f"seed {seed}: {kind} emulators")
-    return with_emulators(prepare(config, settings.out), None, progress)
+    return furnished(prepare(config, settings.out), None, progress)
 
 
 def peat(world: World) -> FedPEAT:
     """Its algorithm."""
-    assert isinstance(world.algorithm, FedPEAT)
-    return world.algorithm
+    return cast(FedPEAT, world.algorithm)
 
 
 def on_all(ladder: Ladder, work, algorithm: FedPEAT) -> OnEmulators:

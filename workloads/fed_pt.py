@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import matplotlib
 import numpy as np
@@ -31,6 +32,7 @@ from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, PreTrainedModel
 
 from fedpeat_ray import Simulation, SimulationConfig
+from fedpeat_ray.algorithms.fed_peat import FedPEAT
 from fedpeat_ray.config import (
     DataConfig,
     EvaluationConfig,
@@ -43,19 +45,19 @@ from fedpeat_ray.config import (
 from fedpeat_ray.data import python_docs
 from fedpeat_ray.data.batches import heldout_sequences
 from fedpeat_ray.data.corpus import load_corpus
+from fedpeat_ray.emulators.ladder import Rung, emulated, load_blocks
 from fedpeat_ray.errors import FedPeatError
 from fedpeat_ray.fleet.costs import training_flops
 from fedpeat_ray.fleet.memory import ModelShape, lora_parameters, training_memory
 from fedpeat_ray.models import foundation as foundations
-from fedpeat_ray.models.emulator import Rung, emulated, load_blocks
 from fedpeat_ray.models.lora import find_lora, load_adapter
 from fedpeat_ray.models.proxy import proxy_logits
 from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.runtime.progress import Progress
 from fedpeat_ray.seeding import generator
 from fedpeat_ray.training.client_batch import IGNORED, next_token_labels
-from fedpeat_ray.training.distillation import SmallModel
-from fedpeat_ray.world import FedPEAT, prepare, with_emulators
+from fedpeat_ray.training.proxy_tuning import SmallModel
+from fedpeat_ray.world import furnished, prepare
 
 PARTITIONS = {
     "iid": PartitionConfig("iid"),
@@ -287,9 +289,8 @@ def _gaps(settings: Settings) -> Iterator[tuple[str, Callable[[PreTrainedModel],
         algorithm="fed-peat", foundation=FoundationConfig(settings.large), hosts=HostsConfig("serial")
     )
     with Progress(num_rounds=1) as progress:
-        world = with_emulators(prepare(config, settings.out), None, progress)
-    assert isinstance(world.algorithm, FedPEAT)
-    ladder = world.algorithm.ladder
+        world = furnished(prepare(config, settings.out), None, progress)
+    ladder = cast(FedPEAT, world.algorithm).emulators.ladder
     for rung in reversed(ladder.rungs[:-1]):
 
         def large(model: PreTrainedModel, rung: Rung = rung) -> AbstractContextManager:

@@ -3,98 +3,48 @@
 McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data",
 algorithm 1. The baseline: what parameter-efficient tuning is measured against.
 
-    round r:  sample devices, settle who can complete it
-              client k:  w_k = LocalSteps(w_r; data_k)
-              server:    w_{r+1} = ServerOptimizer(w_r, sum_k n_k (w_k - w_r) / sum_k n_k)
+The round is that of `averaging.py`, theta being all weights.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import Self
 
-import numpy as np
 from torch import Tensor
 
-from fedpeat_ray.aggregation.mean import WeightedMean
-from fedpeat_ray.aggregation.server_optimizer import ServerState, accepted, init_server, server_step
-from fedpeat_ray.algorithms.round_result import RoundResult
-from fedpeat_ray.config import LocalConfig, ServerConfig
-from fedpeat_ray.data.client_data import ClientData
-from fedpeat_ray.fleet.conditions import Conditions
-from fedpeat_ray.fleet.costs import Task, training_flops
-from fedpeat_ray.fleet.memory import ModelShape, training_memory
-from fedpeat_ray.models.foundation import Foundation, load, save_weights
-from fedpeat_ray.models.layout import Layout
-from fedpeat_ray.training.evaluation import EvaluateWeights
-from fedpeat_ray.training.map_clients import MapClients
-from fedpeat_ray.training.one_client import TrainAllWeights
-from fedpeat_ray.training.with_data import WithData, assign
+from fedpeat_ray.aggregation.find import find_aggregator
+from fedpeat_ray.algorithms.algorithm import Given
+from fedpeat_ray.algorithms.averaging import Averaging
+from fedpeat_ray.config import SimulationConfig
+from fedpeat_ray.models.foundation import save_weights, weights_layout
+from fedpeat_ray.training.adapters import WeightsAdapter
 
 
 @dataclass(frozen=True)
-class FedAvg:
+class FedAvg(Averaging):
     """Federated averaging of all weights of a foundation."""
 
-    layout: Layout
-    shape: ModelShape
-    local: LocalConfig
-    server: ServerConfig
-    foundation: Foundation
-    levels: tuple[int, ...] = ()
+    about = "federated averaging: devices train and send all weights"
 
-    @cached_property
-    def payload_bytes(self) -> int:
-        """What a device receives, and sends."""
-        return self.layout.payload_bytes()
+    @classmethod
+    def uses(cls, config: SimulationConfig) -> set[str]:
+        """None of what adapters need."""
+        return set()
 
-    def init(self, seed: int) -> ServerState:
-        """The pre-trained weights."""
-        return init_server(self.server, self.layout.flatten(load(self.foundation).state_dict()))
+    @classmethod
+    def learning_rate(cls, config: SimulationConfig) -> float:
+        """Whole weights want a smaller step than adapters."""
+        return 5e-4
 
-    def run_round(
-        self,
-        state: ServerState,
-        round: int,
-        now_s: float,
-        conditions: Conditions,
-        data: ClientData,
-        map_clients: MapClients,
-    ) -> tuple[ServerState, RoundResult]:
-        """One round; the work of devices that will not complete it is never done."""
-        device_ids = conditions.sample(round)
-        tasks = assign(map_clients, data, device_ids, round)
-        demand = self.demand(np.array([task.num_tokens for task in tasks]))
-        costs, admission = conditions.settle(round, now_s, device_ids, demand)
-
-        train = WithData(self.trainer(state), data)
-        chosen = [task for task, completes in zip(tasks, admission.completed, strict=True) if completes]
-        mean, reports = map_clients(train, state.model_P, chosen, WeightedMean())
-
-        state, refused = accepted(state, server_step(self.server, state, mean.result()))
-        return state, RoundResult(device_ids, tasks, costs, admission, reports, refused=refused)
-
-    def demand(self, num_tokens: np.ndarray) -> Task:
-        """What the round asks of each device."""
-        sequence_length = self.local.sequence_length
-        memory = training_memory(
-            self.shape,
-            batch_size=self.local.batch_size,
-            sequence_length=sequence_length,
-            trainable="all",
-            optimizer=self.local.optimizer,
-        )
-        flops = training_flops(self.shape, num_tokens, sequence_length, "all")
-        return Task(self.payload_bytes, self.payload_bytes, flops, memory.peak_bytes)
-
-    def trainer(self, state: ServerState) -> TrainAllWeights:
-        """Local training."""
-        return TrainAllWeights(self.layout, self.local)
-
-    def evaluator(self, state: ServerState) -> EvaluateWeights:
-        """The model with the current weights."""
-        return EvaluateWeights(self.layout)
+    @classmethod
+    def build(cls, given: Given) -> Self:
+        """From the pre-trained weights; clients are trained one by one."""
+        config, foundation = given.config, given.foundation
+        weights = WeightsAdapter("all", weights_layout(given.model), foundation)
+        aggregator = find_aggregator(config.server.aggregator)
+        return cls(weights, foundation, given.shape, config.local, config.server, aggregator, client_batch_size=1)
 
     def save(self, directory: Path, model_P: Tensor) -> None:
         """A directory that `from_pretrained` reads."""

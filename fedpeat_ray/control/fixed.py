@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
-from fedpeat_ray.control.plan import Prospects
+from fedpeat_ray.config import ControlConfig
+from fedpeat_ray.control.plan import Controller, Memory, Prospects
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(Controller):
     """Every device gets the same emulator; those it does not fit drop out."""
 
     level: int
 
-    def __call__(self, round: int, device_ids: np.ndarray, prospects: Prospects) -> np.ndarray:
+    @classmethod
+    def build(cls, config: ControlConfig, seed: int) -> Self:
+        """See Controller."""
+        return cls(config.level)
+
+    def may_give(self, levels: Sequence[int]) -> Sequence[int]:
+        """Its own."""
+        return (self.level,)
+
+    def act(self, round: int, device_ids: np.ndarray, prospects: Prospects, memory: Memory) -> np.ndarray:
+        """See Controller."""
         return np.full(len(device_ids), self.level)

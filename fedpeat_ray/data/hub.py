@@ -1,4 +1,4 @@
-"""Your own text: a dataset of the Hugging Face hub, or a local directory of Parquet, JSON lines or text.
+"""Your own text: a dataset of the Hugging Face hub, a local directory of Parquet, JSON lines or text, or a function.
 
 Hub datasets go through `datasets.load_dataset`, which runs no code of theirs; directories are plain
 reads. Either becomes one table with SCHEMA, held in memory. Which side it is, private or public, is for
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 import pyarrow.parquet as pq
 
+from fedpeat_ray import own
 from fedpeat_ray.config import DataConfig
 from fedpeat_ray.data.python_docs import mark_heldout, mark_heldout_sources
 from fedpeat_ray.errors import DataError
@@ -27,6 +29,17 @@ SCHEMA = pa.schema(
         ("text", pa.string()),
     ]
 )
+
+
+class Document(NamedTuple):
+    """What a function of your own gives for data.name: `documents(config: DataConfig) -> Iterable[Document]`."""
+
+    text: str
+    source: str = "own"
+    """Where it comes from: what dirichlet, by_source and shards group by."""
+    label: str | None = None
+
+
 FORMATS = (".parquet", ".jsonl", ".json", ".txt")  # .json: JSON lines too
 
 _JSON_BLOCK_BYTES = 2**30  # read at once, and the most a line may have; pyarrow counts in 32 bits
@@ -46,6 +59,8 @@ def load(config: DataConfig, field: str = "data.name") -> tuple[pa.Table, int]:
     if directory.is_dir():
         paths = _files(directory, config.name, field)
         table = pa.concat_tables(_columns(_read(path, field), config, path.stem, field) for path in paths)
+    elif own.is_import_path(config.name):
+        table = _own(config, field)
     else:
         table = _columns(_load_dataset(config, field), config, config.name, field)
     rows = table.to_pydict()
@@ -66,6 +81,20 @@ def load(config: DataConfig, field: str = "data.name") -> tuple[pa.Table, int]:
             f"{config.heldout_share}); in .txt files a blank line ends a document"
         )
     return pa.table([source, label, heldout, text], schema=SCHEMA), len(filled) - len(kept)
+
+
+def _own(config: DataConfig, field: str) -> pa.Table:
+    """The documents that a function of the user's gives, as `_columns`."""
+    documents = list(own.find(field, config.name, {})(config))
+    if not documents or not all(isinstance(document, Document) for document in documents):
+        kinds = ", ".join(sorted({type(document).__name__ for document in documents})) or "nothing"
+        raise DataError(f"{field} = {config.name!r} gives {kinds}, not documents ({Document.__module__}.Document)")
+    texts, sources, labels = zip(*documents, strict=True)
+    strings = (("source", sources, pa.string()), ("label", labels, pa.string()), ("text", texts, pa.large_string()))
+    try:
+        return pa.table({name: pa.array(values, kind) for name, values, kind in strings})
+    except (pa.ArrowException, TypeError) as error:
+        raise DataError(f"{field} = {config.name!r} gives documents whose parts are no strings: {error}") from error
 
 
 def _files(directory: Path, name: str, field: str) -> list[Path]:

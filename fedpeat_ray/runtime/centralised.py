@@ -7,33 +7,21 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from fedpeat_ray.aggregation.mean import WeightedMean
+from fedpeat_ray.algorithms.algorithm import Reference
 from fedpeat_ray.config import LocalConfig, SimulationConfig
 from fedpeat_ray.data.client_data import ClientData
 from fedpeat_ray.files import kept_sha256, user_cache_dir, written_with_hash
 from fedpeat_ray.models.arithmetic import arithmetic_key
 from fedpeat_ray.records import ClientTask, TextBatch
-from fedpeat_ray.training.adapters import Adapter
 from fedpeat_ray.training.client_batch import build_optimizer
 from fedpeat_ray.training.map_clients import MapClients, Where, split
 
 BATCH_SIZE = 8  # sequences a step: small enough for many steps, large enough to be efficient
 PART_SIZE = 2  # sequences of a step that one host has at a time
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What is tuned centrally to judge an algorithm by: the tensors it trains itself, on the model it has them in."""
-
-    adapter: Adapter
-    where: Where
-    """Who has that model."""
-    key: tuple[str, ...]
-    """All that the perplexity depends on besides configuration and text: digests of models."""
 
 
 def tune_centrally(

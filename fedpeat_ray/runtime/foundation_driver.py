@@ -25,14 +25,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor, distributed, nn
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from fedpeat_ray import own
 from fedpeat_ray.errors import ConfigError, DriverLostError
 from fedpeat_ray.files import written_whole
 from fedpeat_ray.models import weight_files
 from fedpeat_ray.models.foundation import Backbone, Foundation, empty
-from fedpeat_ray.runtime.node_files import Sent, files_of, receive, send, send_file
+from fedpeat_ray.runtime.node_files import Sent, files_of, receive, send, send_file, travel_by_value
 from fedpeat_ray.runtime.ray_hosts import start_or_join
 from fedpeat_ray.runtime.serial import Serial
-from fedpeat_ray.training.map_clients import Aggregator, Where
+from fedpeat_ray.training.map_clients import Call, MapClients
 
 _RESUME = "the run can be resumed from its last checkpoint"
 _LOOPBACK = "127.0.0.1"
@@ -107,19 +108,11 @@ class Rank:
         self._gathered = deepspeed.zero.GatheredParameters
         self._backbone = Backbone(model, model)
 
-    def run(
-        self,
-        train: Callable,
-        shared: Any,
-        tasks: Sequence[Any],
-        aggregator: Aggregator,
-        batch_size: int,
-        files: dict[Path, Sent],
-    ) -> tuple[Any, list[Any]] | None:
+    def run(self, call: Call, files: dict[Path, Sent]) -> tuple[Any, list[Any]] | None:
         """The seam; its result on rank 0."""
         receive(files, self._known_files)
         try:
-            result = Serial(self._backbone)(train, shared, tasks, aggregator, batch_size)
+            result = Serial(self._backbone).run(call)
         finally:
             self._zero.partition_all_parameters()
         return result if self._rank == 0 else None
@@ -230,7 +223,7 @@ class FoundationDriver:
         return self._lost
 
 
-class ShardedFoundation:
+class ShardedFoundation(MapClients):
     """The sharded model as the main process sees it; use as a context manager.
 
     Joins the Ray that is there or starts one, as RayHosts does.
@@ -282,18 +275,11 @@ class ShardedFoundation:
         if self._owns_ray and ray.is_initialized():
             ray.shutdown()
 
-    def __call__(
-        self,
-        train: Callable,
-        shared: Any,
-        tasks: Sequence[Any],
-        aggregator: Aggregator,
-        batch_size: int = 1,
-        where: Where = "hosts",
-    ) -> tuple[Any, list[Any]]:
+    def run(self, call: Call) -> tuple[Any, list[Any]]:
         """See MapClients. Raises DriverLostError once a rank is lost."""
-        self._sent = send(files_of(train), self._sent)
-        return self._call("run", train, shared, tasks, aggregator, batch_size, self._sent)[0]
+        self._sent = send(files_of(call.train), self._sent)
+        travel_by_value(own.modules())
+        return self._call("run", call, self._sent)[0]
 
     def export(self, path: Path, names: Sequence[str]) -> None:
         """Write these tensors, by the names of the model's state dict, to a safetensors file."""

@@ -1,12 +1,14 @@
-"""Files for nodes of a cluster that do not share a disk: in pieces, through Ray's object store."""
+"""What nodes of a cluster lack: files, in pieces, through Ray's object store, and code that they cannot import."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import ray
+from ray import cloudpickle
 
 from fedpeat_ray.files import file_sha256, written_whole
 
@@ -19,6 +21,12 @@ class Sent:
 
     sha256: str
     pieces: tuple[ray.ObjectRef, ...]
+
+
+def travel_by_value(modules: Sequence[ModuleType]) -> None:
+    """From now on, what these modules define travels with what uses it: no other process need import them."""
+    for module in modules:
+        cloudpickle.register_pickle_by_value(module)
 
 
 def files_of(train: Callable) -> tuple[Path, ...]:

@@ -82,10 +82,11 @@ class Progress:
         self._walls_s.append(row["wall_s"])
         left = self.num_rounds - row["round"]
         eta = human_seconds(left * sum(self._walls_s) / len(self._walls_s)) + " left" if left else ""
+        skipped = f", {row['num_skipped']} skipped" if row.get("num_skipped") else ""
         line = (
             f"round {row['round']:>{len(str(self.num_rounds))}}/{self.num_rounds}"
             f"  perplexity {_number(row['perplexity']):>6}"
-            f"  {row['num_completed']} completed, {row['num_dropped']} dropped"
+            f"  {row['num_completed']} completed, {row['num_dropped']} dropped{skipped}"
             f"  clock {human_seconds(row['virtual_s'])}"
             f"  down {human_bytes(row['download_bytes'])}, up {human_bytes(row['upload_bytes'])}"
             f"  took {human_seconds(row['wall_s'])}"

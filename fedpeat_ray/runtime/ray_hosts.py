@@ -25,6 +25,7 @@ import ray
 import torch
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError
 
+from fedpeat_ray import own
 from fedpeat_ray.config import HostsConfig
 from fedpeat_ray.errors import ConfigError, HostLostError
 from fedpeat_ray.fleet.population import Fleet
@@ -32,7 +33,7 @@ from fedpeat_ray.fleet.tiers import TIERS
 from fedpeat_ray.models.foundation import Foundation, load_backbone
 from fedpeat_ray.records import MEMORY, Assignment, ClientReport, ClientTask
 from fedpeat_ray.runtime.host_jobs import MOST_BATCHES, Away, HostJobs, Job
-from fedpeat_ray.runtime.node_files import Sent, files_of, receive, send
+from fedpeat_ray.runtime.node_files import Sent, files_of, receive, send, travel_by_value
 from fedpeat_ray.runtime.process import (
     give_freed_memory_back,
     is_out_of_memory,
@@ -41,7 +42,7 @@ from fedpeat_ray.runtime.process import (
     limited_memory,
 )
 from fedpeat_ray.runtime.serial import Serial
-from fedpeat_ray.training.map_clients import Aggregator, Where
+from fedpeat_ray.training.map_clients import Call, MapClients
 
 _GIB = 2**30
 _LARGE_BYTES = 2**20  # a sum beyond this stays where it is
@@ -78,44 +79,29 @@ class Host:
             self._limited = Serial(dataclasses.replace(backbone, while_training=limit))
         gc.freeze()  # what is loaded stays
 
-    def run(
-        self,
-        tasks: Sequence[Any],
-        batch_size: int,
-        train: Callable,
-        shared: Any,
-        aggregator: Aggregator,
-        where: Where,
-        files: dict[Path, Sent],
-    ) -> tuple[Any, Facts]:
-        """Train some batches; returns their aggregate, and what is to be known of it."""
+    def run(self, tasks: Sequence[Any], call: Call, files: dict[Path, Sent]) -> tuple[Any, Facts]:
+        """Train some batches of a call; returns their aggregate, and what is to be known of it."""
         receive(files, self._known_files)
-        total, reports = self._serial(train, shared, tasks, aggregator, batch_size, where)
+        total, reports = self._serial.run(dataclasses.replace(call, tasks=tasks))
         return total, (reports, _num_bytes(total))
 
     def run_capped(
-        self,
-        tasks: Sequence[ClientTask | Assignment],
-        batch_size: int,
-        train: Callable,
-        shared: Any,
-        aggregator: Aggregator,
-        *rest: Any,
+        self, tasks: Sequence[ClientTask | Assignment], call: Call, files: dict[Path, Sent]
     ) -> tuple[Any, Facts]:
         """The same for devices with a memory cap: running into it is a fact about the device, not an error.
 
         What training needs the first time only (code, an emulator's weights) is no part of it: a first, smaller task
         is trained without the cap.
         """
-        self.run([_smallest(task) for task in tasks], batch_size, train, shared, aggregator, *rest)
+        self.run([_smallest(task) for task in tasks], call, files)
         for _ in range(_TRIES):
             try:
-                total, reports = self._limited(train, shared, tasks, aggregator, batch_size)
+                total, reports = self._limited.run(dataclasses.replace(call, tasks=tasks))
                 return total, (reports, _num_bytes(total))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-        return aggregator, ([ClientReport(task.device_id, None, MEMORY, 0.0) for task in tasks], 0)
+        return call.aggregator, ([ClientReport(task.device_id, None, MEMORY, 0.0) for task in tasks], 0)
 
     def merge(self, first: Any, second: Any) -> tuple[Any, Facts]:
         """One aggregate of two."""
@@ -138,7 +124,7 @@ def _smallest(task: ClientTask | Assignment) -> ClientTask | Assignment:
     return dataclasses.replace(task, tokens_SBT=task.tokens_SBT[:1, :1, :2], lengths_SB=np.full((1, 1), 2))
 
 
-class RayHosts:
+class RayHosts(MapClients):
     """A pool of hosts; use as a context manager. Joins the cluster it runs in, or starts a local Ray."""
 
     _most_batches = MOST_BATCHES
@@ -197,21 +183,14 @@ class RayHosts:
         """The hosts' processes; also waits until all of them are up."""
         return ray.get([host.process_id.remote() for host in self._hosts])
 
-    def __call__(
-        self,
-        train: Callable,
-        shared: Any,
-        tasks: Sequence[Any],
-        aggregator: Aggregator,
-        batch_size: int = 1,
-        where: Where = "hosts",
-    ) -> tuple[Any, list[Any]]:
+    def run(self, call: Call) -> tuple[Any, list[Any]]:
         """See MapClients. Raises HostLostError for a batch that two hosts did not survive."""
-        if not tasks:
-            return aggregator, []
-        self._sent = send(files_of(train), self._weights | self._sent)
-        work = (batch_size, ray.put(train), ray.put(shared), ray.put(aggregator), where, self._sent)
-        jobs = HostJobs(tasks, batch_size, self.num_hosts, self._most_batches)
+        if not call.tasks:
+            return call.aggregator, []
+        self._sent = send(files_of(call.train), self._weights | self._sent)
+        travel_by_value(own.modules())
+        work = (ray.put(dataclasses.replace(call, tasks=())), self._sent)
+        jobs = HostJobs(call.tasks, call.batch_size, self.num_hosts, self._most_batches)
         running: dict[ray.ObjectRef, tuple[Any, Job, ray.ObjectRef]] = {}
         try:
             while True:
@@ -331,17 +310,9 @@ class ExclusiveHosts(RayHosts):
         self._num_slots = max(1, int(ray.cluster_resources()["CPU"]))
         self._devices: set[Any] = set()
 
-    def __call__(
-        self,
-        train: Callable,
-        shared: Any,
-        tasks: Sequence[Any],
-        aggregator: Aggregator,
-        batch_size: int = 1,
-        where: Where = "hosts",
-    ) -> tuple[Any, list[Any]]:
+    def run(self, call: Call) -> tuple[Any, list[Any]]:
         """See MapClients; always one client at a time in a process."""
-        return super().__call__(train, shared, tasks, aggregator, batch_size=1, where=where)
+        return super().run(dataclasses.replace(call, batch_size=1))
 
     def _take(self, job: Job, num_running: int) -> Any | None:
         task = next(iter(job.tasks), None)

@@ -2,63 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fedpeat_ray.aggregation.server_optimizer import UPDATES
-from fedpeat_ray.algorithms.round_result import RoundResult
+from fedpeat_ray.algorithms.algorithm import RoundResult
 from fedpeat_ray.fleet.population import Fleet
-from fedpeat_ray.records import COMPLETED, DROPPED, NON_FINITE
+from fedpeat_ray.records import COMPLETED, DROPPED, NON_FINITE, SKIPPED
 
 
-def client_columns(round: int, result: RoundResult, fleet: Fleet) -> dict[str, Any]:
-    """Columns of the clients table for one round, a sampled device a position."""
+def client_columns(round: int, result: RoundResult, fleet: Fleet) -> dict[str, np.ndarray]:
+    """Columns of the clients table for one round, a sampled device a position; those skipped are in their places."""
     reports = {report.device_id: report for report in result.reports}
     refused = NON_FINITE if result.refused == UPDATES else None
     reasons = [
         reports[device_id].failure or refused if device_id in reports else reason
         for device_id, reason in zip(result.device_ids.tolist(), result.admission.drop_reason, strict=True)
     ]
-    num_devices, costs = len(result.device_ids), result.costs
+    num_asked, num_skipped = len(result.device_ids), len(result.skipped)
     used = np.array([reason is None for reason in reasons], dtype=bool)
     trained = [reports.get(device_id) for device_id in result.device_ids.tolist()]
+    costs, tasks = result.costs, [*result.tasks, *result.skipped]
+    device_ids = np.array([*result.device_ids.tolist(), *(task.device_id for task in result.skipped)], dtype=np.int64)
+
+    def with_skipped(values: Sequence[Any] | np.ndarray, default: Any) -> list[Any]:
+        return [*(values.tolist() if isinstance(values, np.ndarray) else values), *[default] * num_skipped]
+
+    outcomes = [COMPLETED if reason is None else DROPPED for reason in reasons]
+    columns = {
+        "round": [round] * len(tasks),
+        "device_id": device_ids,
+        "tier": [fleet.tier_names[tier] for tier in fleet.tier[device_ids]],
+        "outcome": with_skipped(outcomes, SKIPPED),
+        "drop_reason": with_skipped(reasons, None),
+        "level": with_skipped([None] * num_asked if result.levels is None else result.levels, None),
+        "lora_rank": with_skipped([result.lora_rank] * num_asked, None),
+        "num_steps": [task.num_steps for task in tasks],
+        "num_examples": [task.num_examples for task in tasks],
+        "num_tokens": [task.num_tokens for task in tasks],
+        "download_bytes": with_skipped(costs.download_bytes, 0),
+        "emulator_bytes": with_skipped([0] * num_asked if result.emulator_bytes is None else result.emulator_bytes, 0),
+        "upload_bytes": with_skipped(np.where(used, costs.upload_bytes, 0), 0),
+        "download_s": with_skipped(costs.download_s, 0.0),
+        "compute_s": with_skipped(costs.compute_s, 0.0),
+        "upload_s": with_skipped(costs.upload_s, 0.0),
+        "energy_j": with_skipped(costs.energy_j, 0.0),
+        "flops": with_skipped(costs.compute_s * fleet.flops_per_s[result.device_ids], 0.0),
+        "memory_bytes": with_skipped(costs.memory_bytes, 0),
+        "memory_cap_bytes": fleet.memory_cap_bytes[device_ids],
+        "train_loss": with_skipped([report and report.train_loss for report in trained], None),
+        "wall_train_s": with_skipped([report and report.wall_train_s for report in trained], None),
+    }
+    order = np.argsort(device_ids, kind="stable") if num_skipped else np.arange(len(tasks))
     return {
-        "round": [round] * num_devices,
-        "device_id": result.device_ids,
-        "tier": [fleet.tier_names[tier] for tier in fleet.tier[result.device_ids]],
-        "outcome": [COMPLETED if reason is None else DROPPED for reason in reasons],
-        "drop_reason": reasons,
-        "level": [None] * num_devices if result.levels is None else result.levels,
-        "lora_rank": [result.lora_rank] * num_devices,
-        "num_steps": [task.num_steps for task in result.tasks],
-        "num_examples": [task.num_examples for task in result.tasks],
-        "num_tokens": [task.num_tokens for task in result.tasks],
-        "download_bytes": costs.download_bytes,
-        "emulator_bytes": np.zeros(num_devices, int) if result.emulator_bytes is None else result.emulator_bytes,
-        "upload_bytes": np.where(used, costs.upload_bytes, 0),
-        "download_s": costs.download_s,
-        "compute_s": costs.compute_s,
-        "upload_s": costs.upload_s,
-        "energy_j": costs.energy_j,
-        "flops": costs.compute_s * fleet.flops_per_s[result.device_ids],
-        "memory_bytes": costs.memory_bytes,
-        "memory_cap_bytes": costs.memory_cap_bytes,
-        "train_loss": [report and report.train_loss for report in trained],
-        "wall_train_s": [report and report.wall_train_s for report in trained],
+        name: np.asarray(values, dtype=object if None in values else None)[order] for name, values in columns.items()
     }
 
 
 def round_row(round: int, clients: dict[str, Any], virtual_s: float) -> dict[str, Any]:
     """The row of the rounds table that follows from its clients; evaluation and wall times are added by the loop."""
-    completed = np.array([outcome == COMPLETED for outcome in clients["outcome"]], dtype=bool)
+    outcomes = np.array(clients["outcome"])
+    completed = outcomes == COMPLETED
     tokens = np.array(clients["num_tokens"])[completed]
     losses = np.array(clients["train_loss"], dtype=float)[completed]
     return {
         "round": round,
         "virtual_s": virtual_s,
         "num_completed": int(completed.sum()),
-        "num_dropped": int((~completed).sum()),
+        "num_dropped": int((outcomes == DROPPED).sum()),
+        "num_skipped": int((outcomes == SKIPPED).sum()),
         "num_tokens": int(tokens.sum()),
         "download_bytes": int(clients["download_bytes"].sum()),
         "emulator_bytes": int(clients["emulator_bytes"].sum()),

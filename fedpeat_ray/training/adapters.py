@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from fedpeat_ray.config import LocalConfig
 from fedpeat_ray.errors import ConfigError
-from fedpeat_ray.models.emulator import Ladder
 from fedpeat_ray.models.foundation import Foundation
 from fedpeat_ray.models.layout import Layout
 from fedpeat_ray.models.lora import Lora, save_adapter
@@ -42,8 +41,8 @@ class Adapter(Protocol):
         """The start, flat: with it the model is the foundation."""
         ...
 
-    def within(self, ladder: Ladder, level: int) -> Adapter:
-        """The part that lies in the blocks of a level."""
+    def within(self, block_list: str, blocks: Container[int]) -> Adapter:
+        """The part that lies in some blocks."""
         ...
 
     def trainer(self, local: LocalConfig) -> Callable:
@@ -86,8 +85,8 @@ class LoraAdapter:
     def init(self, seed: int) -> Tensor:
         return self.lora.init(seed)
 
-    def within(self, ladder: Ladder, level: int) -> LoraAdapter:
-        return LoraAdapter(self.lora.within(ladder.block_list, ladder.rungs[level - 1].blocks))
+    def within(self, block_list: str, blocks: Container[int]) -> LoraAdapter:
+        return LoraAdapter(self.lora.within(block_list, blocks))
 
     def trainer(self, local: LocalConfig) -> TrainClientBatch:
         return TrainClientBatch(self.lora, local)
@@ -121,8 +120,8 @@ class WeightsAdapter:
         with safe_open(self.foundation.weights, framework="pt") as file:
             return self.layout.flatten({name: file.get_tensor(name) for name in self.layout.names})
 
-    def within(self, ladder: Ladder, level: int) -> WeightsAdapter:
-        return self  # the adapter blocks are on every level
+    def within(self, block_list: str, blocks: Container[int]) -> WeightsAdapter:
+        return self  # it lies in blocks that every emulator has
 
     def trainer(self, local: LocalConfig) -> TrainAllWeights:
         return TrainAllWeights(self.layout, local)
@@ -142,10 +141,14 @@ class WeightsAdapter:
 
 
 def find_weights(
-    model: PreTrainedModel, kind: Literal["bias", "blocks"], ladder: Ladder, foundation: Foundation
+    model: PreTrainedModel,
+    kind: Literal["bias", "blocks"],
+    block_list: str,
+    blocks: Iterable[int],
+    foundation: Foundation,
 ) -> WeightsAdapter:
-    """The biases, or all weights, of the adapter blocks. Raises ConfigError for a model without biases."""
-    prefixes = tuple(f"{ladder.block_list}.{i}." for i in ladder.adapter_blocks)
+    """The biases, or all weights, of some blocks. Raises ConfigError for a model without biases."""
+    prefixes = tuple(f"{block_list}.{i}." for i in blocks)
     shapes = {
         name: tuple(parameter.shape)
         for name, parameter in model.named_parameters()

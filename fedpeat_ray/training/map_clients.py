@@ -6,6 +6,7 @@ decides: so whoever merges what, and where, the bits are the same.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
@@ -32,14 +33,27 @@ class Aggregator(Protocol):
     def result(self) -> Any: ...
 
 
-class MapClients(Protocol):
+@dataclass(frozen=True)
+class Call:
+    """One call of the seam: what is to be done, for whom, and how the results are added up."""
+
+    train: Callable
+    """`train(backbone, shared, tasks) -> updates`, one update with a `.report` a task. What it reads from disk
+    besides the backbone it names as `train.files`, and it will be there."""
+    shared: Any
+    """The same for all tasks: the current adapter, say."""
+    tasks: Sequence[Any]
+    aggregator: Aggregator
+    batch_size: int
+    where: Where
+
+
+class MapClients(ABC):
     """Train tasks in batches and aggregate what comes back; returns (aggregate, reports in task order).
 
-    `train(backbone, shared, tasks) -> updates`, one update with a `.report` a task. The backbone is
-    resident where the work is done; what else the work reads from disk it names as `train.files`, and it
-    will be there. Partial aggregates are merged in the order of `merged`, and the batches depend on `tasks` and
-    `batch_size` alone, so every implementation gives the same bits. Where hosts have the whole foundation
-    too, they also do the driver's work.
+    The backbone is resident where the work is done. Partial aggregates are merged in the order of `merged`, and
+    the batches depend on `tasks` and `batch_size` alone, so every implementation gives the same bits. Where
+    hosts have the whole foundation too, they also do the driver's work.
     """
 
     def __call__(
@@ -50,28 +64,25 @@ class MapClients(Protocol):
         aggregator: Aggregator,
         batch_size: int = 1,
         where: Where = "hosts",
-    ) -> tuple[Any, list[Any]]: ...
+    ) -> tuple[Any, list[Any]]:
+        """See Call for the arguments."""
+        return self.run(Call(train, shared, tasks, aggregator, batch_size, where))
+
+    @abstractmethod
+    def run(self, call: Call) -> tuple[Any, list[Any]]:
+        """The call, done."""
 
 
 @dataclass(frozen=True)
-class HostsAndDriver:
+class HostsAndDriver(MapClients):
     """MapClients over two: hosts with emulators, and a driver that alone has the foundation."""
 
     hosts: MapClients
     driver: MapClients
 
-    def __call__(
-        self,
-        train: Callable,
-        shared: Any,
-        tasks: Sequence[Any],
-        aggregator: Aggregator,
-        batch_size: int = 1,
-        where: Where = "hosts",
-    ) -> tuple[Any, list[Any]]:
+    def run(self, call: Call) -> tuple[Any, list[Any]]:
         """See MapClients."""
-        do = self.driver if where == "driver" else self.hosts
-        return do(train, shared, tasks, aggregator, batch_size, where)
+        return (self.driver if call.where == "driver" else self.hosts).run(call)
 
 
 def split(tasks: Tasks, batch_size: int) -> list[Tasks]:

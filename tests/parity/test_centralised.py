@@ -29,7 +29,7 @@ def test_steps_in_parts_are_those_of_the_plain_peft_loop(gpt2_dir, text_dir, opt
         local={"optimizer": optimizer, "learning_rate": 0.01 if optimizer == "adamw" else 0.3},
     )
     world = prepare(config, Path())
-    adapter, serial = world.reference.adapter, Serial(load_backbone(world.foundation))
+    adapter, serial = world.algorithm.reference.adapter, Serial(load_backbone(world.foundation))
     task = world.data.pooled_task(6, centralised.BATCH_SIZE)
     task = dataclasses.replace(task, lengths_SB=task.lengths_SB - (torch.arange(8) % 3 == 0).numpy() * 5)
     start_P = adapter.init(0).double() + 0.05 * torch.randn(
@@ -48,7 +48,7 @@ def test_each_algorithm_is_judged_by_what_it_trains_itself(algorithm, deep_gpt2_
     changes: dict[str, Any] = {"emulator": {"first": 1, "last": 1, "shares": (0.4,), "weights": "foundation"}}
     changes |= {"proxy": {"small": str(deep_gpt2_dir), "steps": 0}}
     world = prepare(whole_runs.tiny(deep_gpt2_dir, text_dir, algorithm=algorithm, **changes), Path())
-    reference, layout = world.reference, world.algorithm.layout
+    reference, layout = world.algorithm.reference, world.algorithm.layout
     assert reference.adapter.layout == layout
     assert reference.adapter.kind == ("all" if algorithm == "fed-avg" else "lora")
     assert reference.where == ("hosts" if algorithm == "fed-pt" else "driver")

@@ -15,17 +15,18 @@ from whole_runs import tiny as tiny_config
 
 from fedpeat_ray import Simulation, SimulationConfig
 from fedpeat_ray.config import EmulatorConfig, LoraConfig
+from fedpeat_ray.emulators import workshop as making
+from fedpeat_ray.emulators.ladder import build_ladder
+from fedpeat_ray.emulators.workshop import Workshop
 from fedpeat_ray.errors import RunDirError
 from fedpeat_ray.files import file_sha256, kept_sha256, user_cache_dir, written_with_hash
 from fedpeat_ray.models import arithmetic
 from fedpeat_ray.models.arithmetic import arithmetic_key
-from fedpeat_ray.models.emulator import build_ladder
 from fedpeat_ray.models.foundation import load, prepare
 from fedpeat_ray.models.lora import find_lora
 from fedpeat_ray.runtime.run_log import read_config
-from fedpeat_ray.training import emulator_workshop
 from fedpeat_ray.training.adapters import LoraAdapter
-from fedpeat_ray.training.emulator_workshop import Workshop
+from fedpeat_ray.training.map_clients import Call, MapClients
 
 DISTILLED = {"weights": "elastic", "first": 1, "last": 1, "shares": (0.6,)}
 
@@ -44,8 +45,8 @@ def tiny(deep_gpt2_dir, text_dir, monkeypatch, tmp_path) -> SimulationConfig:
 @pytest.fixture
 def distillations(monkeypatch) -> list[int]:
     """One entry for each time that something is distilled."""
-    calls, whole = [], emulator_workshop.distil
-    monkeypatch.setattr(emulator_workshop, "distil", lambda *args: calls.append(1) or whole(*args))
+    calls, whole = [], making.distil
+    monkeypatch.setattr(making, "distil", lambda *args: calls.append(1) or whole(*args))
     return calls
 
 
@@ -176,9 +177,10 @@ def test_shipped_emulators_are_found_whatever_the_machine(monkeypatch):
     adapter = LoraAdapter(find_lora(model, LoraConfig()))
     workshop = Workshop(foundation, foundation.digest, config, adapter, None, True, Path())
 
-    def nobody(*_: Any, **__: Any) -> Any:
-        pytest.fail("nothing is to be made")
+    class Nobody(MapClients):
+        def run(self, call: Call) -> Any:
+            pytest.fail("nothing is to be made")
 
-    furnished = workshop.furnish(ladder, nobody, nobody)
+    furnished = workshop.furnish(ladder, Nobody(), lambda *_: pytest.fail("no step is to be made"))
     (path,) = furnished.files
     assert path.parent == foundation.config_dir / "emulators" and kept_sha256(path)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fedpeat_ray.algorithms.find import find_algorithm
 from fedpeat_ray.config import (
     COUNTS_ONLY,
     REMOVED,
@@ -155,7 +156,6 @@ def test_every_number_has_its_bounds():
 @pytest.mark.parametrize(
     ("path", "value", "allowed"),
     [
-        ("algorithm", "fed_avg", "fed-peat, fed-peft, fed-pt, fed-avg"),
         ("local.optimizer", "adam", "adamw, sgd"),
         ("foundation.dtype", "float16", "auto, float32, bfloat16, float64"),
         ("data.partition.kind", "non-iid", "iid, dirichlet, by_source, shards"),
@@ -214,7 +214,8 @@ def test_the_learning_rate_suits_what_is_trained(changes, rate):
     config = SimulationConfig()
     for path, value in changes.items():
         config = with_value(config, path, value)
-    assert config.local.learning_rate == "auto" and config.auto_learning_rate == rate
+    assert config.local.learning_rate == "auto"
+    assert find_algorithm(config.algorithm).learning_rate(config) == rate
 
 
 def test_differences_name_the_path_and_both_values():
@@ -264,7 +265,7 @@ def test_a_setting_that_changes_nothing_is_known(changes, ignored):
     config = SimulationConfig()
     for path, value in changes.items():
         config = with_value(config, path, value)
-    found = config.without_effect()
+    found = config.without_effect(find_algorithm(config.algorithm).uses(config))
     assert [path for path, _, _ in found] == ignored
     assert all(value == changes[path] and when for path, value, when in found)
 

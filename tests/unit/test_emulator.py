@@ -25,10 +25,8 @@ from fedpeat_ray.control.fixed import Fixed
 from fedpeat_ray.control.greedy import Greedy
 from fedpeat_ray.control.plan import Prospects
 from fedpeat_ray.control.random import Random
-from fedpeat_ray.errors import ConfigError, ModelError
-from fedpeat_ray.models import foundation as foundations
-from fedpeat_ray.models import weight_files
-from fedpeat_ray.models.emulator import (
+from fedpeat_ray.emulators.distillation import distil, distillation_loss, learning_rate_factor
+from fedpeat_ray.emulators.ladder import (
     Ladder,
     Rung,
     build_ladder,
@@ -39,13 +37,15 @@ from fedpeat_ray.models.emulator import (
     on_emulator,
     uniform_blocks,
 )
+from fedpeat_ray.emulators.on_emulators import BlockInfluence, MiddleOutput, OnEmulators
+from fedpeat_ray.errors import ConfigError, ModelError
+from fedpeat_ray.models import foundation as foundations
+from fedpeat_ray.models import weight_files
 from fedpeat_ray.models.layout import Layout
 from fedpeat_ray.models.lora import find_lora
 from fedpeat_ray.records import NON_FINITE, ClientReport, ClientTask, TextBatch
 from fedpeat_ray.training.adapters import LoraAdapter
 from fedpeat_ray.training.client_batch import ClientUpdate
-from fedpeat_ray.training.emulator_distillation import distil, distillation_loss, learning_rate_factor
-from fedpeat_ray.training.emulators import BlockInfluence, MiddleOutput, OnEmulators
 
 ENDS = EmulatorConfig(first=1, last=1, shares=(0.2, 0.6))  # of five blocks between: one, three, all
 BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers"}
@@ -351,7 +351,7 @@ def test_lora_within_some_blocks_is_what_lora_on_these_blocks_alone_would_be(mod
     places = everywhere.layout.part(within.layout.names)[1]
     assert everywhere.init(seed=4)[places].equal(within.init(seed=4))
     adapter = LoraAdapter(everywhere)
-    assert [len(adapter.within(ladder, level).lora.modules) for level in (1, 2, 3)] == [
+    assert [len(ladder.part(adapter, level).lora.modules) for level in (1, 2, 3)] == [
         len(everywhere.modules) * kept // 7 for kept in (3, 5, 7)
     ]
 
@@ -401,7 +401,7 @@ def test_the_work_on_a_level_comes_back_as_what_that_level_has_and_no_more(deep_
     backbone = foundations.load_backbone(foundations.prepare(str(deep_dir), "float32"))
     adapter = LoraAdapter(find_lora(backbone.exact, LoraConfig(rank=2, blocks=(0, 1, 6))))
     local = LocalConfig(optimizer="sgd", learning_rate=0.5)
-    parts = [adapter.within(ladder, level) for level in (1, 2, 3)]
+    parts = [ladder.part(adapter, level) for level in (1, 2, 3)]
     places = [adapter.layout.part(part.layout.names)[1] for part in parts]
     train = OnEmulators(
         ladder,
@@ -433,29 +433,33 @@ def prospects(
 
 def test_a_fixed_level_is_everybodys_whatever_they_are():
     seen = prospects([5, 9], [1, 7, 10], [[1.0, 2.0]] * 3, 1.5)
-    assert Fixed(2)(1, np.array([3, 4, 8]), seen).tolist() == [2, 2, 2]
+    assert Fixed(2).act(1, np.array([3, 4, 8]), seen, {}).tolist() == [2, 2, 2]
 
 
 def test_greedy_takes_the_largest_that_fits_memory_and_deadline_and_else_the_smallest():
     seen = prospects([5, 9, 12], [4, 5, 11, 12, 99, 99], [[1, 2, 3]] * 4 + [[1, 8, 9], [8, 9, 9]], None)
     ids = np.arange(6)
-    assert Greedy()(1, ids, seen).tolist() == [1, 1, 2, 3, 3, 3]
+    assert Greedy().act(1, ids, seen, {}).tolist() == [1, 1, 2, 3, 3, 3]
     hurried = prospects([5, 9, 12], [4, 5, 11, 12, 99, 99], [[1, 2, 3]] * 4 + [[1, 8, 9], [8, 9, 9]], 2.0)
-    assert Greedy()(1, ids, hurried).tolist() == [1, 1, 2, 2, 1, 1]
+    assert Greedy().act(1, ids, hurried, {}).tolist() == [1, 1, 2, 2, 1, 1]
 
 
 def test_random_draws_evenly_from_the_levels_that_fit_and_alike_every_time():
     caps = [4, 5, 10, 99] * 500
     seen, ids = prospects([5, 9, 12], caps, [[0.0] * 3] * 2000, None), np.arange(2000)
-    levels = Random(seed=7)(3, ids, seen)
+    levels = Random(seed=7).act(3, ids, seen, {})
     assert set(levels[0::4]) == set(levels[1::4]) == {1}
     for fitting, chosen in ((2, levels[2::4]), (3, levels[3::4])):
         counts = np.bincount(chosen, minlength=fitting + 1)[1:]
         assert len(counts) == fitting and (abs(counts - 500 / fitting) < 4 * math.sqrt(500 / fitting)).all()
-    assert levels.tolist() == Random(seed=7)(3, ids, seen).tolist()
+    assert levels.tolist() == Random(seed=7).act(3, ids, seen, {}).tolist()
     some = prospects([5, 9, 12], caps[1000:], [[0.0] * 3] * 1000, None)
-    assert levels[1000:].tolist() == Random(seed=7)(3, ids[1000:], some).tolist(), "whoever else is asked"
-    assert levels.tolist() != Random(seed=7)(4, ids, seen).tolist() != Random(seed=8)(4, ids, seen).tolist()
+    assert levels[1000:].tolist() == Random(seed=7).act(3, ids[1000:], some, {}).tolist(), "whoever else is asked"
+    assert (
+        levels.tolist()
+        != Random(seed=7).act(4, ids, seen, {}).tolist()
+        != Random(seed=8).act(4, ids, seen, {}).tolist()
+    )
 
 
 # How it learns

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -33,22 +34,22 @@ from fedpeat_ray.config import (
     LoraConfig,
     ServerConfig,
 )
-from fedpeat_ray.control.plan import Prospects
+from fedpeat_ray.control.plan import Controller, Memory, Prospects
+from fedpeat_ray.emulators import distillation
+from fedpeat_ray.emulators.ladder import Ladder, Rung
+from fedpeat_ray.emulators.on_emulators import InExactType
 from fedpeat_ray.errors import ConfigError, DataError
 from fedpeat_ray.files import user_cache_dir
 from fedpeat_ray.fleet.memory import training_memory
 from fedpeat_ray.fleet.tiers import TIERS
-from fedpeat_ray.models.emulator import Ladder, Rung
 from fedpeat_ray.models.foundation import load, load_backbone
 from fedpeat_ray.models.foundation import prepare as find_foundation
 from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.records import DROP_REASONS, SERVER, TextBatch
 from fedpeat_ray.runtime.run_log import RunLog, read_config
 from fedpeat_ray.runtime.serial import Serial
-from fedpeat_ray.training import emulator_distillation
 from fedpeat_ray.training.client_batch import ClientUpdate
-from fedpeat_ray.training.emulators import InExactType
-from fedpeat_ray.training.map_clients import Where
+from fedpeat_ray.training.map_clients import Call, MapClients
 from fedpeat_ray.world import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers will rename
@@ -199,7 +200,7 @@ def test_greedy_gives_what_fits_and_those_that_nothing_fits_drop_out_for_memory(
 def test_who_can_take_part_is_known_of_the_levels_that_devices_may_get(tiny, control, levels):
     world = prepare(changed(tiny, control=control), Path())
     assert isinstance(world.algorithm, FedPEAT)
-    costs = world.algorithm.emulator_costs
+    costs = world.algorithm.emulators.costs
     assert world.fits.memory_bytes == {level: costs.memory_bytes_L[int(level[-1]) - 1] for level in levels}
     smallest, largest = min(world.fits.memory_bytes.values()), max(TIERS, key=lambda tier: tier.memory_cap_bytes)
     fleet = FleetConfig(num_devices=14, spread=0.0, memory_scale=0.9 * smallest / largest.memory_cap_bytes)
@@ -207,31 +208,47 @@ def test_who_can_take_part_is_known_of_the_levels_that_devices_may_get(tiny, con
         prepare(changed(tiny, control=control, fleet=fleet), Path())
 
 
-def test_a_controller_may_leave_devices_out_or_all_of_them(run, monkeypatch):
-    class EvenOnesFromRound2On:
-        def __call__(self, round: int, device_ids: np.ndarray, prospects: Prospects) -> np.ndarray:
+class Unsettled(Controller):
+    """A controller without settings."""
+
+    @classmethod
+    def build(cls, config: ControlConfig, seed: int) -> Self:
+        return cls()
+
+
+def test_a_controller_may_leave_devices_out_or_all_of_them(tiny, tmp_path):
+    class EvenOnesFromRound2On(Unsettled):
+        def act(self, round: int, device_ids: np.ndarray, prospects: Prospects, memory: Memory) -> np.ndarray:
             return np.where((device_ids % 2 == 0) & (round > 1), 2, 0)
 
-    monkeypatch.setattr("fedpeat_ray.world.build_controller", lambda *_: EvenOnesFromRound2On())
-    directory = run(**EVERYBODY)
+    directory = tmp_path / "run"
+    config = changed(tiny, out=directory, **EVERYBODY)
+    total = Simulation(config, controller=EvenOnesFromRound2On).run()
     rounds, clients = table(directory, "rounds"), table(directory, "clients")
-    assert clients["round"].tolist() == [2] * 3 + [3] * 3 and clients["device_id"].tolist() == [0, 2, 4] * 2
+    assert clients["round"].tolist() == [1] * 6 + [2] * 6 + [3] * 6 and clients["device_id"].tolist() == [*range(6)] * 3
     assert rounds["num_completed"].tolist() == [0, 3, 3] and rounds["num_dropped"].tolist() == [0, 0, 0]
+    assert rounds["num_skipped"].tolist() == [6, 3, 3] and total["num_skipped"] == 12
+    skipped = clients[clients["outcome"] == "skipped"]
+    assert skipped["device_id"].tolist() == [*range(6), 1, 3, 5, 1, 3, 5]
+    assert skipped[["level", "drop_reason", "train_loss"]].isna().all(axis=None)
+    assert not skipped[["download_bytes", "upload_bytes", "energy_j", "compute_s", "flops"]].any(axis=None)
+    clients = clients[clients["outcome"] == "completed"]
+    assert clients["round"].tolist() == [2] * 3 + [3] * 3 and clients["device_id"].tolist() == [0, 2, 4] * 2
     assert set(clients["level"]) == {2} and rounds["train_loss"].isna().tolist() == [True, False, False]
     assert (clients["emulator_bytes"] > 0).tolist() == [True] * 3 + [False] * 3
     assert rounds["virtual_s"].iloc[0] == 600.0, "a slot of waiting"
 
 
-def test_a_controller_is_told_what_a_level_will_cost_each_device(run, monkeypatch):
+def test_a_controller_is_told_what_a_level_will_cost_each_device(tiny, tmp_path):
     told: list[Prospects] = []
 
-    class Alternating:
-        def __call__(self, round: int, device_ids: np.ndarray, prospects: Prospects) -> np.ndarray:
+    class Alternating(Unsettled):
+        def act(self, round: int, device_ids: np.ndarray, prospects: Prospects, memory: Memory) -> np.ndarray:
             told.append(prospects)
             return 1 + (device_ids + (round > 2)) % 2
 
-    monkeypatch.setattr("fedpeat_ray.world.build_controller", lambda *_: Alternating())
-    clients = table(run(**EVERYBODY), "clients")
+    Simulation(changed(tiny, out=tmp_path / "run", **EVERYBODY), controller=Alternating).run()
+    clients = table(tmp_path / "run", "clients")
     assert (clients["outcome"] == "completed").all()
     for round, prospects in enumerate(told, start=1):
         rows = clients[clients["round"] == round]
@@ -300,21 +317,21 @@ def test_what_was_saved_plugged_into_the_plain_foundation_gives_the_logged_perpl
 # What the server does
 
 
-class Recorded:
+class Recorded(MapClients):
     """The serial side of the seam, which remembers what was trained by whom."""
 
     def __init__(self, serial: Serial):
         self.serial = serial
         self.updates: list[tuple[str, Any, Any]] = []
 
-    def __call__(self, train, shared, tasks, aggregator, batch_size=1, where: Where = "hosts"):
+    def run(self, call: Call) -> tuple[Any, list[Any]]:
         def remembered(backbone, shared, tasks):
-            updates = train(backbone, shared, tasks)
+            updates = call.train(backbone, shared, tasks)
             trained = [update for update in updates if isinstance(update, ClientUpdate)]
-            self.updates += [(where, task, update) for task, update in zip(tasks, trained, strict=bool(trained))]
+            self.updates += [(call.where, task, update) for task, update in zip(tasks, trained, strict=bool(trained))]
             return updates
 
-        return self.serial(remembered, shared, tasks, aggregator, batch_size, where)
+        return self.serial.run(dataclasses.replace(call, train=remembered))
 
 
 def test_a_round_with_the_server_in_it_is_the_mean_of_each_element_by_those_that_trained_it(tiny, tmp_path):
@@ -394,7 +411,7 @@ def test_distilled_emulators_are_made_once_and_devices_train_on_them(run, tiny, 
         model.config.num_hidden_layers, model.config.use_cache = len(LEVELS[level]), False
         assert result["emulator_zero_shot"][str(level)] == pytest.approx(perplexity(model, config), rel=1e-5)
     assert result["plug_in"] < result["zero_shot"]
-    monkeypatch.setattr("fedpeat_ray.training.emulator_workshop.distil", None)
+    monkeypatch.setattr("fedpeat_ray.emulators.workshop.distil", None)
     assert_same_bits(directory, run("again", **changes))
 
 
@@ -465,10 +482,10 @@ def test_what_the_server_does_costs_what_pytorch_counts(run, tiny, tmp_path):
     world = prepare(changed(tiny, emulator=emulator), tmp_path)
     peat, serial = world.algorithm, Serial(load_backbone(world.held))
     assert isinstance(peat, FedPEAT)
-    state, costs = peat.init(0), peat.emulator_costs
+    state, costs = peat.init(0), peat.emulators.costs
     with FlopCounterMode(display=False) as realigning:
-        peat.workshop.realign(peat.ladder, 1, state.model_P, serial)
-    own = peat.workshop.public_text.task(2, tiny.local, np.random.default_rng(0))
+        peat.emulators.workshop.realign(peat.emulators.ladder, 1, state.model_P, serial)
+    own = peat.emulators.workshop.public_text.task(2, tiny.local, np.random.default_rng(0))
     with FlopCounterMode(display=False) as tuning:
         serial(InExactType(peat.trainer(state)), state.model_P, [own], MeanOverLevels({}))
     assert costs.realignment.flops == pytest.approx(realigning.get_total_flops(), rel=0.1)
@@ -519,14 +536,14 @@ def test_a_run_that_was_stopped_between_re_alignments_goes_on_to_the_same_bits(r
 
 def test_re_alignment_has_the_adapter_plugged_into_both_sides_in_middle_blocks_too(run, tiny, monkeypatch):
     seen: list[tuple[Rung, TextBatch, Tensor, float]] = []
-    true_loss = emulator_distillation.distillation_loss
+    true_loss = distillation.distillation_loss
 
     def remembered(student: Any, ladder: Ladder, rung: Rung, batch: TextBatch, target: Tensor, weight: float) -> Tensor:
         loss = true_loss(student, ladder, rung, batch, target, weight)
         seen.append((rung, batch, target, loss.item()))
         return loss
 
-    monkeypatch.setattr(emulator_distillation, "distillation_loss", remembered)
+    monkeypatch.setattr(distillation, "distillation_loss", remembered)
     directory = run(
         emulator={"realign_every": 1, "shares": (0.6,)}, lora=LoraConfig(rank=2, blocks=(0, 1, 2, 6)), rounds=1
     )

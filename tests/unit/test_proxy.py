@@ -21,14 +21,14 @@ from fedpeat_ray.models.foundation import Backbone, load, prepare
 from fedpeat_ray.models.lora import find_lora, save_adapter
 from fedpeat_ray.models.proxy import ProxyLogits, check_vocabularies, proxy_logits
 from fedpeat_ray.records import TextBatch
-from fedpeat_ray.training.distillation import (
+from fedpeat_ray.training.evaluation import EvaluationTask
+from fedpeat_ray.training.proxy_tuning import (
     EvaluateProxy,
     SmallModel,
     TeacherLogits,
     distil_small,
     distillation_loss,
 )
-from fedpeat_ray.training.evaluation import EvaluationTask
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers will rename
 

@@ -11,7 +11,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from fedpeat_ray.aggregation.mean import MeanOverLevels
 from fedpeat_ray.config import EmulatorConfig, LoraConfig
-from fedpeat_ray.models.emulator import Ladder, build_ladder, emulated
+from fedpeat_ray.emulators.ladder import Ladder, build_ladder, emulated
 from fedpeat_ray.models.lora import Lora, find_lora
 from fedpeat_ray.records import ClientReport
 from fedpeat_ray.training.adapters import LoraAdapter
@@ -110,7 +110,7 @@ def test_what_was_tuned_on_two_emulators_lowers_the_loss_of_the_whole_model(mode
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trained, updates, places = {}, [], {}
     for level in (1, 2):
-        part = adapter.within(ladder, level)
+        part = ladder.part(adapter, level)
         places[level] = lora.layout.part(part.layout.names)[1]
         trained[level] = torch.zeros(lora.layout.num_elements, dtype=torch.bool)
         trained[level][places[level]] = True

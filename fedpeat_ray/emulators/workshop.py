@@ -21,16 +21,16 @@ from torch import Tensor
 
 from fedpeat_ray.config import EmulatorConfig
 from fedpeat_ray.data.client_data import ServerData
+from fedpeat_ray.emulators.distillation import distil
+from fedpeat_ray.emulators.ladder import Ladder, Rung, build_ladder, eight_bit, load_blocks
+from fedpeat_ray.emulators.on_emulators import BlockInfluence, MiddleOutput
 from fedpeat_ray.files import file_sha256, kept_sha256, user_cache_dir, written_whole, written_with_hash
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models.arithmetic import arithmetic_key
-from fedpeat_ray.models.emulator import Ladder, Rung, build_ladder, eight_bit, load_blocks
 from fedpeat_ray.models.foundation import Blocks, Foundation
 from fedpeat_ray.seeding import generator
 from fedpeat_ray.training.adapters import Adapter
 from fedpeat_ray.training.collect import collect
-from fedpeat_ray.training.emulator_distillation import distil
-from fedpeat_ray.training.emulators import BlockInfluence, MiddleOutput
 from fedpeat_ray.training.map_clients import MapClients
 
 _VERSION = 1  # of what is cached: raise it when the same settings give something else
@@ -167,7 +167,7 @@ class Workshop:
         def plugged(rung: Rung) -> contextlib.AbstractContextManager:
             if adapter_P is None:
                 return contextlib.nullcontext()
-            part = self.adapter.within(ladder, rung.level)
+            part = ladder.part(self.adapter, rung.level)
             return part.plugged(student, adapter_P[self.adapter.layout.part(part.layout.names)[1]])
 
         return distil(

@@ -1,27 +1,54 @@
-"""What training on emulators and distillation cost, from the shapes of the models.
+"""What emulators cost: the devices that get one of a level, and the server that makes them.
 
-Legend: L levels, from 1.
+Legend: N devices, L levels, from 1.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-from fedpeat_ray.config import EmulatorConfig, FleetConfig, ProxyConfig, SimulationConfig
-from fedpeat_ray.fleet.costs import ServerCosts, forward_flops, training_flops
-from fedpeat_ray.fleet.emulator_costs import EmulatorCosts
+from fedpeat_ray.config import EmulatorConfig, SimulationConfig
+from fedpeat_ray.emulators.ladder import Ladder, block_number, emulator_shapes
+from fedpeat_ray.fleet.costs import ServerCosts, Task, forward_flops, training_flops
 from fedpeat_ray.fleet.memory import ModelShape, training_memory
 from fedpeat_ray.models import weight_files
-from fedpeat_ray.models.emulator import Ladder, block_number, emulator_shapes
 from fedpeat_ray.models.foundation import Foundation
-from fedpeat_ray.models.lora import Lora
 from fedpeat_ray.training.adapters import Adapter
 
 
-def weight_bytes(fleet: FleetConfig) -> int:
-    """Of an element, in the arithmetic of devices."""
-    return 4 if fleet.precision == "float32" else 2
+@dataclass(frozen=True)
+class EmulatorCosts:
+    """What a level costs any device, and what the server does itself."""
+
+    emulator_bytes_L: np.ndarray
+    adapter_bytes_L: np.ndarray
+    """One way."""
+    memory_bytes_L: np.ndarray
+    """Peak of training."""
+    weights_bytes_L: np.ndarray
+    """Of these the weights."""
+    flops_per_token_L: np.ndarray
+    server_tuning: ServerCosts
+    """Of its local steps in a round."""
+    realignment: ServerCosts
+    """Of one re-alignment of all emulators."""
+
+    def exchange_bytes(self, level_N: np.ndarray, held_N: np.ndarray) -> np.ndarray:
+        """(N,) of emulators that must be sent: a device that holds that of its level (0: none) needs no other."""
+        return np.where(held_N == level_N, 0, self.emulator_bytes_L[level_N - 1])
+
+    def task(self, level_N: np.ndarray, held_N: np.ndarray, num_tokens_N: np.ndarray) -> Task:
+        """What a round asks of each device: an emulator if need be, the adapter both ways, training."""
+        adapter_bytes = self.adapter_bytes_L[level_N - 1]
+        return Task(
+            download_bytes=self.exchange_bytes(level_N, held_N) + adapter_bytes,
+            upload_bytes=adapter_bytes,
+            flops=self.flops_per_token_L[level_N - 1] * num_tokens_N,
+            memory_bytes=self.memory_bytes_L[level_N - 1],
+        )
 
 
 def emulator_costs(
@@ -34,7 +61,7 @@ def emulator_costs(
         emulator_shapes(shapes, ladder, level, dtype, emulator.eight_bit and level < ladder.top)
         for level in range(1, ladder.top + 1)
     ]
-    layouts = [adapter.within(ladder, rung.level).layout for rung in ladder.rungs]
+    layouts = [adapter.within(ladder.block_list, rung.blocks).layout for rung in ladder.rungs]
     num_blocks_L = np.array([len(rung.blocks) for rung in ladder.rungs])
     in_middle = any(block_number(name, ladder.block_list) in ladder.middle_blocks for name in adapter.layout.names)
     adapter_blocks = None if in_middle else (ladder.first, ladder.last)
@@ -99,22 +126,6 @@ def realignment_costs(config: EmulatorConfig, shape: ModelShape, ladder: Ladder)
     flops, memory_bytes = zip(*steps, strict=True)
     num_steps = config.realign_steps * (len(steps) if config.weights == "per_level" else 1)
     return ServerCosts(sum(flops) / len(flops), max(memory_bytes)).times(num_steps)
-
-
-def proxy_step_costs(proxy: ProxyConfig, large: ModelShape, small: ModelShape, lora: Lora) -> ServerCosts:
-    """Of one step of FedPT's distillation: three forward passes for the teacher, and a step of the small model."""
-    tokens, length = proxy.batch_size * proxy.sequence_length, proxy.sequence_length
-    teacher = tokens * (forward_flops(large, length) + 2 * forward_flops(small, length))
-    student = training_flops(small, tokens, length, "lora", lora.layout.num_elements)
-    memory = training_memory(
-        small,
-        batch_size=proxy.batch_size,
-        sequence_length=length,
-        trainable="lora",
-        lora_rank=lora.rank,
-    )
-    weights = large.num_parameters * large.weight_bytes + 2 * small.num_parameters * small.weight_bytes
-    return ServerCosts(float(teacher + student), int(weights + memory.peak_bytes))
 
 
 def _middle_block_bytes(file: weight_files.Shapes, ladder: Ladder, level: int) -> int:

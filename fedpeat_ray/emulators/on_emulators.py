@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedpeat_ray.models.emulator import Ladder, on_emulator
+from fedpeat_ray.emulators.ladder import Ladder, on_emulator
 from fedpeat_ray.models.foundation import Backbone
 from fedpeat_ray.records import TextBatch
 from fedpeat_ray.training.adapters import Adapter

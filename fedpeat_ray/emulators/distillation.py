@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedpeat_ray.config import DistilConfig
-from fedpeat_ray.models.emulator import Ladder, Rung, emulated
+from fedpeat_ray.emulators.ladder import Ladder, Rung, emulated
+from fedpeat_ray.emulators.on_emulators import half_precision, output_of
 from fedpeat_ray.models.foundation import Blocks
 from fedpeat_ray.records import TextBatch
 from fedpeat_ray.seeding import generator
 from fedpeat_ray.training.client_batch import IGNORED, next_token_labels, tensors
-from fedpeat_ray.training.emulators import half_precision, output_of
 
 WARM_UP = 0.1  # share of the steps with a rising learning rate; it falls to zero in half a cosine
 

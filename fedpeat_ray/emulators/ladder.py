@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -22,7 +23,11 @@ from transformers import PreTrainedModel
 from fedpeat_ray.config import EmulatorConfig
 from fedpeat_ray.errors import ConfigError, ModelError
 from fedpeat_ray.models.foundation import Backbone, Blocks, block_list_name, block_view
+from fedpeat_ray.models.lora import Lora
 from fedpeat_ray.models.weight_files import Shapes
+from fedpeat_ray.training.adapters import Adapter
+
+Within = TypeVar("Within", Adapter, Lora)
 
 SCALE = ".scale"  # after the name of an 8-bit matrix: the file's entry with the scale of each row
 
@@ -68,6 +73,10 @@ class Ladder:
     def files(self) -> list[Path]:
         """Weights of emulators that are not the foundation's own."""
         return sorted({rung.weights for rung in self.rungs if rung.weights})
+
+    def part(self, adapter: Within, level: int) -> Within:
+        """What of an adapter (or its LoRA) lies in the blocks of a level."""
+        return adapter.within(self.block_list, self.rungs[level - 1].blocks)
 
     def kept_middle(self, level: int) -> tuple[int, ...]:
         """The middle blocks that a level keeps."""

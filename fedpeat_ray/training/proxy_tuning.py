@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedpeat_ray.config import ProxyConfig
+from fedpeat_ray.fleet.costs import ServerCosts, forward_flops, training_flops
+from fedpeat_ray.fleet.memory import ModelShape, training_memory
 from fedpeat_ray.models.foundation import Backbone, Foundation, load
 from fedpeat_ray.models.lora import Lora
 from fedpeat_ray.models.proxy import proxy_logits
@@ -121,6 +123,22 @@ def _steered(large: Callable[..., Any], pair: Callable, tokens_BT: Tensor, alpha
     with torch.no_grad():
         logits = large(input_ids=tokens_BT.to(tuned.device), use_cache=False).logits
     return proxy_logits(logits, tuned, original, alpha)
+
+
+def step_costs(proxy: ProxyConfig, large: ModelShape, small: ModelShape, lora: Lora) -> ServerCosts:
+    """Of one step of distillation: three forward passes for the teacher, and a step of the small model."""
+    tokens, length = proxy.batch_size * proxy.sequence_length, proxy.sequence_length
+    teacher = tokens * (forward_flops(large, length) + 2 * forward_flops(small, length))
+    student = training_flops(small, tokens, length, "lora", lora.layout.num_elements)
+    memory = training_memory(
+        small,
+        batch_size=proxy.batch_size,
+        sequence_length=length,
+        trainable="lora",
+        lora_rank=lora.rank,
+    )
+    weights = large.num_parameters * large.weight_bytes + 2 * small.num_parameters * small.weight_bytes
+    return ServerCosts(float(teacher + student), int(weights + memory.peak_bytes))
 
 
 def distil_small(

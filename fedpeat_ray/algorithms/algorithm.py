@@ -1,0 +1,284 @@
+"""What every algorithm is: how it is built, what a round gives back, and what the engine asks it for.
+
+The engine knows no algorithm by name. It asks the class what its settings mean, has it built, runs its rounds and
+logs what they give back. What has no default here `averaging.py` has, but for `build`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+from fedpeat_ray.aggregation.server_optimizer import ServerState, init_server
+from fedpeat_ray.config import USES, LocalConfig, LoraConfig, ServerConfig, SimulationConfig
+from fedpeat_ray.control.plan import Decision
+from fedpeat_ray.data.client_data import ClientData, ServerData
+from fedpeat_ray.data.corpus import load_corpus
+from fedpeat_ray.errors import ConfigError
+from fedpeat_ray.fleet.conditions import Conditions
+from fedpeat_ray.fleet.costs import Admission, Costs, ServerCosts
+from fedpeat_ray.fleet.memory import ModelShape
+from fedpeat_ray.models import foundation as foundations
+from fedpeat_ray.models.foundation import Foundation
+from fedpeat_ray.models.layout import Layout
+from fedpeat_ray.models.lora import Lora, find_lora
+from fedpeat_ray.models.shape import model_shape
+from fedpeat_ray.records import Assignment, ClientReport
+from fedpeat_ray.settings import get
+from fedpeat_ray.training.adapters import Adapter, LoraAdapter
+from fedpeat_ray.training.evaluation import Score
+from fedpeat_ray.training.map_clients import MapClients, Where
+from fedpeat_ray.training.stacking import check_stacking
+
+ALL = "all"
+"""The group of held-out text that the foundation is judged by."""
+
+
+def level_group(level: int) -> str:
+    """The group of held-out text that the emulator of a level is judged by."""
+    return f"level {level}"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What an algorithm is built from: settings that were checked, and a foundation that can be loaded."""
+
+    config: SimulationConfig
+    foundation: Foundation
+    directory: Path
+    """Of the run."""
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The foundation, loaded: its structure is to be read, not changed."""
+        return foundations.load(self.foundation)
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """What the memory and cost models know of it."""
+        return model_shape(self.model, self.config.fleet.weight_bytes)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """That of the foundation."""
+        return foundations.load_tokenizer(self.foundation.config_dir)
+
+    @property
+    def client_batch_size(self) -> int:
+        """Clients trained together; until that is measured, 1."""
+        return 1 if self.config.client_batch_size == "auto" else self.config.client_batch_size
+
+    def lora(self, config: LoraConfig) -> Lora:
+        """LoRA in the foundation. Raises ConfigError for layers that it cannot be in."""
+        lora = find_lora(self.model, config)
+        check_stacking(self.foundation, lora)
+        return lora
+
+    def public_text(self) -> ServerData:
+        """The text of the server. Raises DataError if there is none."""
+        return ServerData(load_corpus(self.config.data, self.tokenizer, public=True))
+
+    def check_positions(self, *fields: str, most: int | None = None, of: str = "the model") -> None:
+        """Raise ConfigError for a setting, a number of tokens, beyond the positions of a model."""
+        most = foundations.max_positions(self.model) if most is None else most
+        for name in fields:
+            if (length := get(self.config, name)) > most:
+                raise ConfigError.of(name, length, f"at most {most}, the positions of {of}")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is tuned centrally to judge an algorithm by: the tensors it trains itself, on the model it has them in."""
+
+    adapter: Adapter
+    where: Where
+    """Who has that model."""
+    key: tuple[str, ...]
+    """All that the perplexity depends on besides configuration and text: digests of models."""
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """The facts of one round, a device a position; `reports` of those that trained."""
+
+    device_ids: np.ndarray
+    tasks: Sequence[Assignment]
+    costs: Costs
+    admission: Admission
+    reports: Sequence[ClientReport]
+    lora_rank: int | None = None
+    levels: np.ndarray | None = None
+    """Of the emulators, if there are any."""
+    emulator_bytes: np.ndarray | None = None
+    """The part of what was downloaded that is emulators."""
+    server: ServerCosts = field(default_factory=ServerCosts)
+    refused: str | None = None
+    """UPDATES or DISTILLATION if the server's state would not have been finite with them."""
+    skipped: Sequence[Assignment] = ()
+    """What was left undone: of devices that were sampled and then left out by decision."""
+    decision: Decision | None = None
+    """The controller's, from which it is to learn."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Whatever else is worth a number a round: they are logged by name, and the report shows them."""
+
+
+class Algorithm(ABC):
+    """A federated algorithm: a state, and a round that takes it to the next.
+
+    Immutable, and made of what hosts can receive. What it remembers from round to round is in the state alone.
+    """
+
+    about: ClassVar[str] = ""
+    """A line for the report."""
+    adapter: Adapter
+    """What is trained and sent."""
+    foundation: Foundation
+    """The model it is trained in, as hosts are to have it."""
+    local: LocalConfig
+    server: ServerConfig
+    levels: Sequence[int] = ()
+    """Of the models on devices that are judged too: all before the first round and at the end, the last of them
+    whenever the foundation is."""
+    public: ServerData | None = None
+    """Text of the server, if it is read."""
+
+    # Asked of the class, before anything is loaded.
+
+    @classmethod
+    def check(cls, config: SimulationConfig) -> None:
+        """Raise ConfigError for settings that do not go together; each alone is within its bounds."""
+        if (shards := config.foundation.num_shards) > 1:
+            raise ConfigError.of("foundation.num_shards", shards, f"1, as devices of {config.algorithm} hold all of it")
+
+    @classmethod
+    def uses(cls, config: SimulationConfig) -> Collection[str]:
+        """Of USES, what it makes use of: other settings are told to have no effect."""
+        return USES
+
+    @classmethod
+    def learning_rate(cls, config: SimulationConfig) -> float:
+        """What local.learning_rate = auto stands for."""
+        return 2e-3
+
+    @classmethod
+    @abstractmethod
+    def build(cls, given: Given) -> Self:
+        """The algorithm with these settings. Raises ConfigError, DataError or ModelError."""
+
+    # The rounds.
+
+    def init(self, seed: int) -> ServerState:
+        """The state before the first round: it changes nothing in the foundation."""
+        return init_server(self.server, self.adapter.init(seed))
+
+    @abstractmethod
+    def run_round(
+        self,
+        state: ServerState,
+        round: int,
+        now_s: float,
+        conditions: Conditions,
+        data: ClientData,
+        map_clients: MapClients,
+    ) -> tuple[ServerState, RoundResult]:
+        """One round, from the sampling of devices to the server's step; `round` counts from 1."""
+
+    def learn(self, state: ServerState, result: RoundResult, perplexity: float | None) -> ServerState:
+        """The state after it is known what came of a round; perplexity is None where it was not evaluated."""
+        return state
+
+    def trainer(self, state: ServerState) -> Callable:
+        """`train(backbone, model_P, tasks)` of clients in the next round."""
+        return self.adapter.trainer(self.local)
+
+    def evaluator(self, state: ServerState) -> Callable:
+        """`train(backbone, model_P, tasks)` that scores held-out text with the current model."""
+        return self.adapter.evaluator()
+
+    def save(self, directory: Path, model_P: Tensor) -> None:
+        """Write the current model so that others can load it."""
+        self.adapter.save(directory, model_P, self.foundation.name)
+
+    # What the engine must know.
+
+    @property
+    def layout(self) -> Layout:
+        """The tensors that are trained and sent."""
+        return self.adapter.layout
+
+    @property
+    def reference(self) -> Reference:
+        """What is tuned centrally, for comparison."""
+        return Reference(self.adapter, "driver", (self.foundation.digest,))
+
+    @property
+    def whole_level(self) -> int:
+        """A level at which work on tasks has the whole model."""
+        return 1
+
+    @property
+    def batches_clients(self) -> bool:
+        """Whether clients can be trained together, so that it is worth finding out how many at a time."""
+        return isinstance(self.adapter, LoraAdapter)
+
+    def with_client_batch_size(self, size: int) -> Self:
+        """The same with clients trained so many at a time."""
+        return dataclasses.replace(self, client_batch_size=size)  # type: ignore[type-var]  # dataclasses inherit
+
+    @abstractmethod
+    def memory_needs(self) -> dict[str, int]:
+        """Bytes that a device must have to take part, by what it may be asked to train."""
+
+    @abstractmethod
+    def weights_bytes(self, level: int | None) -> int:
+        """Of these, for the weights of what tasks of a level train on."""
+
+    def furnished(self, map_clients: MapClients, export: Callable | None, say: Callable[[str], None]) -> Self:
+        """What must be made before the first round, with the foundation at work.
+
+        Args:
+            map_clients: does work on the foundation.
+            export: `export(path, names)` writes tensors of a sharded foundation; None if it is not.
+            say: hears what is going on.
+        """
+        return self
+
+    def digests(self) -> dict[str, str | None]:
+        """Of what rounds read besides foundation and private text, by name: a run is resumed with the same only."""
+        return {"public_digest": self.public and self.public.corpus.digest}
+
+    def made(self) -> dict[str, str | None]:
+        """The same of what `furnished` made."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """For config.json: what was worked out and is no setting."""
+        return {}
+
+    def summary(self, zero_shot: Mapping[str, Score], tuned: Mapping[str, Score]) -> dict[str, Any]:
+        """For summary.json: what came of it besides the foundation's own scores, by group; `perplexity` is merged.
+
+        A pair `X_zero_shot`, `X_tuned` under `perplexity`, numbers or numbers by level, is a model X on devices.
+        """
+        return {}
+
+    # After the run.
+
+    @classmethod
+    def tuned_model(cls, config: SimulationConfig) -> str:
+        """The model that the saved adapter fits."""
+        return config.foundation.name
+
+    @classmethod
+    def steering(cls, config: SimulationConfig, tuned: PreTrainedModel, alpha: float) -> LogitsProcessor | None:
+        """How that model steers the foundation, if it is another."""
+        return None
