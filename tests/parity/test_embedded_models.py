@@ -9,7 +9,6 @@ import pytest
 from fedpeat_ray.models import foundation as foundations
 from workloads.check_foundation import half_middle, heldout_text, perplexity
 
-
 NUM_SEQUENCES = 128
 
 

@@ -108,9 +108,14 @@ ALL = {section.title for section in SECTIONS if not section.emulators}
 EMULATORS = {section.title for section in SECTIONS if section.emulators}
 
 
+LAYOUT_ENGINE = Figure.get_layout_engine
+
+
 @pytest.fixture(autouse=True)
 def small_images(monkeypatch):
+    """Small, and not laid out either: two thirds of the work."""
     monkeypatch.setitem(figures.STYLE, "savefig.dpi", 20)
+    monkeypatch.setattr(Figure, "get_layout_engine", lambda figure: None)
 
 
 def shown(page: str) -> set[str]:
@@ -173,7 +178,8 @@ def test_what_is_no_run(tmp_path):
         write_report([tmp_path / "fresh"])
 
 
-def test_report_is_one_self_contained_page(tmp_path):
+def test_report_is_one_self_contained_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(Figure, "get_layout_engine", LAYOUT_ENGINE)
     directory = write_run(tmp_path / "run", config=SimulationConfig(seed=11))
     RunLog(directory).event("host lost", error="<script>alert(1)</script>")
     path = write_report([directory])
