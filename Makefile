@@ -1,7 +1,8 @@
 # make run    the main job: FedPEAT over 2,000 devices on real text, a report at the end
 # make quick  lint, layers, and all tests that need no Ray and are no sweeps, within a minute: while you work
 # make test   lint, layers, types, all tests, and those that compare numbers once more as a plainer processor computes
-# make full   the same, once more as another one does, and the memory model on many more random settings
+# make full   the same, once more as another one does, more cases of what starts processes, and the memory model on
+#             many more random settings
 # make bench  the benchmarks (minutes; run them on a quiet machine)
 # Each sets up .venv first if there is none. ARGS="--rounds 20" goes to the main job.
 
@@ -21,13 +22,14 @@ run: $(SETUP)
 	$(VENV)/python workloads/large_scale.py --fleet.memory-scale 0.045 --rounds 8 --evaluation.every 2 $(ARGS)
 
 quick: lint
-	$(PYTEST) --ignore tests/ray -m "not sweep"
+	$(PYTEST) --ignore tests/ray -m "not sweep and not full"
 
 test: lint
 	$(MAKE) --jobs 2 tests types
 	$(MAKE) parity-plain
 
 full: test parity-avx2
+	$(PYTEST) -m full
 	FEDPEAT_MEMORY_SETTINGS=40 $(PYTEST) tests/parity/test_memory_model.py
 
 parity-elsewhere: parity-plain parity-avx2
@@ -49,7 +51,7 @@ types: $(SETUP)
 	$(VENV)/pyright --pythonpath $(VENV)/python
 
 tests: $(SETUP)
-	$(PYTEST)
+	$(PYTEST) -m "not full"
 
 bench: $(SETUP)
 	$(VENV)/python workloads/benchmarks/client_batch.py
