@@ -1,6 +1,8 @@
 # make run    the main job: FedPEAT over 2,000 devices on real text, a report at the end
+# make quick  lint, layers, and all tests that need no Ray and are no sweeps, within a minute: while you work
 # make test   lint, layers, types, all tests, and those that compare numbers once more as a plainer processor computes
-# make full   the same, once more as another one does, and the memory model on many more random settings
+# make full   the same, once more as another one does, more cases of what starts processes, and the memory model on
+#             many more random settings
 # make bench  the benchmarks (minutes; run them on a quiet machine)
 # Each sets up .venv first if there is none. ARGS="--rounds 20" goes to the main job.
 
@@ -8,34 +10,48 @@ PYTHON ?= python3
 VENV = .venv/bin
 SETUP = .venv/installed
 
+# A worker a core, no more than there is work for: what needs Ray is one's (tests/conftest.py).
+PYTEST = $(VENV)/pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
+
 # Two computations of one number are compared: what passes on this machine's vector instructions must pass without.
 NUMBERS = tests/parity $(addprefix tests/unit/test_,foundation.py emulator.py proxy.py vit_emulator.py) \
 	--ignore tests/parity/test_memory_model.py --ignore tests/parity/test_embedded_models.py
 
-.PHONY: run test full parity-elsewhere parity-plain parity-avx2 check bench
+.PHONY: run quick test full parity-elsewhere parity-plain parity-avx2 check lint types tests bench
 run: $(SETUP)
 	$(VENV)/python workloads/large_scale.py --fleet.memory-scale 0.045 --rounds 8 --evaluation.every 2 $(ARGS)
 
-test: check
-	$(VENV)/pytest
+quick: lint
+	$(PYTEST) --ignore tests/ray -m "not sweep and not full"
+
+test: lint
+	$(MAKE) --jobs 2 tests types
 	$(MAKE) parity-plain
 
 full: test parity-avx2
-	FEDPEAT_MEMORY_SETTINGS=40 $(VENV)/pytest tests/parity/test_memory_model.py
+	$(PYTEST) -m full
+	FEDPEAT_MEMORY_SETTINGS=40 $(PYTEST) tests/parity/test_memory_model.py
 
 parity-elsewhere: parity-plain parity-avx2
 
 parity-plain: $(SETUP)
-	ATEN_CPU_CAPABILITY=default $(VENV)/pytest $(NUMBERS)
+	ATEN_CPU_CAPABILITY=default $(PYTEST) $(NUMBERS)
 
 parity-avx2: $(SETUP)
-	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(VENV)/pytest $(NUMBERS)
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) $(NUMBERS)
 
-check: $(SETUP)
+check: lint types
+
+lint: $(SETUP)
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 	$(VENV)/lint-imports --no-logo
+
+types: $(SETUP)
 	$(VENV)/pyright --pythonpath $(VENV)/python
+
+tests: $(SETUP)
+	$(PYTEST) -m "not full"
 
 bench: $(SETUP)
 	$(VENV)/python workloads/benchmarks/client_batch.py

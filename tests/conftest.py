@@ -7,13 +7,26 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when the libraries are imported
+# Read when the libraries are imported. Tests run beside one another: threads that wait for one another are no help.
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tiny_models import END, VOCABULARY, write_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there are several workers, each takes whole files, so that what these share is made once.
+
+    All that needs Ray is one worker's, who starts one, and it comes first: others have time for the rest meanwhile.
+    """
+    on_ray = Path(__file__).parent / "ray"
+    items.sort(key=lambda item: item.path.parent != on_ray)
+    for item in items:
+        name = "ray" if item.path.parent == on_ray else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,31 +37,22 @@ def _caches_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
         yield
 
 
+def _model(tmp_path_factory: pytest.TempPathFactory, name: str, family: str, **changes: Any) -> Path:
+    from tiny_models import write_family  # not at the top: who only hands out tests needs no torch
+
+    return write_family(tmp_path_factory.mktemp(name), family, **changes)
+
+
 @pytest.fixture(scope="session")
 def gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """GPT-2: Conv1D layers with biases, learned positions, a tied head, dropout in its configuration."""
-    config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=END, eos_token_id=END
-    )
-    return write_model(tmp_path_factory.mktemp("gpt2"), GPT2LMHeadModel, config)
+    return _model(tmp_path_factory, "gpt2", "GPT2")
 
 
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LLaMA: linear layers without biases, grouped queries, rotary positions, a head of its own."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        max_position_embeddings=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=END,
-        eos_token_id=END,
-        tie_word_embeddings=False,
-    )
-    return write_model(tmp_path_factory.mktemp("llama"), LlamaForCausalLM, config)
+    return _model(tmp_path_factory, "llama", "Llama")
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -60,28 +64,13 @@ def model_dir(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def deep_gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven blocks: one at each end to tune, and five between to leave out."""
-    config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=7, n_head=2, bos_token_id=END, eos_token_id=END
-    )
-    return write_model(tmp_path_factory.mktemp("deep_gpt2"), GPT2LMHeadModel, config)
+    return _model(tmp_path_factory, "deep_gpt2", "GPT2", n_layer=7)
 
 
 @pytest.fixture(scope="session")
 def deep_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of LLaMA, its head tied."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        max_position_embeddings=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=7,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=END,
-        eos_token_id=END,
-        tie_word_embeddings=True,
-    )
-    return write_model(tmp_path_factory.mktemp("deep_llama"), LlamaForCausalLM, config)
+    return _model(tmp_path_factory, "deep_llama", "Llama", num_hidden_layers=7, tie_word_embeddings=True)
 
 
 @pytest.fixture(params=["gpt2", "llama"])

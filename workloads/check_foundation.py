@@ -38,16 +38,20 @@ def quality(name: str, num_sequences: int) -> Quality:
     """Measure an embedded model on held-out public and private text."""
     foundation = foundations.prepare(name, "float32")
     model = foundations.load(foundation)
-    tokenizer = foundations.load_tokenizer(foundation.config_dir)
-    heldout = {}
-    for public in (True, False):
-        corpus = load_corpus(DataConfig(), tokenizer, public=public)
-        heldout[public] = heldout_sequences(corpus, num_sequences, SEQUENCE_LENGTH, seed=0)
+    private = heldout_text(foundation, num_sequences, public=False)
     return Quality(
-        perplexity(model, *heldout[True]),
-        perplexity(model, *heldout[False]),
-        perplexity(half_middle(model), *heldout[False]),
+        perplexity(model, *heldout_text(foundation, num_sequences, public=True)),
+        perplexity(model, *private),
+        perplexity(half_middle(model), *private),
     )
+
+
+def heldout_text(
+    foundation: foundations.Foundation, num_sequences: int, *, public: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (N, T) of one side of the embedded text, and the length of each sequence."""
+    corpus = load_corpus(DataConfig(), foundations.load_tokenizer(foundation.config_dir), public=public)
+    return heldout_sequences(corpus, num_sequences, SEQUENCE_LENGTH, seed=0)
 
 
 def perplexity(model: PreTrainedModel, tokens_NT: np.ndarray, lengths_N: np.ndarray) -> float:

@@ -19,6 +19,8 @@ def _own_places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("FEDPEAT_RUNS", str(tmp_path_factory.mktemp("runs")))
         patch.setenv("PYTHONPATH", f"{tiny_runs.REPOSITORY}:{Path(__file__).parent}")  # for processes that are started
         patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_prestart_worker_first_driver", "0")  # no host could be one of these
+        patch.setenv("RAY_worker_niceness", "0")  # by default hosts wait for the tests of other workers
         yield
 
 

@@ -30,10 +30,16 @@ def die_at(ending: str, by: signal.Signals) -> None:
     Path.replace = replace  # type: ignore[method-assign]
 
 
+def run(ending: str, by: signal.Signals, arguments: list[str]) -> int:
+    """The status of large_scale.py with these arguments, if it comes to its end."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background, whose processes ignore it
+    die_at(ending, by)
+    return main(arguments)
+
+
 if __name__ == "__main__":
     ending, *arguments = sys.argv[1:]
     by = signal.SIGKILL
     if arguments[:1] and arguments[0].startswith("--signal="):
         by = signal.Signals[arguments.pop(0).removeprefix("--signal=")]
-    die_at(ending, by)
-    sys.exit(main(arguments))
+    sys.exit(run(ending, by, arguments))

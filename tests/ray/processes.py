@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -51,3 +56,29 @@ def living(processes: list[Known], timeout_s: float = 60) -> list[Known]:
     while (left := [process for process in processes if process.lives()]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
+
+
+_FORKS = multiprocessing.get_context("forkserver")
+
+
+def forked(out: Path, error: Path, function: Callable[..., int], *arguments: object, timeout_s: float = 120) -> int:
+    """The status of a process of its own that ends with `function`, its output in two files; -9: it was killed.
+
+    It is forked from one that has loaded what a run needs and done nothing yet, so it starts at once.
+    """
+    _FORKS.set_forkserver_preload(["workloads.large_scale"])
+    process = _FORKS.Process(target=_redirected, args=(out, error, function, *arguments))
+    process.start()
+    process.join(timeout_s)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"{function.__name__} runs for more than {timeout_s} s")
+    return process.exitcode
+
+
+def _redirected(out: Path, error: Path, function: Callable[..., int], *arguments: object) -> None:
+    for path, descriptor in ((out, 1), (error, 2)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, descriptor)
+        os.close(file)
+    sys.exit(function(*arguments))

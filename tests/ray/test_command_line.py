@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 import ray
+from processes import forked
 from tiny_runs import REPOSITORY
 
 from fedpeat_ray.runtime import ray_hosts
 from workloads.large_scale import main
-
-SCRIPT = REPOSITORY / "workloads" / "large_scale.py"
 
 
 @pytest.fixture
@@ -155,13 +154,20 @@ def test_a_number_that_is_none_ends_with_a_non_zero_exit(runs, capfd):
     ids=["foundation", "data"],
 )
 def test_a_name_that_the_hub_does_not_give_ends_the_process(wrong, said, tiny_arguments, short_folder, tmp_path):
-    environment = {**os.environ, "RAY_TMPDIR": str(short_folder), "FEDPEAT_RUNS": str(tmp_path / "runs")}
-    command = [sys.executable, str(SCRIPT), *tiny_arguments(*wrong, "--hosts.backend", "ray")]
-    ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 2
-    assert said in _one_line(ended.stderr)
+    places = {"RAY_TMPDIR": str(short_folder), "FEDPEAT_RUNS": str(tmp_path / "runs")}
+    out, error = tmp_path / "out", tmp_path / "error"
+    status = forked(out, error, _main_at, tmp_path, places, tiny_arguments(*wrong, "--hosts.backend", "ray"))
+    assert status == 2
+    assert said in _one_line(error.read_text())
     assert not (tmp_path / "runs").exists()
     assert not list(short_folder.iterdir()), "Ray was started"
+
+
+def _main_at(folder: Path, environment: dict[str, str], arguments: list[str]) -> int:
+    """The status of a command line in a process of its own."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    return main(arguments)
 
 
 def test_a_good_run_ends_with_its_directory_and_a_report(runs, tiny_arguments, capfd):

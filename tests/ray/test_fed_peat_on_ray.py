@@ -53,7 +53,7 @@ def emulator_files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (directory / "emulators").iterdir()}
 
 
-@pytest.mark.parametrize("num_hosts", [1, 3])
+@pytest.mark.parametrize("num_hosts", [pytest.param(1, marks=pytest.mark.full), 3])
 def test_any_number_of_hosts_gives_the_bits_of_a_serial_run(num_hosts, peat_arguments, serial, tmp_path):
     hosts = ("--hosts.backend", "ray", "--hosts.num-hosts", num_hosts)
     Simulation(parse(peat_arguments("--out", tmp_path / "run", *SERVER_AND_MIDDLE, *hosts))).run()

@@ -32,7 +32,7 @@ def serial(proxy_arguments: Callable[..., list[str]], tmp_path_factory: pytest.T
     return directory
 
 
-@pytest.mark.parametrize("num_hosts", [1, 3])
+@pytest.mark.parametrize("num_hosts", [pytest.param(1, marks=pytest.mark.full), 3])
 def test_any_number_of_hosts_gives_the_bits_of_a_serial_run(num_hosts, proxy_arguments, serial, tmp_path):
     hosts = ("--hosts.backend", "ray", "--hosts.num-hosts", num_hosts)
     Simulation(parse(proxy_arguments("--out", tmp_path / "run", *hosts))).run()

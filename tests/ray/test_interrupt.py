@@ -8,29 +8,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dies_at
 import pytest
-from processes import Known, living
+from processes import Known, forked, living
 from tiny_runs import REPOSITORY
 from whole_runs import assert_same_bits
 
 from fedpeat_ray.runtime.run_log import last_round
 from workloads.large_scale import main
 
-STOPS_AT = Path(__file__).parent / "dies_at.py"
-
 
 def _interrupted(stop: str, ending: str, arguments: list[str], folder: Path) -> tuple[int, list[str], list[str]]:
     """Status, standard output and error of a run that gets a signal just before a file would appear."""
-    command = [sys.executable, str(STOPS_AT), ending, f"--signal={stop}", *arguments]
     out, error = folder / "out", folder / "error"
-    with out.open("wb") as out_file, error.open("wb") as error_file:  # no pipes, which a process left would hold open
-        ended = subprocess.run(command, stdout=out_file, stderr=error_file, timeout=120, preexec_fn=_heeds_interrupts)
-    return ended.returncode, out.read_text().splitlines(), error.read_text().splitlines()
-
-
-def _heeds_interrupts() -> None:
-    """Also where these tests are run in the background, whose processes ignore them."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "ray" not in arguments:
+        status = forked(out, error, dies_at.run, ending, signal.Signals[stop], arguments)
+    else:
+        command = [sys.executable, dies_at.__file__, ending, f"--signal={stop}", *arguments]
+        with out.open("wb") as out_file, error.open("wb") as error_file:  # no pipes, which a process left may hold open
+            status = subprocess.run(command, stdout=out_file, stderr=error_file, timeout=120).returncode
+    return status, out.read_text().splitlines(), error.read_text().splitlines()
 
 
 @pytest.mark.parametrize(("stop", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
@@ -44,8 +41,11 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(stop, status, tiny_argume
     assert f"run directory: {run}" in out
     assert not list(run.rglob("*.tmp")) and not (run / "summary.json").exists()
     assert last_round(run) == 2
-    again = [sys.executable, *shlex.split(command)[1:]]
-    subprocess.run(again, cwd=REPOSITORY, check=True, capture_output=True, timeout=120)
+    python, script, *words = shlex.split(command)
+    if stop == "SIGINT":
+        subprocess.run([sys.executable, script, *words], cwd=REPOSITORY, check=True, capture_output=True, timeout=120)
+    else:
+        assert (python, script) == ("python", "workloads/large_scale.py") and main(words) == 0
     assert_same_bits(uninterrupted, run)
 
 

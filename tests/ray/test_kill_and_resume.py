@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dies_at
 import pytest
-from processes import Known, living
+from processes import Known, forked, living
 from whole_runs import assert_same_bits, events
 
 from workloads.large_scale import main
 
-DIES_AT = Path(__file__).parent / "dies_at.py"
 PATIENT = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # Ray's own: without the rest they end after a minute
 
 
@@ -70,11 +70,14 @@ def test_rounds_that_were_logged_after_the_checkpoint_are_taken_back(tiny_argume
 
 def _run_and_die(ending: str, arguments: list[str], log: Path) -> list[Known]:
     """A run killed just before the file or folder appears; returns the processes it had below it."""
-    with log.open("wb") as file:  # no pipe, which a process left behind would hold open
-        command = [sys.executable, str(DIES_AT), ending, *arguments]
-        ended = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=120)
+    if "ray" not in arguments:
+        status = forked(log, log, dies_at.run, ending, signal.SIGKILL, arguments)
+    else:
+        with log.open("wb") as file:  # no pipe, which a process left behind would hold open
+            command = [sys.executable, dies_at.__file__, ending, *arguments]
+            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=120).returncode
     text = log.read_text()
-    assert ended.returncode == -signal.SIGKILL, text
+    assert status == -signal.SIGKILL, text
     lines = [line for line in text.splitlines() if line.startswith("child: ")]
     return [Known.parse(line.removeprefix("child: ")) for line in lines]
 

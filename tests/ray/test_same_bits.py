@@ -55,12 +55,15 @@ def test_any_number_of_hosts_gives_the_bits_of_a_serial_run(num_hosts, run_on_ho
     assert ray.is_initialized(), "a Ray that was there before is left running"
 
 
-def test_the_centralised_reference_does_not_depend_on_who_shares_its_steps(tiny_arguments, tmp_path, monkeypatch):
+@pytest.mark.parametrize("num_hosts", [pytest.param(2, marks=pytest.mark.full), 3])
+def test_the_centralised_reference_does_not_depend_on_who_shares_its_steps(
+    num_hosts, tiny_arguments, tmp_path, monkeypatch
+):
     found = {}
-    for backend, num_hosts in (("serial", 1), ("ray", 2), ("ray", 3)):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache of {num_hosts} {backend}"))
-        hosts = ("--hosts.backend", backend, "--hosts.num-hosts", num_hosts, "--evaluation.centralised")
-        out = tmp_path / f"{backend} {num_hosts}"
+    for backend, number in (("serial", 1), ("ray", num_hosts)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache of {number} {backend}"))
+        hosts = ("--hosts.backend", backend, "--hosts.num-hosts", number, "--evaluation.centralised")
+        out = tmp_path / f"{backend} {number}"
         found[out] = Simulation(parse(tiny_arguments("--out", out, "--rounds", 1, *hosts))).run()["perplexity"]
     assert len({perplexity["centralised"] for perplexity in found.values()}) == 1
 

@@ -25,6 +25,7 @@ from ray.scripts.scripts import cli as ray_command
 from fedpeat_ray import Simulation
 from fedpeat_ray import __main__ as commands
 from fedpeat_ray.config import SimulationConfig
+from fedpeat_ray.data import python_docs
 from fedpeat_ray.fleet.tiers import TIERS
 from fedpeat_ray.settings import get
 
@@ -61,6 +62,9 @@ def test_python_in_the_documentation_runs(page, tiny_run, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FEDPEAT_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    roots = python_docs._roots()  # of the embedded text a small part
+    monkeypatch.setattr(python_docs, "_roots", lambda: {name: roots[name] for name in ("stdlib", "networkx", "numpy")})
     namespace: dict[str, Any] = {}
     for code in blocks(page, "python"):
         exec(compile(re.sub(r"runs/(NAME|fed-peat-…)", str(tiny_run), code), page, "exec"), namespace)

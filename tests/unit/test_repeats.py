@@ -263,9 +263,8 @@ def test_no_heldout_text_is_in_anything_that_is_trained_on(gpt2_dir, overlapping
 
 def test_a_run_says_what_was_left_out(deep_gpt2_dir, overlapping, tmp_path, capsys):
     data = dataclasses.replace(overlapping, partition=PartitionConfig(documents_per_device=4))
-    emulator = EmulatorConfig(
-        first=1, last=1, shares=(0.2, 0.6), server_steps=1, distil=DistilConfig(sequence_length=16)
-    )
+    distil = DistilConfig(steps=2, batch_size=2, sequence_length=16)
+    emulator = EmulatorConfig(first=1, last=1, shares=(0.2, 0.6), server_steps=1, distil=distil)
     config = tiny(deep_gpt2_dir, Path("unused"), data=data, emulator=emulator, rounds=1, out=tmp_path / "run")
     Simulation(config).run()
     documents = read_config(tmp_path / "run")["resolved"]["documents"]

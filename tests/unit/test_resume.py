@@ -62,8 +62,9 @@ def edit(path: Path, **changes: Any) -> None:
 @contextmanager
 def another_process_holds(directory: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that writes the run directory, until it is killed."""
-    code = (
-        "import sys, pathlib; from fedpeat_ray.runtime.run_lock import only_writer\n"
+    code = (  # without all that the package loads
+        "import pathlib, sys, types; sys.modules['fedpeat_ray'] = package = types.ModuleType('fedpeat_ray')\n"
+        "package.__path__ = ['fedpeat_ray']; from fedpeat_ray.runtime.run_lock import only_writer\n"
         "with only_writer(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     command, pipe = [sys.executable, "-c", code, str(directory)], subprocess.PIPE
