@@ -377,6 +377,8 @@ class SimulationConfig:
     """Run directory to go on with, from its last checkpoint."""
     accept_changes: bool = False
     """Resume although other versions of what computes are installed: the bits may differ. The log says so."""
+    trace: Path | None = None
+    """File to write a timeline to: what the main process and each host did when (Chrome's trace format)."""
     checkpoint_every: PositiveInt = 5
     """Rounds between checkpoints; the last round always has one."""
     local: LocalConfig = field(default_factory=LocalConfig)

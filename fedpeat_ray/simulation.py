@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,9 @@ from fedpeat_ray.runtime.run_log import (
     read_config,
     read_settings,
 )
+from fedpeat_ray.runtime.trace import MAIN, Trace, process_started_s
 from fedpeat_ray.settings import differences
-from fedpeat_ray.training.evaluation import EvaluationTask, Score, ScoreSum
+from fedpeat_ray.training.evaluation import Score, ScoreSum
 from fedpeat_ray.training.map_clients import MapClients
 from fedpeat_ray.world import World, driver_of, furnished, hosts, prepare, with_measured_batch_size
 
@@ -71,7 +72,8 @@ class Simulation:
     def run(self) -> dict[str, Any]:
         """Run all rounds. Raises a FedPeatError, with nothing written, if something does not fit; RunFailedError, with
         everything written, if nothing came out."""
-        config, started, log = self.config, time.monotonic(), None
+        config, started, log, trace = self.config, time.monotonic(), None, Trace()
+        trace.add(MAIN, "loading Python's modules", process_started_s(), time.time())
         directory = config.resume or config.out or default_run_dir(own.short(config.algorithm), config.seed)
         if not config.resume:
             RunLog.check_free(directory)
@@ -87,7 +89,10 @@ class Simulation:
                 config, before = _with_resumed(config), load_checkpoint(directory)  # nobody changes them now
                 started -= before[1].wall_s if before else 0.0
             stack.enter_context(process_settings(config.hosts.num_threads))
-            progress = stack.enter_context(Progress(config.rounds, first_round=before[1].round + 1 if before else 1))
+            if config.trace:
+                stack.callback(trace.write, config.trace)
+            first_round = before[1].round + 1 if before else 1
+            progress = stack.enter_context(Progress(config.rounds, first_round, trace=trace))
             for path, value, when in config.without_effect(_uses(config)):
                 progress.warn(f"{path} = {value!r} has no effect here: it counts if {when}")
             progress.stage(f"loading {config.foundation.name} and {config.data.name}")
@@ -102,7 +107,7 @@ class Simulation:
             if config.resume:
                 check_inputs(directory, read_config(directory), world.algorithm.made())
             progress.stage("starting hosts")
-            map_clients, num_hosts = stack.enter_context(hosts(world, on_event, driver))
+            map_clients, num_hosts = stack.enter_context(hosts(world, on_event, driver, trace))
             if world.config.client_batch_size == "auto":
                 world = with_measured_batch_size(world, map_clients, num_hosts, progress)
             if not config.resume:
@@ -113,7 +118,7 @@ class Simulation:
             if not has_locks:
                 progress.say("the file system has no locks: do not resume this run while it is going on")
             stack.enter_context(loaded())
-            summary = _run(world, map_clients, log, progress, started)
+            summary = _run(world, map_clients, log, progress, trace, started)
             summary |= {"warnings": verdict.warnings(summary), "failure": verdict.failure(summary)}
             for line in summary["warnings"]:
                 log.event("warning", text=line)
@@ -156,32 +161,31 @@ def _introduce(world: World, progress: Progress) -> None:
     progress.show(fits_table(world.fits))
 
 
-def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress, run_started: float) -> dict[str, Any]:
+def _run(
+    world: World, map_clients: MapClients, log: RunLog, progress: Progress, trace: Trace, run_started: float
+) -> dict[str, Any]:
     """Everything from the first evaluation to the summary; `run_started` on the monotonic clock, as if the parts of
     a resumed run had followed one another."""
     config, algorithm = world.config, world.algorithm
     state, facts = load_checkpoint(log.directory) or (None, None)
     if state is None or facts is None:
-        progress.stage("measuring zero-shot")
-        state = algorithm.init(config.seed)
-        tasks = world.heldout + world.heldout_by_level(algorithm.levels)
-        zero_shot = evaluate(world, map_clients, state, tasks)
-        facts = Facts(0, 0.0, 0, {group: dataclasses.asdict(score) for group, score in zero_shot.items()})
+        state, facts = algorithm.init(config.seed), Facts(0, 0.0, 0)
         save_checkpoint(log.directory, state, facts.at(time.monotonic() - run_started))
     log.truncate_after(facts.round)
 
     for round in range(facts.round + 1, config.rounds + 1):
         started = time.monotonic()
+        trace.begin(f"round {round}, training")
         state, result = algorithm.run_round(state, round, facts.virtual_s, world.conditions, world.data, map_clients)
         trained = time.monotonic()
         clients = client_columns(round, result, world.conditions.fleet)
         row = round_row(round, clients, facts.virtual_s + result.admission.round_s)
-        score = on_devices = None
+        scores: dict[str, Score] = {}
+        trace.begin(f"round {round}, evaluation and log")
         if round % config.evaluation.every == 0 or round == config.rounds:
-            largest = algorithm.levels[-1:]
-            scores = evaluate(world, map_clients, state, world.heldout + world.heldout_by_level(largest))
-            score = scores[ALL]
-            on_devices = scores[level_group(largest[0])].perplexity if largest else None
+            scores = evaluate(world, map_clients, state, algorithm.levels[-1:], exact=False)
+        score = scores.get(ALL)
+        on_devices = scores[level_group(algorithm.levels[-1])].perplexity if scores and algorithm.levels else None
         row |= {
             "server_flops": result.server.flops,
             "server_memory_bytes": result.server.memory_bytes,
@@ -200,7 +204,7 @@ def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress,
         if result.refused:
             log.event("refused", round=round, what=result.refused, why="the server's state would be not finite")
         state = algorithm.learn(state, result, score and score.perplexity)
-        facts = Facts(round, row["virtual_s"], facts.num_tokens + row["num_tokens"], facts.zero_shot)
+        facts = Facts(round, row["virtual_s"], facts.num_tokens + row["num_tokens"])
         if round % config.checkpoint_every == 0 or round == config.rounds:
             save_checkpoint(log.directory, state, facts.at(time.monotonic() - run_started))
         progress.round(row)
@@ -210,22 +214,21 @@ def _run(world: World, map_clients: MapClients, log: RunLog, progress: Progress,
 def _finish(
     world: World, map_clients: MapClients, log: RunLog, progress: Progress, state: ServerState, facts: Facts
 ) -> dict[str, Any]:
-    """Save the model, judge it, also against centralised tuning, and sum up the log."""
-    config = world.config
+    """Save the model, judge it exactly, against what it was and against centralised tuning, and sum up the log."""
+    config, levels = world.config, world.algorithm.levels
     with written_whole_dir(log.directory / ADAPTER) as part:
         world.algorithm.save(part, state.model_P)
     progress.stage("evaluating what came out")
-    levels = world.algorithm.levels
-    tasks = world.heldout + world.heldout_by_level(levels)
-    tuned = evaluate(world, map_clients, state, tasks)
-    zero_shot = {group: Score(**values) for group, values in facts.zero_shot.items()}
+    tuned = evaluate(world, map_clients, state, levels)
+    progress.stage("evaluating zero-shot, for comparison")
+    zero_shot = evaluate(world, map_clients, world.algorithm.init(config.seed), levels)
     centralised = None
     if config.evaluation.centralised and facts.num_tokens:
         progress.stage("tuning centrally, for comparison")
 
         def judge(model_P: Tensor) -> float:
             with_it = dataclasses.replace(state, model_P=model_P)
-            return evaluate(world, map_clients, with_it, world.heldout)[ALL].perplexity
+            return evaluate(world, map_clients, with_it)[ALL].perplexity
 
         reference = world.algorithm.reference
         centralised = tune_centrally(reference, world.data, config, facts.num_tokens, map_clients, judge)
@@ -248,16 +251,13 @@ def _finish(
 
 
 def evaluate(
-    world: World, map_clients: MapClients, state: ServerState, tasks: list[EvaluationTask]
+    world: World, map_clients: MapClients, state: ServerState, levels: Sequence[int] = (), exact: bool = True
 ) -> dict[str, Score]:
-    """Scores by group of the current model: of emulators on the hosts, of the foundation where it lies."""
-    evaluator, total = world.algorithm.evaluator(state), ScoreSum()
-    on_foundation = [task for task in tasks if task.level is None]
-    on_emulators = [task for task in tasks if task.level is not None]
-    if on_foundation:
-        total = total.merge(map_clients(evaluator, state.model_P, on_foundation, ScoreSum(), where="driver")[0])
-    if on_emulators:
-        total = total.merge(map_clients(evaluator, state.model_P, on_emulators, ScoreSum())[0])
+    """Scores of the current model by group: of the foundation, where it lies, and on hosts of models on devices."""
+    evaluator, total = world.algorithm.evaluator(state, exact), ScoreSum()
+    total = total.merge(map_clients(evaluator, state.model_P, world.heldout, ScoreSum(), where="driver")[0])
+    if levels:
+        total = total.merge(map_clients(evaluator, state.model_P, world.heldout_by_level(levels), ScoreSum())[0])
     return total.result()
 
 
@@ -271,7 +271,7 @@ def gap_closed(zero_shot: float, tuned: float, centralised: float | None) -> flo
 
 def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
     """A new run directory, or the one to go on with."""
-    settings = dataclasses.replace(world.config, out=None, resume=None, accept_changes=False).to_dict()
+    settings = dataclasses.replace(world.config, out=None, resume=None, accept_changes=False, trace=None).to_dict()
     if world.config.resume:
         return RunLog.resume(world.config.resume, settings)
     inputs = _inputs(world)
@@ -319,7 +319,7 @@ def _inputs(world: World) -> dict[str, str | None]:
     }
 
 
-_MAY_CHANGE = ("out", "resume", "accept_changes", "rounds", "checkpoint_every", "hosts")
+_MAY_CHANGE = ("out", "resume", "accept_changes", "trace", "rounds", "checkpoint_every", "hosts")
 _MUST_STAY = ("hosts.num_threads", "hosts.exclusive")  # the last bits depend on them
 
 

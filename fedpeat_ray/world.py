@@ -20,10 +20,11 @@ from fedpeat_ray.fleet.fits import Fits, check_fits, fits
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models.foundation import Foundation
 from fedpeat_ray.models.traits import check_tokenizer
-from fedpeat_ray.runtime.knee import MAX_SIZE, find_client_batch_size
+from fedpeat_ray.runtime.knee import MAX_SIZE, find_client_batch_size, remembered
 from fedpeat_ray.runtime.process import process_settings
 from fedpeat_ray.runtime.progress import Progress
 from fedpeat_ray.runtime.serial import Serial
+from fedpeat_ray.runtime.trace import Trace
 from fedpeat_ray.training.evaluation import EvaluationTask, evaluation_tasks
 from fedpeat_ray.training.map_clients import HostsAndDriver, MapClients
 
@@ -109,7 +110,7 @@ def furnished(world: World, driver: Any, progress: Progress) -> World:
 
 @contextlib.contextmanager
 def hosts(
-    world: World, on_event: Callable[..., None], driver: MapClients | None = None
+    world: World, on_event: Callable[..., None], driver: MapClients | None = None, trace: Trace | None = None
 ) -> Iterator[tuple[MapClients, int]]:
     """The configured side of the seam, and how many hosts it has; the driver does its own part of the work."""
     config = world.config.hosts
@@ -119,10 +120,10 @@ def hosts(
 
         if config.exclusive:
             ray_hosts = ExclusiveHosts(
-                config, world.held, on_event, world.conditions.fleet, world.algorithm.weights_bytes, large
+                config, world.held, on_event, world.conditions.fleet, world.algorithm.weights_bytes, large, trace
             )
         else:
-            ray_hosts = RayHosts(config, world.held, on_event, large)
+            ray_hosts = RayHosts(config, world.held, on_event, large, trace)
         with ray_hosts:
             yield HostsAndDriver(ray_hosts, driver) if driver else ray_hosts, ray_hosts.num_hosts
     else:
@@ -135,13 +136,20 @@ def with_measured_batch_size(world: World, map_clients: MapClients, num_hosts: i
     """The world with a client batch size in place of auto. Where they cannot be stacked, clients go one by one."""
     config, algorithm, size = world.config, world.algorithm, 1
     if algorithm.batches_clients and not config.hosts.exclusive:
-        progress.stage("measuring client batch sizes")
-        level = algorithm.levels[-1] if algorithm.levels else None
-        tasks = world.data.tasks(world.conditions.sample(1)[:MAX_SIZE], round=1)
-        tasks = [dataclasses.replace(task, level=level) for task in tasks]
-        state = algorithm.init(config.seed)
-        train = algorithm.trainer(state)
-        size = find_client_batch_size(map_clients, num_hosts, train, state.model_P, tasks, config.cohort_size)
+
+        def find() -> int:
+            progress.stage("measuring client batch sizes")
+            level = algorithm.levels[-1] if algorithm.levels else None
+            tasks = world.data.tasks(world.conditions.sample(1)[:MAX_SIZE], round=1)
+            tasks = [dataclasses.replace(task, level=level) for task in tasks]
+            state = algorithm.init(config.seed)
+            train = algorithm.trainer(state)
+            return find_client_batch_size(map_clients, num_hosts, train, state.model_P, tasks, config.cohort_size)
+
+        training = (config.local.batch_size, config.local.sequence_length, config.local.optimizer)
+        layout = (algorithm.layout.names, algorithm.layout.shapes, algorithm.memory_needs())
+        work = (algorithm.foundation.config_json, config.foundation.dtype, layout, training)
+        size = remembered((*work, config.cohort_size, num_hosts, config.hosts.num_threads), find)
         algorithm = algorithm.with_client_batch_size(size)
     config = dataclasses.replace(config, client_batch_size=size)
     return dataclasses.replace(world, config=config, algorithm=algorithm)

@@ -80,8 +80,7 @@ def judged(world: World) -> Table:
     """Held-out perplexity of the foundation and of each emulator."""
     algorithm = cast(FedPEAT, world.algorithm)
     with hosts(world, lambda kind, **facts: None) as (map_clients, _):
-        tasks = world.heldout + world.heldout_by_level(algorithm.levels)
-        scores = evaluate(world, map_clients, algorithm.init(0), tasks)
+        scores = evaluate(world, map_clients, algorithm.init(0), algorithm.levels)
     table = Table("level", "blocks", "emulator, MB", "perplexity")
     for level in algorithm.levels:
         megabytes = algorithm.emulators.costs.emulator_bytes_L[level - 1] / 1e6

@@ -83,9 +83,9 @@ class Emulated(Algorithm):
         """Local training of the part of the adapter that lies in the blocks of a task's level."""
         return self.emulators.on_levels(int(state.memory[VERSION]), lambda adapter: adapter.trainer(self.local))
 
-    def evaluator(self, state: ServerState) -> OnEmulators:
+    def evaluator(self, state: ServerState, exact: bool = True) -> OnEmulators:
         """The foundation, or the emulator of a task's level, with the current adapter."""
-        return self.emulators.on_levels(int(state.memory[VERSION]), lambda adapter: adapter.evaluator())
+        return self.emulators.on_levels(int(state.memory[VERSION]), lambda adapter: adapter.evaluator(exact))
 
     def control_memory(self, state: ServerState) -> Memory:
         """What the controller remembers."""

@@ -140,9 +140,9 @@ class FedPT(Algorithm):
         """Local training of the small model."""
         return self.on_small.trainer(state)
 
-    def evaluator(self, state: ServerState) -> EvaluateBoth:
-        """The proxy-tuned large model, or for tasks with a level the small one."""
-        return EvaluateBoth(EvaluateProxy(self.small, self.config.alpha), self.on_small.evaluator(state))
+    def evaluator(self, state: ServerState, exact: bool = True) -> EvaluateBoth:
+        """The proxy-tuned large model, always exactly, or for tasks with a level the small one."""
+        return EvaluateBoth(EvaluateProxy(self.small, self.config.alpha), self.on_small.evaluator(state, exact))
 
     def save(self, directory: Path, model_P: Tensor) -> None:
         """The small model's adapter."""

@@ -29,8 +29,6 @@ class Facts:
     virtual_s: float
     num_tokens: int
     """Trained by completed devices so far."""
-    zero_shot: dict[str, dict[str, float]]
-    """Scores before the first round, by group, as `Score`'s fields."""
     wall_s: float = 0.0
     """Measured: the run so far, loading included, in all its parts; 0 in checkpoints that do not say."""
 
@@ -60,7 +58,9 @@ def load_checkpoint(run_dir: Path) -> tuple[ServerState, Facts] | None:
         return None
     try:
         tensors = load_file(found[-1] / _STATE)
-        facts = Facts(**json.loads((found[-1] / _FACTS).read_text()))
+        values = json.loads((found[-1] / _FACTS).read_text())
+        values.pop("zero_shot", None)  # once known from the start
+        facts = Facts(**values)
     except (OSError, ValueError, TypeError) as error:
         raise RunDirError(f"{found[-1]} is no checkpoint of this version: {error}") from error
     moments, memory = (

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpeat_ray.fleet.fits import Fits
+from fedpeat_ray.runtime.trace import Trace
 
 NO_VALUE = "-"  # ASCII: a log may have any encoding
 IN_WORDS = {"plug_in": "plug-in", "proxy_tuned": "steered"}  # names of perplexities that say how `tuned` came about
@@ -38,10 +39,14 @@ class Progress:
         num_rounds: rounds of the whole run.
         first_round: the round it starts with; above 1 in a resumed run.
         console: where to write; by default standard output.
+        trace: is told what is done when.
     """
 
-    def __init__(self, num_rounds: int, first_round: int = 1, console: Console | None = None) -> None:
+    def __init__(
+        self, num_rounds: int, first_round: int = 1, console: Console | None = None, trace: Trace | None = None
+    ) -> None:
         self.num_rounds = num_rounds
+        self._trace = trace or Trace()
         self._console = console or _standard_output()
         self._walls_s: list[float] = []
         self._live: LiveProgress | None = None
@@ -63,7 +68,8 @@ class Progress:
             self._live.stop()
 
     def stage(self, text: str) -> None:
-        """Say what is done now, e.g. "measuring zero-shot"."""
+        """Say what is done now, e.g. "starting hosts"."""
+        self._trace.begin(text)
         if self._live:
             self._live.update(self._task, description=text)
         else:

@@ -15,8 +15,10 @@ import functools
 import gc
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,6 +44,7 @@ from fedpeat_ray.runtime.process import (
     limited_memory,
 )
 from fedpeat_ray.runtime.serial import Serial
+from fedpeat_ray.runtime.trace import Trace
 from fedpeat_ray.training.map_clients import Call, MapClients
 
 _GIB = 2**30
@@ -50,8 +53,23 @@ _TOLERANCE = 1.1  # of a device's cap: the memory model is held to 10 %
 _TRIES = 3  # within the cap: a thread that Ray starts meanwhile takes 8 MiB of it for its stack
 _HOST_LOST = (RayActorError, OutOfMemoryError, NodeDiedError)
 
-Facts = tuple[list[Any], int]
-"""What the main process is told of an aggregate, which itself may stay away: the reports, and its size in bytes."""
+
+@dataclass(frozen=True)
+class Facts:
+    """What the main process is told of an aggregate, which itself may stay away."""
+
+    what: str
+    """Was done."""
+    reports: list[Any]
+    num_bytes: int
+    started_s: float
+    stopped_s: float
+    """Of the work, in seconds since the epoch."""
+
+    @classmethod
+    def of(cls, what: Any, total: Any, reports: list[Any], started_s: float) -> Facts:
+        """Of work that is done now."""
+        return cls(_name(what), reports, getattr(total, "num_bytes", 0), started_s, time.time())
 
 
 class Host:
@@ -81,9 +99,10 @@ class Host:
 
     def run(self, tasks: Sequence[Any], call: Call, files: dict[Path, Sent]) -> tuple[Any, Facts]:
         """Train some batches of a call; returns their aggregate, and what is to be known of it."""
+        started_s = time.time()
         receive(files, self._known_files)
         total, reports = self._serial.run(dataclasses.replace(call, tasks=tasks))
-        return total, (reports, _num_bytes(total))
+        return total, Facts.of(call.train, total, reports, started_s)
 
     def run_capped(
         self, tasks: Sequence[ClientTask | Assignment], call: Call, files: dict[Path, Sent]
@@ -93,28 +112,33 @@ class Host:
         What training needs the first time only (code, an emulator's weights) is no part of it: a first, smaller task
         is trained without the cap.
         """
+        started_s = time.time()
         self.run([_smallest(task) for task in tasks], call, files)
         for _ in range(_TRIES):
             try:
                 total, reports = self._limited.run(dataclasses.replace(call, tasks=tasks))
-                return total, (reports, _num_bytes(total))
+                return total, Facts.of(call.train, total, reports, started_s)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-        return call.aggregator, ([ClientReport(task.device_id, None, MEMORY, 0.0) for task in tasks], 0)
+        reports = [ClientReport(task.device_id, None, MEMORY, 0.0) for task in tasks]
+        return call.aggregator, Facts.of(call.train, None, reports, started_s)
 
     def merge(self, first: Any, second: Any) -> tuple[Any, Facts]:
         """One aggregate of two."""
+        started_s = time.time()
         total = first.merge(second)
-        return total, ([], _num_bytes(total))
+        return total, Facts.of("merge", total, [], started_s)
 
     def process_id(self) -> int:
         """For tests that kill a host."""
         return os.getpid()
 
 
-def _num_bytes(aggregate: Any) -> int:
-    return getattr(aggregate, "num_bytes", 0)
+def _name(work: Any) -> str:
+    """Of what is done in the end, in whatever it is wrapped."""
+    inner = getattr(work, "train", None) or getattr(work, "whole", None)
+    return work if isinstance(work, str) else _name(inner) if inner else getattr(work, "__name__", type(work).__name__)
 
 
 def _smallest(task: ClientTask | Assignment) -> ClientTask | Assignment:
@@ -135,13 +159,14 @@ class RayHosts(MapClients):
         foundation: Foundation,
         on_event: Callable[..., None],
         driver: Foundation | None = None,
+        trace: Trace | None = None,
     ):
         """`on_event(kind, **facts)` hears of lost hosts; `driver` is what hosts do the driver's work on, if it is
-        another model than `foundation`.
+        another model than `foundation`; `trace` is told what hosts do when.
 
         Raises ConfigError for GPUs that are not there.
         """
-        self._on_event = on_event
+        self._on_event, self._trace = on_event, trace or Trace()
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             start_or_join((config.num_hosts or 1) * config.num_threads)
@@ -216,12 +241,12 @@ class RayHosts(MapClients):
         first, *waiting = (facts for facts in running if running[facts][0] is host)
         _, job, part = running[first]
         try:
-            reports, num_bytes = ray.get(first)
-            part = Away(part) if num_bytes > _LARGE_BYTES else ray.get(part)
+            facts: Facts = ray.get(first)
+            part = Away(part) if facts.num_bytes > _LARGE_BYTES else ray.get(part)
         except _HOST_LOST as error:
             del running[first]
-            for facts in waiting:  # never begun
-                jobs.give_back(running.pop(facts)[1])
+            for never_begun in waiting:
+                jobs.give_back(running.pop(never_begun)[1])
             self._discard(host)
             self._lost(job, error)
             jobs.lost(job)
@@ -231,8 +256,14 @@ class RayHosts(MapClients):
             jobs.parts_lost(job)
         else:
             del running[first]
+            self._note(host, job, facts)
             self._give_back(host)
-            jobs.done(job, part, reports)
+            jobs.done(job, part, facts.reports)
+
+    def _note(self, host: Any, job: Job, facts: Facts) -> None:
+        """For the timeline."""
+        lane = f"host {self._hosts.index(host)}" if host in self._hosts else "devices of their own"
+        self._trace.add(lane, facts.what, facts.started_s, facts.stopped_s, batches=job.span[1] - job.span[0])
 
     def _take(self, job: Job, num_running: int) -> Any | None:
         """A host that is free for this job, if there is one. Long jobs are there before the one at work is done: a
@@ -302,9 +333,10 @@ class ExclusiveHosts(RayHosts):
         fleet: Fleet,
         weights_bytes: Callable[[int | None], int],
         driver: Foundation | None = None,
+        trace: Trace | None = None,
     ):
         """`weights_bytes(level)`: what the memory model counts for the weights of the model on a device."""
-        super().__init__(dataclasses.replace(config, num_hosts=1), foundation, on_event, driver)
+        super().__init__(dataclasses.replace(config, num_hosts=1), foundation, on_event, driver, trace)
         self._fleet, self._weights_bytes = fleet, weights_bytes
         self._has_gpus = bool(ray.cluster_resources().get("GPU"))
         self._num_slots = max(1, int(ray.cluster_resources()["CPU"]))

@@ -5,11 +5,9 @@ Chrome's trace format, for https://ui.perfetto.dev or chrome://tracing; `workloa
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +21,26 @@ class Trace:
 
     def __init__(self) -> None:
         self._spans: list[tuple[str, str, float, float, dict[str, Any]]] = []
+        self._now: tuple[str, float] | None = None
 
     def add(self, lane: str, name: str, start_s: float, stop_s: float, **facts: Any) -> None:
         """Something that was done."""
         self._spans.append((lane, name, start_s, stop_s, facts))
 
-    @contextlib.contextmanager
-    def span(self, name: str, **facts: Any) -> Iterator[None]:
-        """Something that the main process does, perhaps by letting hosts do it."""
-        started = time.time()
-        try:
-            yield
-        finally:
-            self.add(MAIN, name, started, time.time(), **facts)
+    def begin(self, name: str) -> None:
+        """The main process does this from now on, perhaps by letting hosts do it, and nothing of before any more."""
+        self.end()
+        self._now = (name, time.time())
+
+    def end(self) -> None:
+        """What the main process does ends."""
+        if self._now is not None:
+            self.add(MAIN, *self._now, time.time())
+        self._now = None
 
     def write(self, path: Path) -> None:
         """The file; what was there before goes."""
+        self.end()
         lanes = {lane: number for number, lane in enumerate(dict.fromkeys([MAIN, *(lane for lane, *_ in self._spans)]))}
         first_s = min((start_s for _, _, start_s, _, _ in self._spans), default=0.0)
         events: list[dict[str, Any]] = [
@@ -64,10 +66,9 @@ class Trace:
 def process_started_s() -> float:
     """When this process began, in seconds since the epoch; where that cannot be known, now."""
     try:
-        after_boot_s = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        boot_s = next(
-            int(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime")
-        )
-        return boot_s + after_boot_s
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        lines = Path("/proc/stat").read_text().splitlines()
+        boot_s = next(int(line.split()[1]) for line in lines if line.startswith("btime"))
+        return boot_s + int(fields[19]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, StopIteration):
         return time.time()

@@ -54,8 +54,8 @@ class Adapter(Protocol):
         be sent in every step."""
         ...
 
-    def evaluator(self) -> Callable:
-        """`train(backbone, adapter_P, tasks)` that scores held-out text."""
+    def evaluator(self, exact: bool = True) -> Callable:
+        """`train(backbone, adapter_P, tasks)` that scores held-out text, exactly or in the type of training."""
         ...
 
     def plugged(self, model: PreTrainedModel, adapter_P: Tensor) -> contextlib.AbstractContextManager:
@@ -94,8 +94,8 @@ class LoraAdapter:
     def gradient(self) -> LoraGradient:
         return LoraGradient(self.lora)
 
-    def evaluator(self) -> EvaluateLora:
-        return EvaluateLora(self.lora)
+    def evaluator(self, exact: bool = True) -> EvaluateLora:
+        return EvaluateLora(self.lora, exact)
 
     @contextlib.contextmanager
     def plugged(self, model: PreTrainedModel, adapter_P: Tensor) -> Iterator[None]:
@@ -129,8 +129,8 @@ class WeightsAdapter:
     def gradient(self) -> None:
         return None
 
-    def evaluator(self) -> EvaluateWeights:
-        return EvaluateWeights(self.layout)
+    def evaluator(self, exact: bool = True) -> EvaluateWeights:
+        return EvaluateWeights(self.layout)  # whole weights are trained in the exact type
 
     def plugged(self, model: PreTrainedModel, adapter_P: Tensor) -> contextlib.AbstractContextManager:
         return replaced_weights(model, self.layout, adapter_P)

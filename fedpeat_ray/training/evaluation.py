@@ -100,9 +100,11 @@ class EvaluateLora:
     """`train(backbone, adapter_P, tasks)` for evaluation: the backbone with this adapter."""
 
     lora: Lora
+    exact: bool = True
+    """Whether in the exact type, or in that of training: faster, and within 0.1 % of perplexity."""
 
     def __call__(self, backbone: Backbone, adapter_P: Tensor, tasks: Sequence[EvaluationTask]):
-        model = backbone.exact
+        model = backbone.exact if self.exact else backbone.training
         with torch.no_grad(), stacked_lora(model, self.lora) as set_factors:
             set_factors(adapter_P.to(next(model.parameters()).device).unsqueeze(0))
             return [_score(model, task) for task in tasks]

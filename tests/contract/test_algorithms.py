@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,13 @@ def test_it_starts_from_the_foundation_alike_every_time(world, serial):
     one, other = (world.algorithm.init(3) for _ in range(2))
     assert_equal(one, other)
     assert one.model_P.shape == (world.algorithm.layout.num_elements,) and one.model_P.dtype == torch.float32
-    scores = evaluate(world, serial, one, world.heldout + world.heldout_by_level(world.algorithm.levels))
+    scores = evaluate(world, serial, one, world.algorithm.levels)
     plain = serial.backbone if serial.driver is None else serial.driver
     tokens = torch.from_numpy(world.heldout[0].tokens_NT)
     valid = torch.arange(tokens.shape[1]) < torch.from_numpy(world.heldout[0].lengths_N)[:, None]
     with torch.no_grad():
         loss = plain.exact(input_ids=tokens, labels=tokens.masked_fill(~valid, -100)).loss.double().item()
-    first = evaluate(world, serial, one, world.heldout[:1])["all"]
+    first = evaluate(dataclasses.replace(world, heldout=world.heldout[:1]), serial, one)["all"]
     assert first.loss / first.num_tokens == pytest.approx(loss, rel=1e-5)
     assert len(scores) == 1 + len(world.algorithm.levels)
 
@@ -109,7 +110,7 @@ def test_a_round_accounts_for_every_device_that_was_sampled(world, serial):
 def test_its_state_survives_a_checkpoint(world, serial, tmp_path):
     state, result = run_round(world, serial, world.algorithm.init(3))
     state = world.algorithm.learn(state, result, None)
-    save_checkpoint(tmp_path, state, Facts(1, 0.0, 0, {}))
+    save_checkpoint(tmp_path, state, Facts(1, 0.0, 0))
     found = load_checkpoint(tmp_path)
     assert found is not None
     assert_equal(found[0], state)
@@ -135,7 +136,7 @@ def test_what_it_saves_is_the_same_twice(world, tmp_path):
 
 def test_what_it_tells_the_engine_can_be_written_down(world, serial):
     algorithm, state = world.algorithm, world.algorithm.init(3)
-    scores = evaluate(world, serial, state, world.heldout + world.heldout_by_level(algorithm.levels))
+    scores = evaluate(world, serial, state, algorithm.levels)
     json.dumps([algorithm.facts(), algorithm.digests(), algorithm.made(), algorithm.summary(scores, scores)])
     assert all(isinstance(value, str | None) for value in {**algorithm.digests(), **algorithm.made()}.values())
     needs = algorithm.memory_needs()

@@ -271,14 +271,14 @@ def test_an_adapter_that_could_not_be_written_whole_is_not_there(run, tmp_path, 
 
 def test_the_last_checkpoint_is_the_one_of_the_highest_round(tmp_path):
     state = ServerState(torch.zeros(1), {}, {})
-    save_checkpoint(tmp_path, state, Facts(99_999, 1.0, 1, {}))
+    save_checkpoint(tmp_path, state, Facts(99_999, 1.0, 1))
     kept = tmp_path / "checkpoints" / "99999"
     shutil.copytree(kept, tmp_path / "kept")
-    save_checkpoint(tmp_path, state, Facts(100_000, 1.0, 1, {}))
+    save_checkpoint(tmp_path, state, Facts(100_000, 1.0, 1))
     shutil.copytree(tmp_path / "kept", kept)  # as if the process had ended before the older one was removed
     found = load_checkpoint(tmp_path)
     assert found is not None and found[1].round == 100_000
-    save_checkpoint(tmp_path, state, Facts(100_001, 1.0, 1, {}))
+    save_checkpoint(tmp_path, state, Facts(100_001, 1.0, 1))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["100001"]
     for round in (99_999, 100_000):
         (tmp_path / "rounds").mkdir(exist_ok=True)

@@ -138,6 +138,18 @@ def test_the_batch_size_that_was_measured_is_written_down_and_repeats_the_run(ru
     assert_same_bits(one, tmp_path / "again")
 
 
+def test_the_batch_size_that_was_measured_is_remembered_for_runs_of_the_same_kind(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = []
+    monkeypatch.setattr(
+        "fedpeat_ray.world.find_client_batch_size", lambda *_: found.append(len(found) + 2) or found[-1]
+    )
+    for name, changes in (("one", {}), ("again", {"seed": 9}), ("longer", {"local": {"sequence_length": 16}})):
+        run(name, client_batch_size="auto", rounds=1, **changes)
+    found = [read_config(tmp_path / name)["config"]["client_batch_size"] for name in ("one", "again", "longer")]
+    assert found == [2, 2, 3]
+
+
 @pytest.mark.parametrize(("algorithm", "rate"), [("fed-peft", 2e-3), ("fed-avg", 5e-4)])
 def test_the_learning_rate_that_suits_the_algorithm_is_written_down_and_resumed(run, tiny, tmp_path, algorithm, rate):
     local = LocalConfig(sequence_length=32, max_steps=3)
