@@ -11,7 +11,7 @@ VENV = .venv/bin
 SETUP = .venv/installed
 
 # A worker a core, no more than there is work for: what needs Ray is one's (tests/conftest.py).
-PYTEST = $(VENV)/pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
+PYTEST = $(VENV)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # Two computations of one number are compared: what passes on this machine's vector instructions must pass without.
 NUMBERS = tests/parity $(addprefix tests/unit/test_,foundation.py emulator.py proxy.py vit_emulator.py) \
@@ -30,7 +30,7 @@ test: lint
 
 full: test parity-avx2
 	$(PYTEST) -m full
-	FEDPEAT_MEMORY_SETTINGS=40 $(PYTEST) tests/parity/test_memory_model.py
+	FEDPEAT_MEMORY_SETTINGS=40 $(PYTEST) --dist load tests/parity/test_memory_model.py
 
 parity-elsewhere: parity-plain parity-avx2
 

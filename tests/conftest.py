@@ -15,18 +15,28 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+ON_RAY = "tests/ray/"
 
-@pytest.hookimpl(tryfirst=True)
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where there are several workers, each takes whole files, so that what these share is made once.
+    """What needs Ray comes first: where there are several workers, others have time for the rest meanwhile."""
+    items.sort(key=lambda item: not item.nodeid.startswith(ON_RAY))
 
-    All that needs Ray is one worker's, who starts one, and it comes first: others have time for the rest meanwhile.
-    """
-    on_ray = Path(__file__).parent / "ray"
-    items.sort(key=lambda item: item.path.parent != on_ray)
-    for item in items:
-        name = "ray" if item.path.parent == on_ray else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(name))
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`, which gives workers whole files: all that needs Ray is one, so there is one Ray."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    if config.getvalue("dist") != "loadfile":
+        return None
+
+    class WholeFiles(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return ON_RAY if nodeid.startswith(ON_RAY) else nodeid.split("::")[0]
+
+    config.option.loadscopereorder = False
+    return WholeFiles(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
