@@ -9,7 +9,7 @@ from pathlib import Path
 import own_examples
 import pytest
 from tiny_runs import arguments
-from whole_runs import assert_same_bits, table
+from whole_runs import assert_same_bits, summary, table
 
 from analysis import load_run
 from analysis.report import write_report
@@ -78,4 +78,6 @@ def test_what_is_given_in_python_is_what_is_named_on_the_command_line(command, t
     plain["server"]["aggregator"] = "weighted-mean"
     plain["out"] = str(tmp_path / "python")
     Simulation(SimulationConfig.from_dict(plain), **found).run()
-    assert_same_bits(from_shell, tmp_path / "python")
+    one, other = (summary(directory) for directory in (from_shell, tmp_path / "python"))
+    assert one.pop("algorithm").endswith("my_algorithm.py:Cooling") and other.pop("algorithm").endswith(":Cooling")
+    assert one == other, "under another name"
