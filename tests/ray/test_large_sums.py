@@ -18,7 +18,7 @@ from fedpeat_ray.models.foundation import load_backbone, prepare
 from fedpeat_ray.records import ClientReport
 from fedpeat_ray.runtime import ray_hosts
 from fedpeat_ray.runtime.host_jobs import Away, HostJobs, Job
-from fedpeat_ray.runtime.ray_hosts import RayHosts
+from fedpeat_ray.runtime.ray_hosts import Facts, RayHosts
 from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.training.client_batch import ClientUpdate
 
@@ -77,7 +77,7 @@ def test_sums_that_went_with_their_node_are_made_again(hosts, expected, monkeypa
 
     def get_with_losses(ref: Any, **options: Any) -> Any:
         value = get(ref, **options)
-        merged = isinstance(value, tuple) and value[0] == []  # what is told of a merge
+        merged = isinstance(value, Facts) and value.what == "merge"
         if (merged and len(lost) < 2) or (isinstance(value, WeightedMean) and len(lost) == 2):
             lost.append(ref)
             raise ObjectLostError(ref.hex(), None, "")

@@ -16,11 +16,11 @@ from tiny_runs import batches, parse
 from whole_runs import assert_same_bits, events
 
 from fedpeat_ray import Simulation
-from fedpeat_ray.algorithms import fed_peft
 from fedpeat_ray.config import HostsConfig
 from fedpeat_ray.errors import HostLostError
 from fedpeat_ray.models.foundation import prepare
 from fedpeat_ray.runtime.ray_hosts import RayHosts
+from fedpeat_ray.training import adapters
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -42,7 +42,7 @@ def train_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Replaces local training by one of failing_hosts."""
 
     def replace(train: type, **values: object) -> None:
-        monkeypatch.setattr(fed_peft, "TrainClientBatch", functools.partial(train, **values))
+        monkeypatch.setattr(adapters, "TrainClientBatch", functools.partial(train, **values))
 
     return replace
 
