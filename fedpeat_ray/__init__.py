@@ -1,15 +1,23 @@
 """Federated fine-tuning of foundation models on a simulated fleet of heterogeneous devices, on Ray."""
 
-import gc
+from __future__ import annotations
 
-_collects = gc.isenabled()
-gc.disable()  # what is being loaded is no garbage, and looking for some in it takes a sixth of the time
+from typing import TYPE_CHECKING, Any
 
-from fedpeat_ray.config import SimulationConfig  # noqa: E402
-from fedpeat_ray.simulation import Simulation  # noqa: E402
+from fedpeat_ray.config import SimulationConfig
+from fedpeat_ray.loading import loading
 
-if _collects:
-    gc.enable()
+if TYPE_CHECKING:
+    from fedpeat_ray.simulation import Simulation
 
 __version__ = "0.1.0"
 __all__ = ["Simulation", "SimulationConfig", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Simulation is loaded when it is asked for: with PyTorch and transformers, that takes seconds."""
+    if name != "Simulation":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with loading():
+        from fedpeat_ray.simulation import Simulation
+    return Simulation

@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -44,6 +44,9 @@ from fedpeat_ray.training.evaluation import Score, ScoreSum
 from fedpeat_ray.training.map_clients import MapClients
 from fedpeat_ray.world import World, driver_of, furnished, hosts, prepare, with_measured_batch_size
 
+if TYPE_CHECKING:
+    from fedpeat_ray.runtime.host_pool import HostPool
+
 
 class Simulation:
     """A federated run from a configuration; `run` does it and returns what summary.json holds."""
@@ -69,9 +72,9 @@ class Simulation:
         self.directory: Path | None = None
         """The run directory, known once `run` has started."""
 
-    def run(self) -> dict[str, Any]:
-        """Run all rounds. Raises a FedPeatError, with nothing written, if something does not fit; RunFailedError, with
-        everything written, if nothing came out."""
+    def run(self, pool: HostPool | None = None) -> dict[str, Any]:
+        """Run all rounds, on hosts from the pool if there is one. Raises a FedPeatError, with nothing written, if
+        something does not fit; RunFailedError, with everything written, if nothing came out."""
         config, started, log, trace = self.config, time.monotonic(), None, Trace()
         trace.add(MAIN, "loading Python's modules", process_started_s(), time.time())
         directory = config.resume or config.out or default_run_dir(own.short(config.algorithm), config.seed)
@@ -107,7 +110,7 @@ class Simulation:
             if config.resume:
                 check_inputs(directory, read_config(directory), world.algorithm.made())
             progress.stage("starting hosts")
-            map_clients, num_hosts = stack.enter_context(hosts(world, on_event, driver, trace))
+            map_clients, num_hosts = stack.enter_context(hosts(world, on_event, driver, trace, pool))
             if world.config.client_batch_size == "auto":
                 world = with_measured_batch_size(world, map_clients, num_hosts, progress)
             if not config.resume:

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedpeat_ray.algorithms.algorithm import ALL, Algorithm, Given, level_group
 from fedpeat_ray.algorithms.find import find_algorithm
@@ -27,6 +27,9 @@ from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.runtime.trace import Trace
 from fedpeat_ray.training.evaluation import EvaluationTask, evaluation_tasks
 from fedpeat_ray.training.map_clients import HostsAndDriver, MapClients
+
+if TYPE_CHECKING:
+    from fedpeat_ray.runtime.host_pool import HostPool
 
 
 @dataclass(frozen=True)
@@ -110,9 +113,14 @@ def furnished(world: World, driver: Any, progress: Progress) -> World:
 
 @contextlib.contextmanager
 def hosts(
-    world: World, on_event: Callable[..., None], driver: MapClients | None = None, trace: Trace | None = None
+    world: World,
+    on_event: Callable[..., None],
+    driver: MapClients | None = None,
+    trace: Trace | None = None,
+    pool: HostPool | None = None,
 ) -> Iterator[tuple[MapClients, int]]:
-    """The configured side of the seam, and how many hosts it has; the driver does its own part of the work."""
+    """The configured side of the seam, and how many hosts it has; the driver does its own part of the work. Hosts come
+    from the pool, if there is one."""
     config = world.config.hosts
     large = world.foundation if driver is None and world.held is not world.foundation else None
     if config.backend == "ray":
@@ -120,10 +128,10 @@ def hosts(
 
         if config.exclusive:
             ray_hosts = ExclusiveHosts(
-                config, world.held, on_event, world.conditions.fleet, world.algorithm.weights_bytes, large, trace
+                config, world.held, on_event, world.conditions.fleet, world.algorithm.weights_bytes, large, trace, pool
             )
         else:
-            ray_hosts = RayHosts(config, world.held, on_event, large, trace)
+            ray_hosts = RayHosts(config, world.held, on_event, large, trace, pool)
         with ray_hosts:
             yield HostsAndDriver(ray_hosts, driver) if driver else ray_hosts, ray_hosts.num_hosts
     else:

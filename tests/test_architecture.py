@@ -12,7 +12,9 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 MODULES = sorted((REPOSITORY / "fedpeat_ray").rglob("*.py"))
 LATER = ("ray", "deepspeed", "datasets", "matplotlib", "tyro")  # what only some runs need
-MAY_IMPORT_RAY = {f"fedpeat_ray/runtime/{name}.py" for name in ("ray_hosts", "foundation_driver", "node_files")}
+MAY_IMPORT_RAY = {
+    f"fedpeat_ray/runtime/{name}.py" for name in ("host_pool", "ray_hosts", "foundation_driver", "node_files")
+}
 MAY_IMPORT_DEEPSPEED = {"fedpeat_ray/runtime/foundation_driver.py"}
 
 

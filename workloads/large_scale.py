@@ -8,35 +8,48 @@ Go on with an interrupted run: python workloads/large_scale.py --resume DIR [--r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
-from transformers.utils.logging import disable_progress_bar
 
-from analysis.report import write_report
-from fedpeat_ray import Simulation, SimulationConfig
+from fedpeat_ray import SimulationConfig
 from fedpeat_ray.errors import FedPeatError, RunFailedError
-from fedpeat_ray.runtime.process import Terminated, raised_on_sigterm
-from fedpeat_ray.runtime.progress import print_summary
-from fedpeat_ray.runtime.run_log import last_round, read_settings
+from fedpeat_ray.runtime.signals import Terminated, raised_on_sigterm
+
+if TYPE_CHECKING:
+    from fedpeat_ray import Simulation
+    from fedpeat_ray.runtime.host_pool import HostPool
 
 
 def main(arguments: list[str]) -> int:
     """Run the simulation that the command line describes; returns the exit status."""
-    disable_progress_bar()  # our own says enough
     simulation, status = None, 0
     try:
-        with raised_on_sigterm():
+        with raised_on_sigterm(), contextlib.ExitStack() as stack:
             config = tyro.cli(SimulationConfig, args=arguments, description=__doc__, default=defaults(arguments))
+            config.validate()
+            print(f"{config.algorithm} on {config.foundation.name}: loading PyTorch and transformers", flush=True)
+            pool = hosts_that_start_meanwhile(config, stack)
+
+            from transformers.utils.logging import disable_progress_bar
+
+            from fedpeat_ray import Simulation
+            from fedpeat_ray.runtime.progress import print_summary
+
+            disable_progress_bar()  # our own says enough
             simulation = Simulation(config)
             try:
-                summary = simulation.run()
+                summary = simulation.run(pool)
             except RunFailedError as error:
                 print(f"error: {error}", file=sys.stderr)
                 summary, status = error.summary, 2
+            from analysis.report import write_report
+
             assert simulation.directory is not None
             print_summary(summary)
             print(f"report: {write_report([simulation.directory])}")
@@ -50,11 +63,26 @@ def main(arguments: list[str]) -> int:
     return status
 
 
+def hosts_that_start_meanwhile(config: SimulationConfig, stack: contextlib.ExitStack) -> HostPool | None:
+    """They load what they compute with while this process does; None where hosts come later or not at all: on the
+    serial side, and where shards of the foundation take their GPUs first."""
+    if config.hosts.backend != "ray" or config.foundation.num_shards > 1:
+        return None
+    from fedpeat_ray.runtime.host_pool import HostPool
+
+    pool = stack.enter_context(HostPool(config.hosts))
+    if not config.hosts.exclusive:
+        pool.start(config.hosts)
+    return pool
+
+
 def where_it_stopped(simulation: Simulation | None) -> str:
     """A line about an interrupted run: what is there, and how to go on with it."""
     directory = simulation and (simulation.directory or simulation.config.resume)
     if simulation is None or directory is None:
         return "interrupted before the run directory was made"
+    from fedpeat_ray.runtime.run_log import last_round
+
     rounds = f"{last_round(directory)} of {simulation.config.rounds} rounds are complete"
     command = f"python workloads/large_scale.py --resume {shlex.quote(str(directory))}"
     return f"interrupted: {rounds} in {directory}; go on with: {command}"
@@ -67,6 +95,8 @@ def defaults(arguments: list[str]) -> SimulationConfig:
     directory = parser.parse_known_args(arguments)[0].resume
     if directory is None:
         return SimulationConfig()
+    from fedpeat_ray.runtime.run_log import read_settings
+
     return dataclasses.replace(read_settings(directory), out=None, resume=None)  # how that run was started itself
 
 

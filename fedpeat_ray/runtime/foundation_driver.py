@@ -30,8 +30,8 @@ from fedpeat_ray.errors import ConfigError, DriverLostError
 from fedpeat_ray.files import written_whole
 from fedpeat_ray.models import weight_files
 from fedpeat_ray.models.foundation import Backbone, Foundation, empty
+from fedpeat_ray.runtime.host_pool import start_or_join
 from fedpeat_ray.runtime.node_files import Sent, files_of, receive, send, send_file, travel_by_value
-from fedpeat_ray.runtime.ray_hosts import start_or_join
 from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.training.map_clients import Call, MapClients
 

@@ -1,4 +1,4 @@
-"""How a process that trains is set up: threads, memory that is kept, memory that is capped, and what ends it."""
+"""How a process that trains is set up: threads, memory that is kept, memory that is capped."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 import ctypes
 import gc
 import resource
-import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,33 +21,6 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came; like Ctrl-C, it is no Exception."""
-
-
-@contextlib.contextmanager
-def raised_on_sigterm() -> Iterator[None]:
-    """SIGTERM raises Terminated in the main thread, so that what was begun is put in order."""
-
-    def stop(*_: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def kept_sigterm() -> Iterator[None]:
-    """Who handles SIGTERM, if anybody set that up before, does so afterwards: Ray takes it over."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(before) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ import ray
 import tiny_runs
 
 from fedpeat_ray import Simulation
+from fedpeat_ray.config import HostsConfig
+from fedpeat_ray.runtime.host_pool import HostPool
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,10 +42,10 @@ def uninterrupted(tiny_arguments: Callable[..., list[str]], tmp_path_factory: py
 
 @pytest.fixture(scope="session")
 def local_ray(_own_places: None) -> Iterator[None]:
-    """A Ray of 4 cores, whatever the machine has, which every run of the session joins."""
+    """A Ray of 6 cores, whatever the machine has, which every run of the session joins."""
     ray.init(
         address="local",
-        num_cpus=4,
+        num_cpus=6,
         object_store_memory=128 * 2**20,
         include_dashboard=False,
         log_to_driver=False,
@@ -51,3 +53,10 @@ def local_ray(_own_places: None) -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def pool(local_ray: None) -> Iterator[HostPool]:
+    """Hosts that runs take turns with."""
+    with HostPool(HostsConfig()) as pool:
+        yield pool

@@ -50,6 +50,13 @@ def below(process_id: int | None = None) -> list[Known]:
     return found
 
 
+def naming(folder: Path) -> list[Known]:
+    """All processes whose command line has this folder in it."""
+    every = psutil.process_iter(["pid", "create_time", "name", "cmdline"])
+    found = [each.info for each in every if any(str(folder) in word for word in each.info["cmdline"] or ())]
+    return [Known(each["pid"], each["create_time"], each["name"]) for each in found]
+
+
 def living(processes: list[Known], timeout_s: float = 60) -> list[Known]:
     """Those that are still there after this time at most."""
     deadline = time.monotonic() + timeout_s

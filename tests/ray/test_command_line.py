@@ -1,4 +1,4 @@
-"""The command line: what is wrong is said in one line before anything is started or written."""
+"""The command line: what is wrong is said in one line before anything is trained or written."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import ray
-from processes import forked
+from processes import forked, living, naming
 from tiny_runs import REPOSITORY
 
-from fedpeat_ray.runtime import ray_hosts
+from fedpeat_ray.config import HostsConfig
+from fedpeat_ray.runtime import host_pool, ray_hosts
 from workloads.large_scale import main
 
 
@@ -31,16 +32,33 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def refusal(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[[list[str]], str]:
-    """Runs a command line that must be refused; returns the line that says why."""
+    """Runs a command line that must be refused; returns the line that says why. Hosts may start meanwhile, and end."""
+    pools: list[str] = []
+
+    class Pool:
+        def __init__(self, config: HostsConfig):
+            pools.append("began")
+
+        def start(self, config: HostsConfig) -> None:
+            pass
+
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pools.append("ended")
 
     def started(*_: object, **__: object) -> None:
-        pytest.fail("Ray was started")
+        pytest.fail("hosts were given something to hold")
 
     def refuse(arguments: list[str]) -> str:
+        monkeypatch.setattr(host_pool, "HostPool", Pool)
         monkeypatch.setattr(ray_hosts.RayHosts, "__init__", started)
         monkeypatch.setattr(ray, "init", started)
         assert main([*arguments, "--hosts.backend", "ray"]) == 2
         assert not runs.exists()
+        assert pools in ([], ["began", "ended"])
+        pools.clear()
         return _one_line(capfd.readouterr().err)
 
     return refuse
@@ -146,21 +164,20 @@ def test_a_number_that_is_none_ends_with_a_non_zero_exit(runs, capfd):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        (("--foundation.name", "nobody/no-such-model"), "foundation.name = 'nobody/no-such-model'"),
-        (("--data.name", "nobody/no-such-text"), "data.name = 'nobody/no-such-text'"),
-    ],
-    ids=["foundation", "data"],
+    ("field", "name", "backend"),
+    [("foundation.name", "nobody/no-such-model", "ray"), ("data.name", "nobody/no-such-text", "serial")],
 )
-def test_a_name_that_the_hub_does_not_give_ends_the_process(wrong, said, tiny_arguments, short_folder, tmp_path):
+def test_a_name_that_the_hub_does_not_give_ends_all_processes(
+    field, name, backend, tiny_arguments, short_folder, tmp_path
+):
     places = {"RAY_TMPDIR": str(short_folder), "FEDPEAT_RUNS": str(tmp_path / "runs")}
     out, error = tmp_path / "out", tmp_path / "error"
-    status = forked(out, error, _main_at, tmp_path, places, tiny_arguments(*wrong, "--hosts.backend", "ray"))
-    assert status == 2
-    assert said in _one_line(error.read_text())
+    arguments = tiny_arguments(f"--{field}", name, "--hosts.backend", backend)
+    assert forked(out, error, _main_at, tmp_path, places, arguments) == 2
+    assert f"{field} = '{name}'" in _one_line(error.read_text())
     assert not (tmp_path / "runs").exists()
-    assert not list(short_folder.iterdir()), "Ray was started"
+    assert bool(list(short_folder.iterdir())) == (backend == "ray"), "whether Ray was started"
+    assert not living(naming(short_folder)), "what was started has ended"
 
 
 def _main_at(folder: Path, environment: dict[str, str], arguments: list[str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,8 +29,7 @@ from fedpeat_ray.training.client_batch import TrainClientBatch
 from fedpeat_ray.world import prepare
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_a_device_that_runs_into_its_cap_is_reported_and_the_others_train_the_same_bits(gpt2_dir):
+def test_a_device_that_runs_into_its_cap_is_reported_and_the_others_train_the_same_bits(pool, gpt2_dir):
     foundation = foundations.prepare(str(gpt2_dir), "float32")
     lora = find_lora(foundations.load(foundation), LoraConfig(rank=2))
     start_P, train = lora.init(0), TrainClientBatch(lora, LocalConfig(learning_rate=2e-3))
@@ -41,7 +41,8 @@ def test_a_device_that_runs_into_its_cap_is_reported_and_the_others_train_the_sa
     ]
     fleet = build_fleet(FleetConfig(num_devices=10), seed=0)
     fleet = dataclasses.replace(fleet, memory_cap_bytes=np.full(10, 64 * 2**20))
-    with ExclusiveHosts(HostsConfig(), foundation, lambda *_, **__: None, fleet, lambda level: 2**20) as hosts:
+    told: Any = (foundation, lambda *_, **__: None, fleet, lambda level: 2**20)
+    with ExclusiveHosts(HostsConfig(), *told, pool=pool) as hosts:
         mean, (fits, too_large) = hosts(train, start_P, tasks, WeightedMean())
     assert fits.failure is None
     assert (too_large.device_id, too_large.failure, too_large.train_loss) == (5, MEMORY, None)
@@ -65,9 +66,8 @@ def heavy_dir(tmp_path_factory: pytest.TempPathFactory, gpt2_dir: Path) -> Path:
     return directory
 
 
-@pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_device_that_the_memory_model_just_admits_trains_and_one_that_is_too_small_does_not(heavy_dir, dtype):
+def test_a_device_that_the_memory_model_just_admits_trains_and_one_that_is_too_small_does_not(pool, heavy_dir, dtype):
     foundation = foundations.prepare(str(heavy_dir), dtype)
     model = foundations.load(foundation)
     lora, local = find_lora(model, LoraConfig(rank=2)), LocalConfig(8, 64, learning_rate=2e-3)
@@ -79,13 +79,13 @@ def test_a_device_that_the_memory_model_just_admits_trains_and_one_that_is_too_s
     tasks = [ClientTask(device_id, 1, tokens, np.full((2, 8), 64)) for device_id in (0, 1)]
     caps = np.array([weights_bytes + rest_bytes, weights_bytes // 2])
     fleet = dataclasses.replace(build_fleet(FleetConfig(num_devices=2), seed=0), memory_cap_bytes=caps)
-    with ExclusiveHosts(HostsConfig(), foundation, lambda *_, **__: None, fleet, lambda level: weights_bytes) as hosts:
+    told: Any = (foundation, lambda *_, **__: None, fleet, lambda level: weights_bytes)
+    with ExclusiveHosts(HostsConfig(), *told, pool=pool) as hosts:
         _, reports = hosts(train, start_P, tasks, WeightedMean())
     assert [report.failure for report in reports] == [None, MEMORY]
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_devices_that_can_hold_an_emulator_and_not_the_foundation_train_on_it(heavy_dir, text_dir, tmp_path):
+def test_devices_that_can_hold_an_emulator_and_not_the_foundation_train_on_it(pool, heavy_dir, text_dir, tmp_path):
     config = whole_runs.tiny(
         heavy_dir,
         text_dir,
@@ -103,6 +103,6 @@ def test_devices_that_can_hold_an_emulator_and_not_the_foundation_train_on_it(he
     assert 2 * need["level 1"] < need["level 2"]
     fleet = {"memory_scale": scale, "spread": 0.0}
     for name, hosts in (("serial", {}), ("exclusive", {"backend": "ray", "exclusive": True})):
-        Simulation(whole_runs.changed(config, out=tmp_path / name, fleet=fleet, hosts=hosts)).run()
+        Simulation(whole_runs.changed(config, out=tmp_path / name, fleet=fleet, hosts=hosts)).run(pool)
     whole_runs.assert_same_bits(tmp_path / "serial", tmp_path / "exclusive")
     assert whole_runs.summary(tmp_path / "exclusive")["num_completed"] == 2

@@ -54,16 +54,16 @@ def emulator_files(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("num_hosts", [pytest.param(1, marks=pytest.mark.full), 3])
-def test_any_number_of_hosts_gives_the_bits_of_a_serial_run(num_hosts, peat_arguments, serial, tmp_path):
+def test_any_number_of_hosts_gives_the_bits_of_a_serial_run(num_hosts, pool, peat_arguments, serial, tmp_path):
     hosts = ("--hosts.backend", "ray", "--hosts.num-hosts", num_hosts)
-    Simulation(parse(peat_arguments("--out", tmp_path / "run", *SERVER_AND_MIDDLE, *hosts))).run()
+    Simulation(parse(peat_arguments("--out", tmp_path / "run", *SERVER_AND_MIDDLE, *hosts))).run(pool)
     assert_same_bits(serial, tmp_path / "run")
     assert emulator_files(serial) == emulator_files(tmp_path / "run") and len(emulator_files(serial)) == 2
     assert not events(tmp_path / "run", "host_lost")
 
 
 def test_a_host_that_is_killed_on_an_emulator_leaves_no_trace_in_the_result(
-    peat_arguments, serial, tmp_path, monkeypatch
+    pool, peat_arguments, serial, tmp_path, monkeypatch
 ):
     batch = level_batches(serial, round=3)[1]
     earlier = {device_id for round in (1, 2) for ids in level_batches(serial, round) for device_id in ids}
@@ -71,7 +71,7 @@ def test_a_host_that_is_killed_on_an_emulator_leaves_no_trace_in_the_result(
     kills = functools.partial(failing_hosts.KillsItsHost, device_id=victim, once=tmp_path / "killed")
     monkeypatch.setattr(adapters, "TrainClientBatch", kills)
     hosts = ("--hosts.backend", "ray", "--hosts.num-hosts", 2)
-    Simulation(parse(peat_arguments("--out", tmp_path / "run", *SERVER_AND_MIDDLE, *hosts))).run()
+    Simulation(parse(peat_arguments("--out", tmp_path / "run", *SERVER_AND_MIDDLE, *hosts))).run(pool)
     assert (tmp_path / "killed").exists()
     assert_same_bits(serial, tmp_path / "run")
     (event,) = events(tmp_path / "run", "host_lost")
@@ -143,11 +143,11 @@ def test_a_run_that_lost_a_rank_ends_with_one_line_and_goes_on_to_the_same_bits(
     assert emulator_files(sharded) == emulator_files(tmp_path / "run")
 
 
-def test_a_server_that_takes_part_does_so_on_its_shards_while_devices_are_on_hosts(peat_arguments, tmp_path):
+def test_a_server_that_takes_part_does_so_on_its_shards_while_devices_are_on_hosts(pool, peat_arguments, tmp_path):
     words = "--emulator.server-steps 2 --emulator.choice influence --foundation.dtype float32 --rounds 2".split()
     Simulation(parse(peat_arguments("--out", tmp_path / "one", *words))).run()
     on_ray = "--foundation.num-shards 2 --hosts.backend ray --hosts.num-hosts 2".split()
-    Simulation(parse(peat_arguments("--out", tmp_path / "two", *words, *on_ray))).run()
+    Simulation(parse(peat_arguments("--out", tmp_path / "two", *words, *on_ray))).run(pool)
     one, two = (summary(tmp_path / name)["perplexity"] for name in ("one", "two"))
     for number in ("zero_shot", "plug_in", "emulator_zero_shot", "emulator_tuned"):
         assert two[number] == pytest.approx(one[number], rel=1e-5)

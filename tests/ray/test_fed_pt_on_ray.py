@@ -33,9 +33,9 @@ def serial(proxy_arguments: Callable[..., list[str]], tmp_path_factory: pytest.T
 
 
 @pytest.mark.parametrize("num_hosts", [pytest.param(1, marks=pytest.mark.full), 3])
-def test_any_number_of_hosts_gives_the_bits_of_a_serial_run(num_hosts, proxy_arguments, serial, tmp_path):
+def test_any_number_of_hosts_gives_the_bits_of_a_serial_run(num_hosts, pool, proxy_arguments, serial, tmp_path):
     hosts = ("--hosts.backend", "ray", "--hosts.num-hosts", num_hosts)
-    Simulation(parse(proxy_arguments("--out", tmp_path / "run", *hosts))).run()
+    Simulation(parse(proxy_arguments("--out", tmp_path / "run", *hosts))).run(pool)
     assert_same_bits(serial, tmp_path / "run")
     assert not events(tmp_path / "run", "host_lost")
 
@@ -52,10 +52,10 @@ def test_two_shards_of_the_large_model_give_the_adapter_of_one(proxy_arguments, 
 
 
 def test_devices_with_actors_of_their_own_get_the_small_model_and_the_server_steers_the_large(
-    proxy_arguments, tmp_path
+    pool, proxy_arguments, tmp_path
 ):
     one_by_one, exclusive = ("--client-batch-size", 1), ("--hosts.backend", "ray", "--hosts.exclusive")
     few = ("--rounds", 1, "--cohort-size", 2, "--over-sample", 1.0)
     for name, more in (("serial", ()), ("exclusive", exclusive)):
-        Simulation(parse(proxy_arguments("--out", tmp_path / name, *few, *one_by_one, *more))).run()
+        Simulation(parse(proxy_arguments("--out", tmp_path / name, *few, *one_by_one, *more))).run(pool)
     assert_same_bits(tmp_path / "serial", tmp_path / "exclusive")

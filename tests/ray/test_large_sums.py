@@ -42,8 +42,8 @@ def foundation(gpt2_dir):
 
 
 @pytest.fixture(scope="module")
-def hosts(local_ray, foundation) -> Iterator[RayHosts]:
-    with RayHosts(HostsConfig(num_hosts=2), foundation, lambda kind, **facts: None) as hosts:
+def hosts(pool, foundation) -> Iterator[RayHosts]:
+    with RayHosts(HostsConfig(num_hosts=2), foundation, lambda kind, **facts: None, pool=pool) as hosts:
         yield hosts
 
 

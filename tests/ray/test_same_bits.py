@@ -7,6 +7,7 @@ import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import failing_hosts
 import pytest
@@ -19,6 +20,7 @@ from fedpeat_ray import Simulation
 from fedpeat_ray.config import HostsConfig
 from fedpeat_ray.errors import HostLostError
 from fedpeat_ray.models.foundation import prepare
+from fedpeat_ray.runtime.host_pool import HostPool
 from fedpeat_ray.runtime.ray_hosts import RayHosts
 from fedpeat_ray.training import adapters
 
@@ -26,12 +28,12 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.fixture
-def run_on_hosts(tiny_arguments: Callable[..., list[str]], tmp_path: Path) -> Callable[[int], Path]:
+def run_on_hosts(pool: HostPool, tiny_arguments: Callable[..., list[str]], tmp_path: Path) -> Callable[[int], Path]:
     """Runs the tiny run on so many hosts; returns its directory."""
 
     def run(num_hosts: int) -> Path:
         hosts = ("--hosts.backend", "ray", "--hosts.num-hosts", num_hosts)
-        Simulation(parse(tiny_arguments("--out", tmp_path / "run", *hosts))).run()
+        Simulation(parse(tiny_arguments("--out", tmp_path / "run", *hosts))).run(pool)
         return tmp_path / "run"
 
     return run
@@ -57,14 +59,14 @@ def test_any_number_of_hosts_gives_the_bits_of_a_serial_run(num_hosts, run_on_ho
 
 @pytest.mark.parametrize("num_hosts", [pytest.param(2, marks=pytest.mark.full), 3])
 def test_the_centralised_reference_does_not_depend_on_who_shares_its_steps(
-    num_hosts, tiny_arguments, tmp_path, monkeypatch
+    num_hosts, pool, tiny_arguments, tmp_path, monkeypatch
 ):
     found = {}
     for backend, number in (("serial", 1), ("ray", num_hosts)):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache of {number} {backend}"))
         hosts = ("--hosts.backend", backend, "--hosts.num-hosts", number, "--evaluation.centralised")
         out = tmp_path / f"{backend} {number}"
-        found[out] = Simulation(parse(tiny_arguments("--out", out, "--rounds", 1, *hosts))).run()["perplexity"]
+        found[out] = Simulation(parse(tiny_arguments("--out", out, "--rounds", 1, *hosts))).run(pool)["perplexity"]
     assert len({perplexity["centralised"] for perplexity in found.values()}) == 1
 
 
@@ -79,10 +81,14 @@ def test_partial_results_are_merged_in_the_order_of_the_batches_whatever_ends_fi
     assert len(processes) == 2 and not living(processes), "the hosts end with the pool"
 
 
-def test_a_job_that_waited_at_a_lost_host_is_not_among_what_ended_it(tiny_arguments, tmp_path):
+def test_a_job_that_waited_at_a_lost_host_is_not_among_what_ended_it(pool, tiny_arguments, tmp_path):
     lost, tasks = [], list(range(100))
     foundation = prepare(parse(tiny_arguments()).foundation.name, "float32")
-    with RayHosts(HostsConfig(num_hosts=1), foundation, lambda kind, **facts: lost.append(facts["batch"])) as hosts:
+
+    def on_event(kind: str, **facts: Any) -> None:
+        lost.append(facts["batch"])
+
+    with RayHosts(HostsConfig(num_hosts=1), foundation, on_event, pool=pool) as hosts:
         once = failing_hosts.EndsItsHost(number=3, once=tmp_path / "ended")
         merged, reports = hosts(once, None, tasks, failing_hosts.Text())
         assert merged.result() == "".join(f"({task})" for task in tasks) and reports == tasks

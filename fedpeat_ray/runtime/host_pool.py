@@ -1,0 +1,159 @@
+"""Processes of hosts: started before it is known what they will hold, and kept from one simulation to the next.
+
+This module is loaded first, and loads nothing heavy: while hosts load what they compute with, so does the process
+that started them.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any, Self
+
+import ray
+
+from fedpeat_ray.config import HostsConfig
+from fedpeat_ray.errors import ConfigError
+from fedpeat_ray.loading import loading
+from fedpeat_ray.runtime.signals import kept_sigterm
+
+_GIB = 2**30
+
+
+class Host:
+    """The actor: does the work of one simulation after another (see host_work)."""
+
+    def __init__(self, num_threads: int):
+        os.environ["OMP_NUM_THREADS"] = str(num_threads)  # read when PyTorch is loaded
+        with loading():
+            from fedpeat_ray.runtime.host_work import HostWork
+        self._new, self._work = HostWork, None
+
+    def hold(self, *arguments: Any) -> None:
+        """Load the models of a simulation; the arguments are HostWork's."""
+        self._work = self._new(*arguments)
+
+    def let_go(self) -> None:
+        """Of the models, to wait for others."""
+        self._work = None
+        gc.unfreeze()
+        gc.collect()
+
+    def do(self, held: None, method: str, *arguments: Any) -> Any:
+        """Call a method of the work; `held` is what `hold` returned."""
+        return getattr(self._work, method)(*arguments)
+
+    def process_id(self) -> int:
+        """For tests that kill a host."""
+        return os.getpid()
+
+
+@dataclass(frozen=True, eq=False)
+class Holding:
+    """A host and its word, once it comes, that it holds what it was told to."""
+
+    host: Any
+    held: ray.ObjectRef
+
+    @classmethod
+    def of(cls, host: Any, *arguments: Any) -> Self:
+        """Tell a host to hold something."""
+        return cls(host, host.hold.remote(*arguments))
+
+    def start(self, method: str, *arguments: Any) -> list[ray.ObjectRef]:
+        """Where the aggregate will be that a method returns, and its facts. If the host could not load what it was
+        to hold, the error is that one."""
+        return self.host.do.options(num_returns=2).remote(self.held, method, *arguments)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a host takes of the cluster."""
+
+    num_cpus: float
+    num_gpus: float
+    memory_bytes: int
+    num_threads: int
+
+
+class HostPool:
+    """Ray, joined or started, and hosts that wait for a simulation; use as a context manager.
+
+    `Simulation.run(pool)` takes hosts from it and gives them back, so that of several simulations in one process only
+    the first waits for processes to start.
+    """
+
+    def __init__(self, config: HostsConfig):
+        self._owns_ray = not ray.is_initialized()
+        self._waiting: dict[Share, list[Any]] = {}
+        if self._owns_ray:
+            start_or_join((config.num_hosts or 1) * config.num_threads)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_waiting()
+        if self._owns_ray:
+            ray.shutdown()
+
+    def room(self, config: HostsConfig) -> tuple[int, Share]:
+        """How many hosts there will be, and the share of each. Raises ConfigError for GPUs that are not there."""
+        resources = ray.cluster_resources()
+        free_gpus = ray.available_resources().get("GPU", 0.0)  # shards of the foundation have taken theirs
+        free_gpus += sum(share.num_gpus * len(hosts) for share, hosts in self._waiting.items())
+        num_gpus = float(free_gpus >= 1) if config.num_gpus is None else config.num_gpus
+        if num_gpus > free_gpus:
+            raise ConfigError.of("hosts.num_gpus", num_gpus, f"at most the {free_gpus:g} GPUs that are free")
+        slots = free_gpus // num_gpus if num_gpus else resources["CPU"] // config.num_threads
+        num_hosts = config.num_hosts or max(1, int(slots))
+        num_cpus = min(config.num_threads, resources["CPU"] / num_hosts)
+        return num_hosts, Share(num_cpus, num_gpus, int((config.memory_gib or 0) * _GIB), config.num_threads)
+
+    def start(self, config: HostsConfig) -> None:
+        """Start the hosts that a simulation with this configuration will take. Does not wait for them."""
+        num_hosts, share = self.room(config)
+        self._waiting.setdefault(share, []).extend(new_host(share) for _ in range(num_hosts))
+
+    def take(self, share: Share) -> Any:
+        """A host that waits, or a new one; those that wait with other shares would be in its way."""
+        if self._waiting.get(share):
+            return self._waiting[share].pop()
+        self._end_waiting()
+        return new_host(share)
+
+    def give_back(self, host: Any, share: Share) -> None:
+        """It has nothing to do any more."""
+        host.let_go.remote()
+        self._waiting.setdefault(share, []).append(host)
+
+    def _end_waiting(self) -> None:
+        for hosts in self._waiting.values():
+            for host in hosts:
+                ray.kill(host)
+        self._waiting.clear()
+
+
+def new_host(share: Share) -> Any:
+    """A process that begins to load what hosts compute with."""
+    kind = ray.remote(num_cpus=share.num_cpus, num_gpus=share.num_gpus, memory=share.memory_bytes, max_restarts=0)
+    return kind(Host).remote(share.num_threads)
+
+
+def start_or_join(num_cpus: int) -> None:
+    """Join the cluster this process was submitted to ($RAY_ADDRESS), or start a Ray of at least these cores."""
+    with kept_sigterm():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            return
+        num_cores = len(os.sched_getaffinity(0))
+        ray.init(
+            address="local",  # without it, a stale cluster file would be tried first
+            num_cpus=max(num_cores, num_cpus),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+        )
