@@ -19,7 +19,7 @@ from fedpeat_ray.algorithms.algorithm import ALL, level_group
 from fedpeat_ray.algorithms.find import find_algorithm
 from fedpeat_ray.config import SimulationConfig
 from fedpeat_ray.data.corpus import Corpus
-from fedpeat_ray.errors import ConfigError, RunDirError, RunFailedError
+from fedpeat_ray.errors import RunFailedError
 from fedpeat_ray.files import file_sha256, written_whole_dir
 from fedpeat_ray.models.shape import memory_model
 from fedpeat_ray.runtime import verdict
@@ -27,19 +27,17 @@ from fedpeat_ray.runtime.centralised import tune_centrally
 from fedpeat_ray.runtime.checkpoint import Facts, load_checkpoint, save_checkpoint
 from fedpeat_ray.runtime.process import loaded, process_settings
 from fedpeat_ray.runtime.progress import Progress, fits_table
+from fedpeat_ray.runtime.resume import with_resumed
 from fedpeat_ray.runtime.rows import client_columns, round_row
 from fedpeat_ray.runtime.run_lock import only_writer
 from fedpeat_ray.runtime.run_log import (
     ADAPTER,
     RunLog,
-    changed_versions,
     check_inputs,
     default_run_dir,
     read_config,
-    read_settings,
 )
 from fedpeat_ray.runtime.trace import MAIN, Trace, process_started_s
-from fedpeat_ray.settings import differences
 from fedpeat_ray.training.evaluation import Score, ScoreSum
 from fedpeat_ray.training.map_clients import MapClients
 from fedpeat_ray.world import World, driver_of, furnished, hosts, prepare, with_measured_batch_size
@@ -68,7 +66,7 @@ class Simulation:
         find_aggregator(config.server.aggregator)
         out, resume = (path and path.absolute() for path in (config.out, config.resume))  # workers are elsewhere
         config = dataclasses.replace(config, out=out, resume=resume)
-        self.config = _with_resumed(config) if config.resume else config
+        self.config = with_resumed(config) if config.resume else config
         self.directory: Path | None = None
         """The run directory, known once `run` has started."""
 
@@ -89,7 +87,7 @@ class Simulation:
         with contextlib.ExitStack() as stack:
             if config.resume:
                 has_locks = stack.enter_context(only_writer(directory))
-                config, before = _with_resumed(config), load_checkpoint(directory)  # nobody changes them now
+                config, before = with_resumed(config), load_checkpoint(directory)  # nobody changes them now
                 started -= before[1].wall_s if before else 0.0
             stack.enter_context(process_settings(config.hosts.num_threads))
             if config.trace:
@@ -320,34 +318,3 @@ def _inputs(world: World) -> dict[str, str | None]:
         "trace_sha256": file_sha256(trace) if trace and availability.kind == "trace" else None,
         **world.algorithm.digests(),
     }
-
-
-_MAY_CHANGE = ("out", "resume", "accept_changes", "trace", "rounds", "checkpoint_every", "hosts")
-_MUST_STAY = ("hosts.num_threads", "hosts.exclusive")  # the last bits depend on them
-
-
-def _with_resumed(config: SimulationConfig) -> SimulationConfig:
-    """The configuration of the run to go on with; only what cannot change its results may differ.
-
-    Raises ConfigError for the first setting that differs, RunDirError if the directory holds no run or if other
-    versions compute now, which `accept_changes` allows.
-    """
-    assert config.resume is not None
-    before, stored = read_config(config.resume), read_settings(config.resume)
-    versions = {} if config.accept_changes else changed_versions(before)
-    for package, (began, now) in versions.items():
-        raise RunDirError(
-            f"{config.resume} cannot be resumed: {package} was {began} when the run began, now it is {now}, and the "
-            "bits may differ; accept_changes goes on nevertheless"
-        )
-    for path, was, now in differences(stored, config):
-        may_change = path.split(".")[0] in _MAY_CHANGE and path not in _MUST_STAY
-        if not may_change and now != "auto":
-            raise ConfigError.of(path, now, f"{was!r}, as in the run that is resumed, {config.resume}")
-    kept = {name: getattr(config, name) for name in _MAY_CHANGE}
-    merged = dataclasses.replace(stored, **kept)
-    checkpoint = load_checkpoint(config.resume)
-    least = max(stored.rounds, checkpoint[1].round if checkpoint else 0)
-    if config.rounds < least:
-        raise ConfigError.of("rounds", config.rounds, f"at least {least}, as many as {config.resume} has")
-    return merged

@@ -4,23 +4,22 @@ python workloads/compare_algorithms.py [--rounds 12] [--seeds 0] [--out DIR]
 
 Price is what devices pay: bytes, virtual time, energy, memory. FedPEAT comes with emulators in 8 bit, too. Writes
 comparison.csv, comparison.md and comparison.png; a run directory for every algorithm and seed lies beside them.
-Runs that are there already are not repeated.
+Runs that are finished are not repeated, one that was interrupted goes on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 import tyro
+from matplotlib.figure import Figure
 
 from analysis.load import load_run
-from fedpeat_ray import Simulation, SimulationConfig
+from fedpeat_ray import SimulationConfig
 from fedpeat_ray.config import (
     ControlConfig,
     EmulatorConfig,
@@ -29,7 +28,7 @@ from fedpeat_ray.config import (
     HostsConfig,
     LocalConfig,
 )
-from fedpeat_ray.errors import FedPeatError
+from fedpeat_ray.sweep import Sweep, report
 
 COLOURS = {
     "fed-avg": "#c44e52",
@@ -66,27 +65,21 @@ class Settings:
 
 def main(settings: Settings) -> int:
     """Run everything and write the results; returns the exit status."""
-    settings.out.mkdir(parents=True, exist_ok=True)
-    frames, finals = [], []
-    try:
+
+    def compare(sweep: Sweep) -> str:
+        frames, finals = [], []
         for seed in settings.seeds:
             for name, config in configurations(settings, seed).items():
-                directory = settings.out / f"{name.replace(',', '').replace(' ', '-')}-seed{seed}"
-                summary = finished(directory) or Simulation(dataclasses.replace(config, out=directory)).run()
+                summary, directory = sweep.run(f"{name.replace(',', '').replace(' ', '-')}-seed{seed}", config)
                 frame, final = measured(directory, summary)
                 frames.append(frame.assign(name=name, seed=seed))
                 finals.append(final | {"name": name, "seed": seed})
-    except FedPeatError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    rounds, runs = pd.concat(frames), pd.DataFrame(finals)
-    rounds.to_csv(settings.out / "comparison.csv", index=False)
-    text = markdown(rounds, runs)
-    (settings.out / "comparison.md").write_text(text)
-    draw(rounds, runs, settings.out / "comparison.png")
-    print(text)
-    print(settings.out)
-    return 0
+        rounds, runs = pd.concat(frames), pd.DataFrame(finals)
+        rounds.to_csv(sweep.out / "comparison.csv", index=False)
+        draw(rounds, runs, sweep.out / "comparison.png")
+        return markdown(rounds, runs)
+
+    return report(Sweep(settings.out, settings.hosts), "comparison.md", compare)
 
 
 def configurations(settings: Settings, seed: int) -> dict[str, SimulationConfig]:
@@ -98,7 +91,6 @@ def configurations(settings: Settings, seed: int) -> dict[str, SimulationConfig]
         seed=seed,
         fleet=FleetConfig(num_devices=settings.num_devices, memory_scale=settings.memory_scale),
         evaluation=EvaluationConfig(num_sequences=settings.num_sequences, centralised=False),
-        hosts=settings.hosts,
     )
     peat = dataclasses.replace(base, algorithm="fed-peat")
     full = LocalConfig(learning_rate=settings.fed_avg_learning_rate)
@@ -112,12 +104,6 @@ def configurations(settings: Settings, seed: int) -> dict[str, SimulationConfig]
             peat, control=ControlConfig("greedy"), emulator=EmulatorConfig(eight_bit=True)
         ),
     }
-
-
-def finished(directory: Path) -> dict | None:
-    """The summary of a run that was done before."""
-    path = directory / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def measured(directory: Path, summary: dict) -> tuple[pd.DataFrame, dict]:
@@ -196,10 +182,8 @@ def markdown(rounds: pd.DataFrame, runs: pd.DataFrame) -> str:
 
 def draw(rounds: pd.DataFrame, runs: pd.DataFrame, path: Path) -> None:
     """Perplexity against bytes, virtual time and energy, and against the memory a device needs."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 4, figsize=(14, 3.8), sharey=True, layout="constrained")
+    figure = Figure((14, 3.8), layout="constrained")
+    panels = figure.subplots(1, 4, sharey=True)
     units = ((1e6, "MB sent, both ways"), (1.0, "virtual seconds"), (1e3, "kJ on devices"))
     for axes, column, (unit, label) in zip(panels, PAID, units, strict=False):
         for name, of in rounds.groupby("name", sort=False):

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-import matplotlib
 import pandas as pd
 import torch
 import tyro
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from fedpeat_ray.algorithms.fed_peat import FedPEAT
@@ -35,8 +35,8 @@ from fedpeat_ray.config import (
 )
 from fedpeat_ray.emulators.ladder import Ladder
 from fedpeat_ray.emulators.on_emulators import OnEmulators
-from fedpeat_ray.errors import FedPeatError
 from fedpeat_ray.runtime.progress import Progress
+from fedpeat_ray.sweep import Sweep, report
 from fedpeat_ray.training.client_batch import ClientUpdate
 from fedpeat_ray.training.evaluation import EvaluationTask, ScoreSum
 from fedpeat_ray.training.map_clients import MapClients
@@ -91,25 +91,21 @@ class Deltas:
 
 def main(settings: Settings) -> int:
     """Run everything and write the results; returns the exit status."""
-    settings.out.mkdir(parents=True, exist_ok=True)
-    try:
+
+    def study(sweep: Sweep) -> str:
+        frames = []
         with Progress(num_rounds=len(settings.seeds)) as progress:
-            frames = []
             for seed in settings.seeds:
-                frames.append(one_seed(settings, seed, progress))
+                frames.append(one_seed(settings, sweep, seed, progress))
                 table = pd.concat(frames)
-                table.to_csv(settings.out / "tradeoff.csv", index=False)
-    except FedPeatError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    (settings.out / "tradeoff.md").write_text(markdown(table))
-    draw(table, settings.out / "tradeoff.png")
-    print(markdown(table))
-    print(settings.out)
-    return 0
+                table.to_csv(sweep.out / "tradeoff.csv", index=False)
+        draw(table, sweep.out / "tradeoff.png")
+        return markdown(table)
+
+    return report(Sweep(settings.out, settings.hosts), "tradeoff.md", study)
 
 
-def one_seed(settings: Settings, seed: int, progress: Progress) -> pd.DataFrame:
+def one_seed(settings: Settings, sweep: Sweep, seed: int, progress: Progress) -> pd.DataFrame:
     """A row a kind and depth, and one of kind `foundation`, where the adapter is tuned on the whole model."""
     worlds = {kind: world_of(settings, kind, seed, progress) for kind in KINDS}
     names = [(kind, share) for kind in KINDS for share in settings.shares]
@@ -124,7 +120,7 @@ def one_seed(settings: Settings, seed: int, progress: Progress) -> pd.DataFrame:
     ladder = dataclasses.replace(algorithm.emulators.ladder, rungs=(*rungs, algorithm.emulators.ladder.rungs[-1]))
     levels = [rung.level for rung in rungs]
     progress.stage(f"seed {seed}: tuning on {len(rungs)} emulators and on the foundation")
-    with hosts(world, lambda kind, **facts: None) as (map_clients, _):
+    with hosts(world, lambda kind, **facts: None, pool=sweep.pool) as (map_clients, _):
         state = algorithm.init(seed)
         task = world.data.pooled_task(settings.num_steps, settings.batch_size)
         tasks = [dataclasses.replace(task, level=level) for level in (None, *levels)]
@@ -202,10 +198,8 @@ def markdown(table: pd.DataFrame) -> str:
 
 def draw(table: pd.DataFrame, path: Path) -> None:
     """Two panels: the foundation with the adapter, and the emulators before and after tuning."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure = Figure((10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for kind, rows in table.groupby("kind", sort=False):
         over = rows.groupby("share")
         colour = COLOURS[str(kind)]

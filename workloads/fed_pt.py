@@ -6,8 +6,8 @@ Writes results.md and two figures: the table of the paper on our text (large mod
 tuned by FedPEFT, the same steering the large one, FedPT, and the large model tuned by FedPEFT); a sweep of
 alpha; heterogeneity from IID to one source a device; how much local data and how small a gap between the
 two models it takes until the tuned small model is better alone; a small model spoilt by shuffled words; and
-what devices save, for our pair and by the cost model for two published pairs. Runs that are there already
-are not repeated.
+what devices save, for our pair and by the cost model for two published pairs. Runs that are finished
+are not repeated, one that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-import matplotlib
 import numpy as np
 import torch
 import tyro
+from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, PreTrainedModel
 
-from fedpeat_ray import Simulation, SimulationConfig
+from fedpeat_ray import SimulationConfig
 from fedpeat_ray.algorithms.fed_peat import FedPEAT
 from fedpeat_ray.config import (
     DataConfig,
@@ -46,7 +46,6 @@ from fedpeat_ray.data import python_docs
 from fedpeat_ray.data.batches import heldout_sequences
 from fedpeat_ray.data.corpus import load_corpus
 from fedpeat_ray.emulators.ladder import Rung, emulated, load_blocks
-from fedpeat_ray.errors import FedPeatError
 from fedpeat_ray.fleet.costs import training_flops
 from fedpeat_ray.fleet.memory import ModelShape, lora_parameters, training_memory
 from fedpeat_ray.models import foundation as foundations
@@ -55,6 +54,7 @@ from fedpeat_ray.models.proxy import proxy_logits
 from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.runtime.progress import Progress
 from fedpeat_ray.seeding import generator
+from fedpeat_ray.sweep import Sweep, report
 from fedpeat_ray.training.client_batch import IGNORED, next_token_labels
 from fedpeat_ray.training.proxy_tuning import SmallModel
 from fedpeat_ray.world import furnished, prepare
@@ -91,34 +91,19 @@ class Settings:
 
 def main(settings: Settings) -> int:
     """Run everything and write the results; returns the exit status."""
-    settings.out.mkdir(parents=True, exist_ok=True)
-    try:
+
+    def study(sweep: Sweep) -> str:
         judge = Judge(settings)
         parts = [
-            main_table(settings, judge),
-            heterogeneity(settings),
-            edge(settings, judge),
-            spoilt(settings, judge),
+            main_table(settings, sweep, judge),
+            heterogeneity(settings, sweep),
+            edge(settings, sweep, judge),
+            spoilt(settings, sweep, judge),
             savings(settings),
         ]
-    except FedPeatError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    text = "\n".join(parts)
-    (settings.out / "results.md").write_text(text)
-    print(text)
-    print(settings.out)
-    return 0
+        return "\n".join(parts)
 
-
-def simulate(settings: Settings, name: str, config: SimulationConfig) -> tuple[dict, Path]:
-    """The summary and the directory of a run; one that is finished is not repeated."""
-    directory = settings.out / name
-    path = directory / "summary.json"
-    if not path.exists():
-        print(f"run {name}")
-        Simulation(dataclasses.replace(config, out=directory)).run()
-    return json.loads(path.read_text()), directory
+    return report(Sweep(settings.out, settings.hosts), "results.md", study)
 
 
 def configuration(settings: Settings, algorithm: str, seed: int, data: DataConfig | None = None) -> SimulationConfig:
@@ -136,7 +121,6 @@ def configuration(settings: Settings, algorithm: str, seed: int, data: DataConfi
         evaluation=EvaluationConfig(  # the last round is always evaluated
             every=1000, num_sequences=settings.num_sequences, centralised=False
         ),
-        hosts=settings.hosts,
     )
 
 
@@ -177,25 +161,25 @@ def _loss(logits: Tensor, labels: Tensor) -> float:
     return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum").item()
 
 
-def main_table(settings: Settings, judge: Judge) -> str:
+def main_table(settings: Settings, sweep: Sweep, judge: Judge) -> str:
     """The table of the paper, mean and range over seeds, and the sweep of alpha."""
     rows: dict[str, list[float]] = {}
     sweeps, costs = [], {}
     for seed in settings.seeds:
         runs = {
-            name: simulate(settings, f"{name.replace(' ', '-')}-seed{seed}", configuration(settings, name, seed))
+            name: sweep.run(f"{name.replace(' ', '-')}-seed{seed}", configuration(settings, name, seed))
             for name in ("fed-peft small", "fed-pt", "fed-peft large")
         }
         perplexity = {name: summary["perplexity"] for name, (summary, _) in runs.items()}
-        alone, sweep = judge(judge.adapter(runs["fed-peft small"][1]))
-        sweeps.append(sweep)
-        best = min(sweep, key=lambda alpha: sweep[alpha])
+        alone, by_alpha = judge(judge.adapter(runs["fed-peft small"][1]))
+        sweeps.append(by_alpha)
+        best = min(by_alpha, key=lambda alpha: by_alpha[alpha])
         values = {
             "large, as it is": perplexity["fed-peft large"]["zero_shot"],
             "small, as it is": perplexity["fed-peft small"]["zero_shot"],
             "small, FedPEFT": alone,
-            "large steered by it (alpha = 1), not distilled": sweep[1.0],
-            "the same at the best alpha": sweep[best],
+            "large steered by it (alpha = 1), not distilled": by_alpha[1.0],
+            "the same at the best alpha": by_alpha[best],
             "FedPT: large steered, distilled every round": perplexity["fed-pt"]["proxy_tuned"],
             "FedPT: its small model alone": perplexity["fed-pt"]["small_tuned"],
             "large, FedPEFT": perplexity["fed-peft large"]["tuned"],
@@ -218,7 +202,7 @@ def main_table(settings: Settings, judge: Judge) -> str:
     return "\n".join(lines)
 
 
-def heterogeneity(settings: Settings) -> str:
+def heterogeneity(settings: Settings, sweep: Sweep) -> str:
     """FedPT with and without distillation from IID to disjoint sources; the first seed, half of the rounds."""
     seed = settings.seeds[0]
     lines = [
@@ -233,7 +217,7 @@ def heterogeneity(settings: Settings) -> str:
         for steps in (0, settings.distillation_steps):
             config = dataclasses.replace(configuration(settings, "fed-pt", seed, data), rounds=settings.rounds // 2)
             config = dataclasses.replace(config, proxy=dataclasses.replace(config.proxy, steps=steps))
-            summary, _ = simulate(settings, f"fed-pt-{name.replace(' ', '-')}-{steps}-seed{seed}", config)
+            summary, _ = sweep.run(f"fed-pt-{name.replace(' ', '-')}-{steps}-seed{seed}", config)
             row.append(summary["perplexity"])
         plain, distilled = row
         lines.append(
@@ -242,22 +226,21 @@ def heterogeneity(settings: Settings) -> str:
     return "\n".join([*lines, ""])
 
 
-def edge(settings: Settings, judge: Judge) -> str:
+def edge(settings: Settings, sweep: Sweep, judge: Judge) -> str:
     """How much the small model must have learnt, and how near the large one must be, for the small one to win alone."""
     seed = settings.seeds[0]
     config = configuration(settings, "fed-peft small", seed)
-    directory = settings.out / f"more-rounds-seed{seed}"
     lines = ["### Where the tuned small model wins alone", ""]
     header, columns = "| rounds | private tokens | small, tuned |", dict(_gaps(settings))
     lines += [header + "".join(f" steered: {name} |" for name in columns), "|---|---|---|" + "---|" * len(columns)]
     points: list[tuple[int, float, list[float]]] = []
     for rounds in settings.more_rounds:
-        adapter_P, num_tokens = _tuned_for(rounds, config, directory)
+        adapter_P, num_tokens = _tuned_for(sweep, f"more-rounds-seed{seed}", dataclasses.replace(config, rounds=rounds))
         steered, alone = [], 0.0
         for large in columns.values():
             with large(judge.large):
-                alone, sweep = judge(adapter_P)
-            steered.append(min(sweep.values()))
+                alone, by_alpha = judge(adapter_P)
+            steered.append(min(by_alpha.values()))
         points.append((num_tokens, alone, steered))
         cells = " | ".join(f"{value:.2f}" if value < alone else f"**{value:.2f}**" for value in steered)
         lines.append(f"| {rounds} | {num_tokens:,} | {alone:.2f} | {cells} |")
@@ -266,17 +249,12 @@ def edge(settings: Settings, judge: Judge) -> str:
     return "\n".join(lines)
 
 
-def _tuned_for(rounds: int, config: SimulationConfig, directory: Path) -> tuple[Tensor, int]:
+def _tuned_for(sweep: Sweep, name: str, config: SimulationConfig) -> tuple[Tensor, int]:
     """The small model's adapter after so many rounds of one run, and the tokens that it was trained on."""
     model = foundations.load(foundations.prepare(config.foundation.name, "float32"))
-    kept = directory.with_name(f"{directory.name}-{rounds}")
-    if not (kept / "summary.json").exists():
-        print(f"run {kept.name}")
-        if (directory / "summary.json").exists():
-            place = {"resume": directory}
-        else:
-            place = {"out": directory}
-        Simulation(dataclasses.replace(config, rounds=rounds, **place)).run()
+    kept = sweep.out / f"{name}-{config.rounds}"
+    if not kept.exists():
+        _, directory = sweep.run(name, config)
         shutil.copytree(directory, kept)
     num_tokens = json.loads((kept / "summary.json").read_text())["num_tokens"]
     return load_adapter(kept / "adapter", find_lora(model, config.lora)), num_tokens
@@ -301,7 +279,7 @@ def _gaps(settings: Settings) -> Iterator[tuple[str, Callable[[PreTrainedModel],
         yield f"{len(rung.blocks)} of its blocks", large
 
 
-def spoilt(settings: Settings, judge: Judge) -> str:
+def spoilt(settings: Settings, sweep: Sweep, judge: Judge) -> str:
     """A small model tuned on text whose words are shuffled: what it steers to."""
     seed = settings.seeds[0]
     directory = settings.out / "shuffled-text"
@@ -315,8 +293,8 @@ def spoilt(settings: Settings, judge: Judge) -> str:
                 file.write(json.dumps({"text": shuffled, "source": source}) + "\n")
     data = DataConfig(str(directory), source_column="source")
     config = configuration(settings, "fed-peft small", seed, data)
-    _, run = simulate(settings, f"fed-peft-small-shuffled-seed{seed}", config)
-    alone, sweep = judge(judge.adapter(run))
+    _, run = sweep.run(f"fed-peft-small-shuffled-seed{seed}", config)
+    alone, by_alpha = judge(judge.adapter(run))
     lines = [
         "### A small model made bad on purpose",
         "",
@@ -324,10 +302,10 @@ def spoilt(settings: Settings, judge: Judge) -> str:
         "",
     ]
     lines += [
-        "| small alone | " + " | ".join(f"alpha {alpha:g}" for alpha in sweep) + " |",
-        "|---|" + "---|" * len(sweep),
+        "| small alone | " + " | ".join(f"alpha {alpha:g}" for alpha in by_alpha) + " |",
+        "|---|" + "---|" * len(by_alpha),
     ]
-    lines += [f"| {alone:.2f} | " + " | ".join(f"{value:.2f}" for value in sweep.values()) + " |", ""]
+    lines += [f"| {alone:.2f} | " + " | ".join(f"{value:.2f}" for value in by_alpha.values()) + " |", ""]
     return "\n".join(lines)
 
 
@@ -389,8 +367,8 @@ def llama(num_blocks: int, width: int, num_heads: int, mlp_width: int) -> ModelS
 
 def draw_alphas(settings: Settings, sweeps: list[dict[float, float]], rows: dict[str, list[float]]) -> None:
     """Perplexity over alpha, a line a seed, and the models it lies between."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(5.5, 3.8), layout="constrained")
+    figure = Figure((5.5, 3.8), layout="constrained")
+    axes = figure.subplots()
     for sweep in sweeps:
         axes.plot(list(sweep), list(sweep.values()), color="#2f6db3", marker=".")
     for name, style in (("large, as it is", "--"), ("small, FedPEFT", ":"), ("large, FedPEFT", "-")):
@@ -406,8 +384,8 @@ def draw_alphas(settings: Settings, sweeps: list[dict[float, float]], rows: dict
 
 def draw_edge(settings: Settings, names: list[str], points: list[tuple[int, float, list[float]]]) -> None:
     """Perplexity over the private tokens that the small model has seen, for large models of several qualities."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(5.5, 3.8), layout="constrained")
+    figure = Figure((5.5, 3.8), layout="constrained")
+    axes = figure.subplots()
     tokens = [point[0] for point in points]
     axes.plot(tokens, [point[1] for point in points], color="black", marker="o", label="small alone")
     for i, name in enumerate(names):
@@ -418,13 +396,6 @@ def draw_edge(settings: Settings, names: list[str], points: list[tuple[int, floa
     figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(settings.out / "edge.png", dpi=150)
-
-
-def _pyplot():
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from fedpeat_ray.training.client_batch import build_optimizer
 from fedpeat_ray.training.map_clients import MapClients, Where, split
 
 BATCH_SIZE = 8  # sequences a step: small enough for many steps, large enough to be efficient
-PART_SIZE = 2  # sequences of a step that one host has at a time
+PART_SIZE = 4  # sequences of a step that one host has at a time: of 2 each takes a third longer
 
 
 def tune_centrally(

@@ -1,0 +1,58 @@
+"""Many simulations: what is finished is not repeated, what was interrupted goes on, and a study says why it failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from whole_runs import assert_same_bits, changed, tiny
+
+from fedpeat_ray.config import HostsConfig
+from fedpeat_ray.errors import ConfigError
+from fedpeat_ray.runtime.run_log import RunLog
+from fedpeat_ray.sweep import Sweep, report
+
+SERIAL = HostsConfig(backend="serial")
+
+
+@pytest.fixture
+def config(gpt2_dir, text_dir):
+    return tiny(gpt2_dir, text_dir, algorithm="fed-peft", rounds=2)
+
+
+def test_a_finished_run_is_not_repeated_and_one_with_fewer_rounds_goes_on(config, tmp_path, capsys):
+    with Sweep(tmp_path / "out", SERIAL) as sweep:
+        first = sweep.run("one", config)
+        assert sweep.run("one", config) == first
+        assert capsys.readouterr().out.count("run one\n") == 1
+        summary, directory = sweep.run("one", changed(config, rounds=3))
+        assert summary["rounds"] == 3 and directory == tmp_path / "out" / "one"
+
+
+def test_a_run_that_was_interrupted_goes_on(config, tmp_path, monkeypatch):
+    write = RunLog.write_round
+
+    def stop(log: RunLog, round: int, *arguments: object) -> None:
+        if round == 2:
+            raise KeyboardInterrupt
+        write(log, round, *arguments)  # type: ignore[arg-type]
+
+    with Sweep(tmp_path, SERIAL) as sweep:
+        sweep.run("whole", config)
+        with monkeypatch.context() as patch:
+            patch.setattr(RunLog, "write_round", stop)
+            with pytest.raises(KeyboardInterrupt):
+                sweep.run("stopped", config)
+        sweep.run("stopped", config)
+    assert_same_bits(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_study_leaves_its_text_or_says_why_not(tmp_path, capsys):
+    def refused(sweep: Sweep) -> str:
+        raise ConfigError.of("seeds", (), "at least one")
+
+    assert report(Sweep(tmp_path, SERIAL), "study.md", lambda sweep: "found\n") == 0
+    assert Path(tmp_path / "study.md").read_text() == "found\n"
+    assert capsys.readouterr().out.splitlines() == ["found", "", str(tmp_path)]
+    assert report(Sweep(tmp_path, SERIAL), "other.md", refused) == 2
+    assert capsys.readouterr().err.startswith("error: seeds = ()") and not (tmp_path / "other.md").exists()
