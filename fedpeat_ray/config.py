@@ -131,6 +131,9 @@ class ControlConfig:
     or one of your own, module:Name or file.py:Name."""
     level: PositiveInt = 1
     """The level of fixed."""
+    candidates: PositiveInt | None = None
+    """Devices that the controller chooses from in a round, drawn at random; unset: those that a cohort needs. fixed,
+    random and greedy pick a cohort of them at random."""
 
 
 @dataclass(frozen=True)

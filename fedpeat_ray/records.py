@@ -54,6 +54,7 @@ CLIENT_COLUMNS = (
     Column("outcome", pa.string(), "", " | ".join((COMPLETED, DROPPED, SKIPPED))),
     Column("drop_reason", pa.string(), "", " | ".join(DROP_REASONS) + "; null if not dropped"),
     Column("level", pa.int32(), "", "emulator level; null where the algorithm has none, and if skipped"),
+    Column("emulator_age", pa.int32(), "", "re-alignments since that emulator was new; null as `level`"),
     Column("lora_rank", pa.int32(), "", "rank of the device's LoRA; null without LoRA"),
     Column("num_steps", pa.int32(), "steps", "local optimizer steps of the task"),
     Column("num_examples", pa.int64(), "sequences", "sequences in the device's share"),
@@ -128,6 +129,8 @@ class Assignment:
     """Of the device's share, by index."""
     level: int | None = None
     """The emulator to train on; None: the foundation."""
+    age: int = 0
+    """Of that emulator, in re-alignments since."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,8 @@ class ClientTask:
     """Valid tokens of each sequence; the rest is padding and counts for nothing."""
     level: int | None = None
     """The emulator to train on; None: the foundation."""
+    age: int = 0
+    """Of that emulator, in re-alignments since."""
 
     @property
     def num_steps(self) -> int:

@@ -13,6 +13,7 @@ import torch
 from fedpeat_ray.aggregation.find import find_aggregator
 from fedpeat_ray.aggregation.server_optimizer import ServerState
 from fedpeat_ray.algorithms.algorithm import ALL, Algorithm, Given, Reference, RoundResult, level_group
+from fedpeat_ray.algorithms.on_devices import with_perplexity
 from fedpeat_ray.config import EMULATORS, LORA, PUBLIC_TEXT, LocalConfig, ServerConfig, SimulationConfig
 from fedpeat_ray.control.find import find_controller
 from fedpeat_ray.control.plan import Controller, Memory, Outcome
@@ -79,9 +80,11 @@ class Emulated(Algorithm):
         state = dataclasses.replace(super().init(seed), memory={VERSION: torch.zeros(1, dtype=torch.int32)})
         return self.with_control_memory(state, self.controller.init())
 
-    def trainer(self, state: ServerState) -> OnEmulators:
-        """Local training of the part of the adapter that lies in the blocks of a task's level."""
-        return self.emulators.on_levels(int(state.memory[VERSION]), lambda adapter: adapter.trainer(self.local))
+    def trainer(self, state: ServerState, ages: np.ndarray | tuple[int, ...] = ()) -> OnEmulators:
+        """Local training of the part of the adapter that lies in the blocks of a task's level; some emulators may be
+        of these ages."""
+        work, version = (lambda adapter: adapter.trainer(self.local)), int(state.memory[VERSION])
+        return self.emulators.on_levels(version, work, set(map(int, ages)))
 
     def evaluator(self, state: ServerState, exact: bool = True) -> OnEmulators:
         """The foundation, or the emulator of a task's level, with the current adapter."""
@@ -103,6 +106,8 @@ class Emulated(Algorithm):
         assert result.decision is not None
         outcome = outcome_of(result, perplexity)
         memory = self.controller.learn(result.decision, outcome, self.control_memory(state))
+        if self.controller.wants_history and perplexity is not None:
+            state = with_perplexity(state, perplexity)
         return self.with_control_memory(state, memory)
 
     @property

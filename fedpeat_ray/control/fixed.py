@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 
 from fedpeat_ray.config import ControlConfig
-from fedpeat_ray.control.plan import Controller, Memory, Prospects
+from fedpeat_ray.control.plan import Controller, Memory, Prospects, asked
 
 
 @dataclass(frozen=True)
@@ -29,4 +29,4 @@ class Fixed(Controller):
 
     def act(self, round: int, device_ids: np.ndarray, prospects: Prospects, memory: Memory) -> np.ndarray:
         """See Controller."""
-        return np.full(len(device_ids), self.level)
+        return asked(self.level, prospects)

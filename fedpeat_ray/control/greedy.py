@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 
 from fedpeat_ray.config import ControlConfig
-from fedpeat_ray.control.plan import Controller, Memory, Prospects, largest
+from fedpeat_ray.control.plan import Controller, Memory, Prospects, asked, largest
 
 
 @dataclass(frozen=True)
@@ -22,4 +22,4 @@ class Greedy(Controller):
 
     def act(self, round: int, device_ids: np.ndarray, prospects: Prospects, memory: Memory) -> np.ndarray:
         """See Controller."""
-        return largest(prospects.fits_NL & prospects.in_time_NL)
+        return asked(largest(prospects.fits_NL & prospects.in_time_NL), prospects)

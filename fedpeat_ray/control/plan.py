@@ -1,4 +1,4 @@
-"""What a controller is asked, what it answers (a level for each device of a round), and what it hears of it.
+"""What a controller is asked, what it answers (who takes part in a round, on which emulator), and what it hears of it.
 
 Legend: N devices, L levels.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -22,8 +22,35 @@ Memory = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
+class Stale:
+    """Emulators that were current once and are on devices still; to go on with one costs no exchange."""
+
+    level_N: np.ndarray
+    """0: the device has none."""
+    age_N: np.ndarray
+    """Re-alignments since."""
+    total_s_N: np.ndarray
+    """Virtual seconds of a round on it, at the nominal speed of the links."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What the server saw of the devices and of the model in the rounds before."""
+
+    downlink_bytes_per_s_N: np.ndarray
+    """When the device last took part; until then its tier's."""
+    uplink_bytes_per_s_N: np.ndarray
+    rounds_since_N: np.ndarray
+    """Since the device last took part; the number of the round if it never did."""
+    perplexity: float | None
+    """When it was last evaluated."""
+    perplexity_before: float | None
+    """The time before."""
+
+
+@dataclass(frozen=True)
 class Prospects:
-    """What each level would ask of each device, as far as the server can know before the round."""
+    """What each level would ask of each candidate, as far as the server can know before the round."""
 
     memory_bytes_L: np.ndarray
     """Peak training memory on the emulator of level 1, 2, …"""
@@ -33,6 +60,14 @@ class Prospects:
     held_level_N: np.ndarray
     """The level of the emulator that a device has; 0: none that is current."""
     deadline_s: float | None
+    asked_N: np.ndarray | bool = True
+    """Whether the device would be asked if a cohort were drawn from the candidates at random."""
+    num_tokens_N: np.ndarray | int = 0
+    """That the device would train on."""
+    stale: Stale | None = None
+    """None: emulators are never re-aligned."""
+    history: History | None = None
+    """For controllers that want it."""
 
     @property
     def fits_NL(self) -> np.ndarray:
@@ -46,6 +81,16 @@ class Prospects:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """A controller's answer."""
+
+    levels_N: np.ndarray
+    """From 1; SKIP for devices that are not to take part."""
+    stale_N: np.ndarray | bool = False
+    """Whether the device goes on with the stale emulator that it has; the level is that one's."""
+
+
+@dataclass(frozen=True)
 class Decision:
     """What a controller was asked in a round, and what it answered."""
 
@@ -54,6 +99,8 @@ class Decision:
     prospects: Prospects
     levels_N: np.ndarray
     """SKIP for devices that were left out."""
+    ages_N: np.ndarray | int = 0
+    """Above 0 where a device goes on with the stale emulator that it has."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +126,9 @@ class Controller(ABC):
     What it remembers is a mapping of arrays that is handed in and out: it is part of every checkpoint.
     """
 
+    wants_history: ClassVar[bool] = False
+    """Whether prospects are to have it: some numbers a device of the fleet, in every checkpoint."""
+
     @classmethod
     @abstractmethod
     def build(cls, config: ControlConfig, seed: int) -> Self:
@@ -93,13 +143,18 @@ class Controller(ABC):
         return {}
 
     @abstractmethod
-    def act(self, round: int, device_ids: np.ndarray, prospects: Prospects, memory: Memory) -> np.ndarray:
-        """Levels (N,) from 1, SKIP for devices that are not to take part. A device that gets a level beyond its
-        memory drops out."""
+    def act(self, round: int, device_ids: np.ndarray, prospects: Prospects, memory: Memory) -> Plan | np.ndarray:
+        """A plan, or its levels (N,) alone, for the candidates of a round. A device that gets a level beyond its
+        memory drops out; of those that take part, the fastest `cohort_size` complete the round."""
 
     def learn(self, decision: Decision, outcome: Outcome, memory: Memory) -> Memory:
         """What it remembers once it knows what came of its decision."""
         return memory
+
+
+def asked(levels: np.ndarray | int, prospects: Prospects) -> np.ndarray:
+    """These levels for the cohort that chance picks from the candidates: (N,)."""
+    return np.where(np.broadcast_to(prospects.asked_N, prospects.memory_cap_bytes_N.shape), levels, SKIP)
 
 
 def largest(allowed_NL: np.ndarray) -> np.ndarray:

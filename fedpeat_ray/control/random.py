@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 
 from fedpeat_ray.config import ControlConfig
-from fedpeat_ray.control.plan import Controller, Memory, Prospects
+from fedpeat_ray.control.plan import Controller, Memory, Prospects, asked
 from fedpeat_ray.seeding import derive_seed, uniforms
 
 
@@ -27,4 +27,4 @@ class Random(Controller):
         """See Controller."""
         draws = uniforms(derive_seed(self.seed, "random level", round), device_ids)
         num_fitting = prospects.fits_NL.sum(axis=1)  # memory rises with the level: those from 1 on
-        return 1 + np.floor(draws * np.maximum(1, num_fitting)).astype(int)
+        return asked(1 + np.floor(draws * np.maximum(1, num_fitting)).astype(int), prospects)

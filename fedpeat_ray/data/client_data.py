@@ -67,7 +67,7 @@ class ClientData:
         tokens_NT, lengths_N = client_sequences(self.corpus, assignment.documents, length)
         order = self._order(assignment.round, device_id)
         batches = client_batches(tokens_NT, lengths_N, assignment.num_steps, batch_size, order)
-        return ClientTask(device_id, assignment.num_examples, *batches, assignment.level)
+        return ClientTask(device_id, assignment.num_examples, *batches, assignment.level, assignment.age)
 
     def tasks(self, device_ids: Iterable[int], round: int) -> list[ClientTask]:
         """The same for several devices at once."""

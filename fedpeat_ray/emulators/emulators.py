@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -72,13 +73,15 @@ class Emulators:
 
         return dataclasses.replace(self, ladder=workshop.furnish(ladder, map_clients, on_step), workshop=workshop)
 
-    def on_levels(self, version: int, work: Callable[[Adapter], Callable]) -> OnEmulators:
-        """Work on the emulator of each task's level, after so many re-alignments: `work(part of the adapter)` there."""
+    def on_levels(self, version: int, work: Callable[[Adapter], Callable], ages: Collection[int] = ()) -> OnEmulators:
+        """Work on the emulator of each task's level, after so many re-alignments, or of one of these ages: `work(part
+        of the adapter)` there."""
         ladder = self.workshop.version(self.ladder, version)
+        stale = tuple((age, self.workshop.version(self.ladder, version - age)) for age in sorted(ages) if age)
         parts = [
             (work(ladder.part(self.adapter, level)), self._places(level)) for level in range(1, self.ladder.top + 1)
         ]
-        return OnEmulators(ladder, work(self.adapter), tuple(parts))
+        return OnEmulators(ladder, work(self.adapter), tuple(parts), stale)
 
     def trained(self) -> dict[int, Tensor]:
         """Which elements (P,) of the adapter a device of each level trains: bool."""
@@ -159,6 +162,10 @@ def check_emulators(config: SimulationConfig) -> None:
     if control.kind == "fixed" and control.level > top:
         allowed = f"at most {top}, the highest level that devices are given (emulator.give_foundation)"
         raise ConfigError.of("control.level", control.level, allowed)
+    num_asked = math.ceil(config.cohort_size * config.over_sample)
+    if control.candidates is not None and control.candidates < num_asked:
+        allowed = f"at least {num_asked}, as many as a cohort needs (cohort_size, over_sample)"
+        raise ConfigError.of("control.candidates", control.candidates, allowed)
     if emulator.realign_every and emulator.eight_bit:
         raise ConfigError.of("emulator.realign_every", emulator.realign_every, "0 if emulator.eight_bit")
     if (shards := config.foundation.num_shards) > 1:

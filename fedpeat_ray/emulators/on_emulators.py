@@ -28,9 +28,9 @@ from fedpeat_ray.training.collect import Result
 
 @dataclass(frozen=True)
 class OnEmulators:
-    """`train(backbone, adapter_P, tasks)`: each task on the emulator of its level.
+    """`train(backbone, adapter_P, tasks)`: each task on the emulator of its level, and of its age if that is stale.
 
-    Tasks of one level that follow one another are one batch; a task of level None has the foundation.
+    Tasks of one emulator that follow one another are one batch; a task of level None has the foundation.
     """
 
     ladder: Ladder
@@ -38,22 +38,29 @@ class OnEmulators:
     """The training (or evaluation) on the foundation."""
     parts: tuple[tuple[Callable, Tensor], ...]
     """By level: training of what lies in the blocks of that level, and its places in the whole adapter."""
+    stale: tuple[tuple[int, Ladder], ...] = ()
+    """The ladders of emulators that some devices still have, by their age."""
 
     @property
     def files(self) -> list[Path]:
         """What emulators are read from."""
-        return self.ladder.files
+        return sorted({path for ladder in self._by_age.values() for path in ladder.files})
+
+    @property
+    def _by_age(self) -> dict[int, Ladder]:
+        return {0: self.ladder, **dict(self.stale)}
 
     def __call__(self, backbone: Backbone, adapter_P: Tensor, tasks: Sequence[Any]) -> list[Any]:
         updates: list[Any] = []
-        for outdated in backbone.stand_ins.keys() - set(self.ladder.files):
+        by_age = self._by_age
+        for outdated in backbone.stand_ins.keys() - set(self.files):
             del backbone.stand_ins[outdated]
-        for level, group in itertools.groupby(tasks, key=lambda task: task.level):
+        for (level, age), group in itertools.groupby(tasks, key=lambda task: (task.level, getattr(task, "age", 0))):
             if level is None:
                 updates += self.whole(backbone, adapter_P, list(group))
                 continue
             train, places = self.parts[level - 1]
-            with on_emulator(backbone, self.ladder.block_list, self.ladder.rungs[level - 1]):
+            with on_emulator(backbone, self.ladder.block_list, by_age[age].rungs[level - 1]):
                 for update in train(backbone, adapter_P[places], list(group)):
                     is_training = isinstance(update, ClientUpdate)
                     updates.append(dataclasses.replace(update, level=level) if is_training else update)

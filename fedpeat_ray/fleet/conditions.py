@@ -12,6 +12,7 @@ from fedpeat_ray.fleet.availability import Availability, build_availability
 from fedpeat_ray.fleet.channel import link_ok, link_rates
 from fedpeat_ray.fleet.costs import Admission, Costs, Task, admit, spent, task_costs
 from fedpeat_ray.fleet.population import Fleet, build_fleet
+from fedpeat_ray.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,23 @@ class Conditions:
     over_sample: float
     deadline_s: float | None
 
-    def sample(self, round: int) -> np.ndarray:
-        """Device ids asked in a round, sorted: cohort_size * over_sample of them, rounded up."""
-        return self.fleet.sample(round, math.ceil(self.cohort_size * self.over_sample))
+    @property
+    def num_asked(self) -> int:
+        """Devices asked in a round: cohort_size * over_sample, rounded up."""
+        return math.ceil(self.cohort_size * self.over_sample)
+
+    def sample(self, round: int, num_candidates: int | None = None) -> np.ndarray:
+        """Device ids asked in a round, sorted; or so many candidates to choose from."""
+        return self.fleet.sample(round, num_candidates or self.num_asked)
+
+    def cohort_of(self, round: int, num_candidates: int) -> np.ndarray:
+        """(N,) bool: which of the candidates are asked if nobody chooses."""
+        if num_candidates <= self.num_asked:
+            return np.full(num_candidates, True)
+        chosen = np.full(num_candidates, False)
+        rng = generator(self.seed, "cohort of candidates", round)
+        chosen[rng.choice(num_candidates, self.num_asked, replace=False, shuffle=False)] = True
+        return chosen
 
     def nominal_s(self, device_ids: np.ndarray, task: Task) -> np.ndarray:
         """(N,) virtual seconds that the task would take each device at its tier's link speeds."""

@@ -38,6 +38,7 @@ def client_columns(round: int, result: RoundResult, fleet: Fleet) -> dict[str, n
         "outcome": with_skipped(outcomes, SKIPPED),
         "drop_reason": with_skipped(reasons, None),
         "level": with_skipped([None] * num_asked if result.levels is None else result.levels, None),
+        "emulator_age": with_skipped([None if task.level is None else task.age for task in result.tasks], None),
         "lora_rank": with_skipped([result.lora_rank] * num_asked, None),
         "num_steps": [task.num_steps for task in tasks],
         "num_examples": [task.num_examples for task in tasks],

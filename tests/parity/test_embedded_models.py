@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import torch
 
 from fedpeat_ray.config import DataConfig, LoraConfig
+from fedpeat_ray.data import python_docs
 from fedpeat_ray.data.batches import heldout_sequences
 from fedpeat_ray.data.corpus import load_corpus
 from fedpeat_ray.models import foundation as foundations
@@ -17,20 +21,37 @@ from fedpeat_ray.models.lora import find_lora
 from fedpeat_ray.training.evaluation import EvaluateLora, ScoreSum, evaluation_tasks
 from workloads.check_foundation import half_middle, heldout_text, perplexity
 
-NUM_SEQUENCES = 128
+IN_PART = ("sympy",)
 
 
 @pytest.fixture(scope="module")
-def private() -> dict[str, float]:
+def in_part(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], AbstractContextManager]:
+    """The documentation of some packages: to read all there is takes a minute."""
+    cache, roots = tmp_path_factory.mktemp("cache in part"), python_docs._roots()
+
+    @contextlib.contextmanager
+    def in_part() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(cache))
+            patch.setattr(python_docs, "_roots", lambda: {name: roots[name] for name in IN_PART})
+            yield
+
+    return in_part
+
+
+@pytest.fixture(scope="module", params=["in part", pytest.param("all", marks=pytest.mark.full)])
+def private(request: pytest.FixtureRequest, in_part) -> dict[str, float]:
     """Perplexities on private text: of the two, and of the base without every second block of its middle."""
     prepared = {name: foundations.prepare(name, "float32") for name in foundations.EMBEDDED}
-    text = heldout_text(prepared["pydoc-base"], NUM_SEQUENCES, public=False)  # for both: they share a tokenizer
+    with contextlib.nullcontext() if request.param == "all" else in_part():
+        num_sequences = 128 if request.param == "all" else 32
+        text = heldout_text(prepared["pydoc-base"], num_sequences, public=False)  # for both: they share a tokenizer
     models = {name: foundations.load(foundation) for name, foundation in prepared.items()}
     models["half"] = half_middle(models["pydoc-base"])
     return {name: perplexity(model, *text) for name, model in models.items()}
 
 
-@pytest.mark.sweep  # reads all the documentation there is
+@pytest.mark.sweep  # reads documentation
 def test_leaving_out_every_second_middle_block_doubles_the_perplexity(private):
     assert private["half"] >= 2 * private["pydoc-base"]
 
@@ -47,16 +68,19 @@ def test_the_pair_shares_a_tokenizer_and_takes_less_than_40_megabytes():
 
 
 @pytest.mark.sweep
-def test_perplexity_in_the_type_of_training_agrees_to_a_tenth_of_a_percent():
-    """bfloat16 also where the processor has no instructions for it: only slower."""
+@pytest.mark.parametrize(("text", "bound"), [("in part", 2e-3), pytest.param("all", 1e-3, marks=pytest.mark.full)])
+def test_perplexity_in_the_type_of_training_agrees_to_a_tenth_of_a_percent(text, bound, in_part):
+    """bfloat16 also where the processor has no instructions for it: only slower. Of one package's documentation alone
+    it may differ by 0.11 %."""
     foundation = prepare("pydoc-small", "bfloat16")
     backbone, lora = load_backbone(foundation), find_lora(load(foundation), LoraConfig())
     adapter_P = lora.init(0)
     adapter_P += 0.01 * torch.from_numpy(np.random.default_rng(0).standard_normal(len(adapter_P))).float()
-    corpus = load_corpus(DataConfig(), load_tokenizer(foundation.config_dir))
+    with contextlib.nullcontext() if text == "all" else in_part():
+        corpus = load_corpus(DataConfig(), load_tokenizer(foundation.config_dir))
     tasks = evaluation_tasks("all", *heldout_sequences(corpus, 64, 128, seed=0))
     found = []
     for exact in (True, False):
         scores = ScoreSum().add(EvaluateLora(lora, exact)(backbone, adapter_P, tasks)).result()
         found.append(scores["all"].perplexity)
-    assert found[1] == pytest.approx(found[0], rel=1e-3) and found[0] != found[1]
+    assert found[1] == pytest.approx(found[0], rel=bound) and found[0] != found[1]

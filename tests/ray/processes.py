@@ -73,7 +73,7 @@ def forked(out: Path, error: Path, function: Callable[..., int], *arguments: obj
 
     It is forked from one that has loaded what a run needs and done nothing yet, so it starts at once.
     """
-    _FORKS.set_forkserver_preload(["workloads.large_scale"])
+    _FORKS.set_forkserver_preload(["workloads.large_scale", "fedpeat_ray.simulation", "analysis.report"])
     process = _FORKS.Process(target=_redirected, args=(out, error, function, *arguments))
     process.start()
     process.join(timeout_s)

@@ -64,7 +64,7 @@ def submit(dashboard: str, environment: dict[str, str], checkout: Path, tmp_path
 def test_a_submitted_run_gives_the_bits_of_a_local_one_and_outlives_the_job(
     submit, tiny_arguments, uninterrupted, checkout, tmp_path
 ):
-    ended = submit(tiny_arguments("--hosts.backend", "ray"))
+    ended = submit(tiny_arguments("--hosts.backend", "ray", "--hosts.num-hosts", 1))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     (directory,) = (tmp_path / "runs").iterdir()
     assert str(directory) in ended.stdout.splitlines()

@@ -44,6 +44,7 @@ def client(round: int, device_id: int, reason: str | None, emulators: bool = Fal
         "outcome": "dropped" if reason else "completed",
         "drop_reason": reason,
         "level": 1 + device_id // 3 % 2 if emulators else None,
+        "emulator_age": 0 if emulators else None,
         "lora_rank": 8,
         "num_steps": 4,
         "num_examples": 8,
