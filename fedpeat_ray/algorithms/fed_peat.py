@@ -25,8 +25,9 @@ import numpy as np
 from fedpeat_ray.aggregation.server_optimizer import ServerState, accepted, server_step
 from fedpeat_ray.algorithms.algorithm import RoundResult
 from fedpeat_ray.algorithms.emulated import VERSION, Emulated
-from fedpeat_ray.algorithms.on_devices import Held, history, with_seen
-from fedpeat_ray.control.plan import SKIP, Decision, Plan, Prospects, Stale
+from fedpeat_ray.algorithms.on_devices import held_by, perplexities_of, seen_of, with_held, with_seen
+from fedpeat_ray.control.plan import SKIP, Prospects
+from fedpeat_ray.control.rounds import Settled, decision, prospects, settle
 from fedpeat_ray.data.client_data import ClientData
 from fedpeat_ray.emulators.on_emulators import InExactType
 from fedpeat_ray.fleet.conditions import Conditions
@@ -54,23 +55,20 @@ class FedPEAT(Emulated):
         candidates = conditions.sample(round, self.emulators.settings.control.candidates)
         assignments = assign(map_clients, data, candidates, round)
         num_tokens = np.array([task.num_tokens for task in assignments])
-        prospects = self.prospects(state, conditions, round, candidates, num_tokens)
-        decision = self.decide(state, round, candidates, prospects)
-        skipped = [assignments[i] for i in np.flatnonzero(decision.levels_N == SKIP)]
-        part = np.flatnonzero(decision.levels_N != SKIP)
-        device_ids, levels = candidates[part], decision.levels_N[part]
-        ages = np.broadcast_to(decision.ages_N, candidates.shape)[part]
+        foreseen = self.prospects(state, conditions, round, candidates, num_tokens)
+        plan = self.controller.act(round, candidates, foreseen, self.control_memory(state))
+        decided = decision(round, candidates, foreseen, plan)
+        settled = settle(self.emulators.costs, conditions, now_s, decided)
+        completed, levels = settled.admission.completed, settled.levels_M
+        skipped = [assignments[i] for i in np.flatnonzero(decided.levels_N == SKIP)]
         tasks = [
             dataclasses.replace(assignments[i], level=int(level), age=int(age))
-            for i, level, age in zip(part, levels, ages, strict=True)
+            for i, level, age in zip(settled.part, levels, settled.ages_M, strict=True)
         ]
-        held = np.where(ages > 0, levels, prospects.held_level_N[part])
-        demand = self.emulators.costs.task(levels, held, num_tokens[part])
-        costs, admission = conditions.settle(round, now_s, device_ids, demand)
 
-        chosen = [task for task, completes in zip(tasks, admission.completed, strict=True) if completes]
+        chosen = [task for task, completes in zip(tasks, completed, strict=True) if completes]
         chosen.sort(key=lambda task: (task.level, task.age, -task.num_steps))  # batches of like work waste nothing
-        train, zero = self.trainer(state, ages), self.aggregator(self.emulators.trained())
+        train, zero = self.trainer(state, settled.ages_M), self.aggregator(self.emulators.trained())
         mean, reports = map_clients(WithData(train, data), state.model_P, chosen, zero, self.client_batch_size)
         if steps := self.emulators.config.server_steps:
             rng = generator(self.seed, "server order", round)
@@ -79,57 +77,33 @@ class FedPEAT(Emulated):
             mean, reports = mean.merge(of_server), [*reports, *report]
 
         state, refused = accepted(state, server_step(self.server, state, mean.result()))
-        version, received = int(state.memory[VERSION]), costs.download_bytes == demand.download_bytes
-        holds = Held.of(state, conditions.fleet.num_devices)
-        state = holds.noted(state, version, device_ids, levels, received & (ages == 0))
-        if self.controller.wants_history:
-            state = with_seen(state, conditions.fleet.num_devices, round, device_ids, costs)
+        state = self.note(state, conditions, round, settled)
         server = self.emulators.costs.server_tuning
         if (every := self.emulators.config.realign_every) and round % every == 0:
             state = self._realign(state, map_clients)
             server = server.then(self.emulators.costs.realignment)
-        emulator_bytes = np.minimum(costs.download_bytes, self.emulators.costs.exchange_bytes(levels, held))
-        facts = (device_ids, tasks, costs, admission, reports, self.adapter.rank, levels, emulator_bytes, server)
-        return state, RoundResult(*facts, refused, skipped, decision)
+        facts = (settled.device_ids, tasks, settled.costs, settled.admission, reports, self.adapter.rank)
+        return state, RoundResult(*facts, levels, settled.emulator_bytes_M, server, refused, skipped, decided)
 
     def prospects(
         self, state: ServerState, conditions: Conditions, round: int, device_ids: np.ndarray, num_tokens: np.ndarray
     ) -> Prospects:
         """What each level would cost each candidate."""
-        levels, emulator_costs = self.emulators.levels, self.emulators.costs
-        level_N, age_N = Held.of(state, conditions.fleet.num_devices).at(int(state.memory[VERSION]), device_ids)
+        num_devices, history = conditions.fleet.num_devices, None
+        if self.controller.wants_history:
+            seen = seen_of(state, num_devices)
+            history = seen.history(conditions, round, device_ids, perplexities_of(state))
+        held, realigns = held_by(state, num_devices), self.emulators.config.realign_every > 0
+        of_levels = (self.emulators.costs, self.emulators.levels, conditions, held, int(state.memory[VERSION]))
+        return prospects(*of_levels, round, device_ids, num_tokens, realigns, history)
 
-        def total_s(levels_N: np.ndarray, held_N: np.ndarray) -> np.ndarray:
-            return conditions.nominal_s(device_ids, emulator_costs.task(levels_N, held_N, num_tokens))
-
-        current_N, stale_N = np.where(age_N == 0, level_N, 0), np.where(age_N > 0, level_N, 0)
-        total_s_NL = np.stack([total_s(np.full(len(device_ids), level), current_N) for level in levels], axis=1)
-        return Prospects(
-            emulator_costs.memory_bytes_L[: len(levels)],
-            conditions.fleet.memory_cap_bytes[device_ids],
-            total_s_NL,
-            current_N,
-            conditions.deadline_s,
-            conditions.cohort_of(round, len(device_ids)),
-            num_tokens,
-            Stale(stale_N, age_N, total_s(np.maximum(1, stale_N), stale_N)) if self.realigns else None,
-            history(state, conditions, round, device_ids) if self.controller.wants_history else None,
-        )
-
-    def decide(self, state: ServerState, round: int, device_ids: np.ndarray, prospects: Prospects) -> Decision:
-        """What the controller makes of it."""
-        plan = self.controller.act(round, device_ids, prospects, self.control_memory(state))
-        plan = plan if isinstance(plan, Plan) else Plan(plan)
-        ages_N = np.zeros(len(device_ids), int)
-        if prospects.stale:
-            goes_on = plan.stale_N & (plan.levels_N == prospects.stale.level_N)
-            ages_N = np.where(goes_on, prospects.stale.age_N, 0)
-        return Decision(round, device_ids, prospects, plan.levels_N, ages_N)
-
-    @property
-    def realigns(self) -> bool:
-        """Whether there will be several versions of emulators."""
-        return self.emulators.config.realign_every > 0
+    def note(self, state: ServerState, conditions: Conditions, round: int, settled: Settled) -> ServerState:
+        """What the server remembers of the devices of a round: a device that received an emulator keeps it."""
+        num_devices = conditions.fleet.num_devices
+        state = with_held(state, held_by(state, num_devices).after(settled, int(state.memory[VERSION])))
+        if self.controller.wants_history:
+            state = with_seen(state, seen_of(state, num_devices).after(settled, round))
+        return state
 
     def _realign(self, state: ServerState, map_clients: MapClients) -> ServerState:
         """New emulators: no device holds a current one."""

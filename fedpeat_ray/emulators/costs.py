@@ -5,50 +5,17 @@ Legend: N devices, L levels, from 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
 from fedpeat_ray.config import EmulatorConfig, SimulationConfig
 from fedpeat_ray.emulators.ladder import Ladder, block_number, emulator_shapes
-from fedpeat_ray.fleet.costs import ServerCosts, Task, forward_flops, training_flops
+from fedpeat_ray.fleet.costs import ServerCosts, forward_flops, training_flops
+from fedpeat_ray.fleet.levels import EmulatorCosts
 from fedpeat_ray.fleet.memory import ModelShape, training_memory
 from fedpeat_ray.models import weight_files
 from fedpeat_ray.models.foundation import Foundation
 from fedpeat_ray.training.adapters import Adapter
-
-
-@dataclass(frozen=True)
-class EmulatorCosts:
-    """What a level costs any device, and what the server does itself."""
-
-    emulator_bytes_L: np.ndarray
-    adapter_bytes_L: np.ndarray
-    """One way."""
-    memory_bytes_L: np.ndarray
-    """Peak of training."""
-    weights_bytes_L: np.ndarray
-    """Of these the weights."""
-    flops_per_token_L: np.ndarray
-    server_tuning: ServerCosts
-    """Of its local steps in a round."""
-    realignment: ServerCosts
-    """Of one re-alignment of all emulators."""
-
-    def exchange_bytes(self, level_N: np.ndarray, held_N: np.ndarray) -> np.ndarray:
-        """(N,) of emulators that must be sent: a device that holds that of its level (0: none) needs no other."""
-        return np.where(held_N == level_N, 0, self.emulator_bytes_L[level_N - 1])
-
-    def task(self, level_N: np.ndarray, held_N: np.ndarray, num_tokens_N: np.ndarray) -> Task:
-        """What a round asks of each device: an emulator if need be, the adapter both ways, training."""
-        adapter_bytes = self.adapter_bytes_L[level_N - 1]
-        return Task(
-            download_bytes=self.exchange_bytes(level_N, held_N) + adapter_bytes,
-            upload_bytes=adapter_bytes,
-            flops=self.flops_per_token_L[level_N - 1] * num_tokens_N,
-            memory_bytes=self.memory_bytes_L[level_N - 1],
-        )
 
 
 def emulator_costs(

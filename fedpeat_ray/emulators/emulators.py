@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 
 from fedpeat_ray.config import EmulatorConfig, LoraConfig, SimulationConfig
 from fedpeat_ray.data.client_data import ServerData
-from fedpeat_ray.emulators.costs import EmulatorCosts, emulator_costs
+from fedpeat_ray.emulators.costs import emulator_costs
 from fedpeat_ray.emulators.ladder import Ladder, block_number, build_ladder
 from fedpeat_ray.emulators.on_emulators import OnEmulators
 from fedpeat_ray.emulators.workshop import Workshop
 from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.files import file_sha256, user_cache_dir
+from fedpeat_ray.fleet.levels import EmulatorCosts
 from fedpeat_ray.fleet.memory import ModelShape
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models import weight_files
