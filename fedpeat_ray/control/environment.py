@@ -1,0 +1,226 @@
+"""Where controllers are tried and trained: rounds of a simulated fleet in which nothing is trained, one step a round.
+
+What a round costs is the simulation's own code (control/rounds.py) on the same fleet; what it brings is a response
+model of perplexity. A round is judged by
+
+    reward = -(w_q quality + w_d delay + w_b bytes + w_m memory + w_e energy)
+
+each term in units of what a cohort drawn by chance pays on the middle level, so that 1 means as much as that. The form
+is ours: the paper's objective (Chua et al. 2023: perplexity, delay, memory) is not published in numbers.
+
+Legend: N candidates, M of them take part, F devices of the fleet, L levels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedpeat_ray.config import FleetConfig
+from fedpeat_ray.control.plan import SKIP, Plan, Prospects
+from fedpeat_ray.control.rounds import Held, Seen, Settled, decision, prospects, settle
+from fedpeat_ray.fleet.conditions import Conditions, build_conditions
+from fedpeat_ray.fleet.levels import EmulatorCosts
+from fedpeat_ray.seeding import derive_seed, normals
+
+TERMS = ("quality", "delay", "bytes", "memory", "energy")
+
+
+@dataclass(frozen=True)
+class Response:
+    """How perplexity answers to what was trained on.
+
+        ln p' = ln floor + (ln p - ln floor) exp(-sum_i gain_{level of i} freshness^{age of i} tokens_i)
+
+    over the devices i that complete the round.
+    """
+
+    start: float
+    """Perplexity before the first round."""
+    floor: float
+    """What no amount of tokens goes below."""
+    gain_L: tuple[float, ...]
+    """A token, by level."""
+    freshness: float = 0.8
+    """Share of a token's gain that is left for each re-alignment that an emulator is behind."""
+
+    def after(self, perplexity: float, tokens_M: np.ndarray, levels_M: np.ndarray, ages_M: np.ndarray) -> float:
+        """Perplexity after a round in which these devices trained."""
+        gains_M = np.array(self.gain_L)[levels_M - 1] * self.freshness**ages_M * tokens_M
+        left = math.log(perplexity / self.floor) * math.exp(-float(gains_M.sum()))
+        return self.floor * math.exp(left)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of the terms of the reward."""
+
+    quality: float = 1.0
+    delay: float = 0.2
+    bytes: float = 0.1
+    memory: float = 0.1
+    energy: float = 0.1
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A change in the middle of an episode."""
+
+    round: int
+    """From this one on."""
+    slowed_share: float = 0.0
+    """Of the devices, by chance."""
+    slowdown: float = 4.0
+    """How much longer these take to compute."""
+    link_factor: float = 1.0
+    """Of everybody's own link figures."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that episodes share; the fleet is drawn anew for each."""
+
+    emulators: EmulatorCosts
+    levels: Sequence[int]
+    response: Response
+    fleet: FleetConfig
+    cohort_size: int
+    num_candidates: int
+    num_rounds: int = 20
+    over_sample: float = 1.25
+    deadline_s: float | None = None
+    realign_every: int = 0
+    median_tokens: float = 1000.0
+    """Of a device's data in a round."""
+    tokens_spread: float = 0.7
+    """Standard deviation of the logarithm."""
+    weights: Weights = dataclasses.field(default_factory=Weights)
+    shift: Shift | None = None
+
+
+class Episode:
+    """One fleet, round by round.
+
+    episode = Episode(setting, seed)
+    while not episode.is_over:
+        terms = episode.step(controller.act(episode.round, episode.device_ids, episode.seen, memory))
+    """
+
+    def __init__(self, setting: Setting, seed: int, num_tokens_F: np.ndarray | None = None):
+        """`num_tokens_F`: of each device's data in a round, instead of drawn ones."""
+        self.setting, self.seed = setting, seed
+        self.conditions: Conditions = build_conditions(
+            setting.fleet, seed, setting.cohort_size, setting.over_sample, setting.deadline_s
+        )
+        num_devices = setting.fleet.num_devices
+        if num_tokens_F is None:
+            spread_F = normals(derive_seed(seed, "tokens"), np.arange(num_devices))
+            num_tokens_F = np.maximum(1, setting.median_tokens * np.exp(setting.tokens_spread * spread_F)).astype(int)
+        self.num_tokens_F = num_tokens_F
+        self.held, self.device_seen = Held.nothing(num_devices), Seen.nothing(num_devices)
+        self.round, self.version, self.now_s = 1, 0, 0.0
+        self.perplexities = [setting.response.start]
+        self._units = self._paid_by_chance()
+        self._look()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all rounds were played."""
+        return self.round > self.setting.num_rounds
+
+    def step(self, answer: Plan | np.ndarray) -> dict[str, float]:
+        """Play a round; returns the reward and its terms, each by its name and not yet weighted."""
+        setting, decided = self.setting, decision(self.round, self.device_ids, self.seen, answer)
+        settled = settle(setting.emulators, self.conditions, self.now_s, decided)
+        terms = self._terms(settled)
+        self.held = self.held.after(settled, self.version)
+        self.device_seen = self.device_seen.after(settled, self.round)
+        self.now_s += settled.admission.round_s
+        if setting.realign_every and self.round % setting.realign_every == 0:
+            self.version += 1
+        self.last = settled
+        self.round += 1
+        if setting.shift and self.round == setting.shift.round:
+            self.conditions = shifted(self.conditions, setting.shift)
+        if not self.is_over:
+            self._look()
+        weights = dataclasses.asdict(setting.weights)
+        return {"reward": -sum(weights[name] * terms[name] for name in TERMS), **terms}
+
+    def _look(self) -> None:
+        """What the next decision is about."""
+        setting = self.setting
+        self.device_ids = self.conditions.sample(self.round, setting.num_candidates)
+        history = self.device_seen.history(self.conditions, self.round, self.device_ids, self.perplexities[-2:])
+        num_tokens = self.num_tokens_F[self.device_ids]
+        where = (setting.emulators, setting.levels, self.conditions, self.held, self.version)
+        realigns = setting.realign_every > 0
+        self.seen: Prospects = prospects(*where, self.round, self.device_ids, num_tokens, realigns, history)
+
+    def _terms(self, settled: Settled) -> dict[str, float]:
+        used, before = settled.admission.completed, self.perplexities[-1]
+        tokens_M = self.num_tokens_F[settled.device_ids]
+        after = self.setting.response.after(before, tokens_M[used], settled.levels_M[used], settled.ages_M[used])
+        self.perplexities.append(after)
+        paid = paid_by(settled)
+        terms = {name: paid[name] / max(self._units[name], 1e-12) for name in TERMS[1:]}
+        start = math.log(self.setting.response.start / self.setting.response.floor)
+        gained = math.log(before / after) / start
+        return {"quality": -gained * self.setting.num_rounds, **terms}
+
+    def _paid_by_chance(self) -> dict[str, float]:
+        """By a cohort drawn by chance, on the middle level, which holds nothing: the unit of each term."""
+        setting = self.setting
+        device_ids = self.conditions.sample(1)
+        middle = np.full(len(device_ids), setting.levels[len(setting.levels) // 2])
+        num_tokens = self.num_tokens_F[device_ids]
+        where = (setting.emulators, setting.levels, self.conditions, self.held, 0)
+        seen = prospects(*where, 1, device_ids, num_tokens, realigns=False)
+        middle = np.where(seen.fits_NL[:, setting.levels.index(middle[0])], middle, setting.levels[0])
+        paid = paid_by(settle(setting.emulators, self.conditions, 0.0, decision(1, device_ids, seen, middle)))
+        # the slowest of a cohort is a matter of luck: the mean of those who take part is not
+        return paid | {"delay": max(float(np.mean(seen.total_s_NL[:, 0])), 1e-9)}
+
+
+def paid_by(settled: Settled) -> dict[str, float]:
+    """What a round takes of devices: seconds, bytes both ways, share of their memory (a mean), joules."""
+    costs = settled.costs
+    share = costs.memory_bytes / costs.memory_cap_bytes
+    return {
+        "delay": settled.admission.round_s,
+        "bytes": float(costs.download_bytes.sum() + costs.upload_bytes.sum()),
+        "memory": float(share.mean()) if len(share) else 0.0,
+        "energy": float(costs.energy_j.sum()),
+    }
+
+
+def shifted(conditions: Conditions, shift: Shift) -> Conditions:
+    """The surroundings after a shift."""
+    fleet = conditions.fleet
+    chance_F = normals(derive_seed(conditions.seed, "slowed"), np.arange(fleet.num_devices))
+    slowed_F = np.argsort(np.argsort(chance_F)) < shift.slowed_share * fleet.num_devices
+    changed = dataclasses.replace(
+        fleet,
+        flops_per_s=(fleet.flops_per_s / np.where(slowed_F, shift.slowdown, 1.0)).astype(np.float32),
+        downlink_bytes_per_s=(fleet.downlink_bytes_per_s * shift.link_factor).astype(np.float32),
+        uplink_bytes_per_s=(fleet.uplink_bytes_per_s * shift.link_factor).astype(np.float32),
+    )
+    return dataclasses.replace(conditions, fleet=changed)
+
+
+def allowed(seen: Prospects) -> np.ndarray:
+    """(N, 1 + L) bool: what a device may be asked; position 0 is to skip it, which always may be."""
+    fits_NL = seen.fits_NL
+    return np.concatenate([np.full((len(fits_NL), 1), True), fits_NL], axis=1)
+
+
+def may_stay(seen: Prospects) -> np.ndarray:
+    """(N,) bool: whether the device could go on with a stale emulator."""
+    if seen.stale is None:
+        return np.zeros(len(seen.memory_cap_bytes_N), bool)
+    fits_NL, level_N = seen.fits_NL, seen.stale.level_N
+    return (level_N != SKIP) & fits_NL[np.arange(len(level_N)), np.maximum(level_N, 1) - 1]

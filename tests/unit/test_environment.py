@@ -1,0 +1,157 @@
+"""The environment and the simulation are one: the same plans on the same fleet cost the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pandas as pd
+import pytest
+import whole_runs
+from whole_runs import changed, table
+
+from fedpeat_ray import Simulation
+from fedpeat_ray.config import ControlConfig, DistilConfig, EmulatorConfig, FleetConfig
+from fedpeat_ray.control.environment import TERMS, Episode, Response, Setting, Shift, allowed, may_stay
+from fedpeat_ray.control.find import OURS, find_controller
+from fedpeat_ray.control.plan import SKIP, Controller, Memory, Plan, Prospects
+from fedpeat_ray.fleet.levels import EmulatorCosts
+from fedpeat_ray.world import prepare
+
+EMULATORS = EmulatorCosts(
+    emulator_bytes_L=np.array([4_000_000, 8_000_000, 12_000_000]),
+    adapter_bytes_L=np.array([100_000] * 3),
+    memory_bytes_L=np.array([40, 55, 70]) * 10**6,
+    weights_bytes_L=np.array([20, 30, 40]) * 10**6,
+    flops_per_token_L=np.array([2e7, 3e7, 4e7]),
+    server_tuning=None,  # type: ignore[arg-type]
+    realignment=None,  # type: ignore[arg-type]
+)
+RESPONSE = Response(start=40.0, floor=25.0, gain_L=(2e-6, 3e-6, 4e-6))
+
+
+def setting(**changes: object) -> Setting:
+    """Twenty rounds of a fleet of 200, some of which have too little memory for more than the first level."""
+    fleet = FleetConfig(num_devices=200, memory_scale=0.045)
+    plain = Setting(EMULATORS, (1, 2, 3), RESPONSE, fleet, cohort_size=10, num_candidates=40, realign_every=4)
+    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def chance(seen: Prospects, rng: np.random.Generator) -> Plan:
+    """Any plan that is allowed."""
+    masks = allowed(seen)
+    levels = np.array([rng.choice(np.flatnonzero(mask)) for mask in masks])
+    stale = may_stay(seen) & (rng.random(len(levels)) < 0.5)
+    return Plan(np.where(stale, seen.stale.level_N if seen.stale else 0, levels), stale)
+
+
+def test_the_same_plans_cost_the_same_as_in_a_simulation(deep_gpt2_dir: Path, text_dir: Path, tmp_path: Path):
+    plans: list[Plan] = []
+
+    class ByChance(Controller):
+        @classmethod
+        def build(cls, config: ControlConfig, seed: int) -> Self:
+            return cls()
+
+        def act(self, round: int, device_ids: np.ndarray, prospects: Prospects, memory: Memory) -> Plan:
+            plans.append(chance(prospects, np.random.default_rng(round)))
+            return plans[-1]
+
+    emulator = EmulatorConfig(1, 1, (0.2, 0.6), weights="elastic", realign_every=2, realign_steps=2)
+    emulator = dataclasses.replace(emulator, distil=DistilConfig(steps=2, batch_size=2, sequence_length=16))
+    config = whole_runs.tiny(deep_gpt2_dir, text_dir, rounds=5, emulator=emulator, control={"candidates": 12})
+    config = changed(config, out=tmp_path / "run", cohort_size=4, deadline_s=0.8)
+    Simulation(config, controller=ByChance).run()
+    rounds, clients = table(tmp_path / "run", "rounds"), table(tmp_path / "run", "clients")
+    costs = prepare(changed(config, algorithm="fed-peat"), tmp_path).algorithm.emulators.costs  # type: ignore[attr-defined]
+
+    same = Setting(
+        costs, (1, 2), Response(40.0, 25.0, (1e-6, 1e-6)), config.fleet, 4, 12, num_rounds=5, deadline_s=0.8,
+        over_sample=config.over_sample, realign_every=2,
+    )  # fmt: skip
+    tokens = np.zeros(14, int)
+    episode = Episode(same, config.seed, num_tokens_F=tokens)
+    for round, plan in enumerate(plans, start=1):
+        rows = clients[clients["round"] == round]
+        tokens[rows["device_id"].to_numpy(int)] = rows["num_tokens"].to_numpy(int)
+        episode._look()
+        assert episode.device_ids.tolist() == rows["device_id"].tolist()
+        episode.step(plan)
+        settled, asked = episode.last, rows[rows["outcome"] != "skipped"]
+        for name in ("download_bytes", "upload_bytes", "download_s", "compute_s", "upload_s", "energy_j"):
+            assert getattr(settled.costs, name).tolist() == asked[name].tolist(), name
+        assert settled.levels_M.tolist() == asked["level"].tolist()
+        assert settled.ages_M.tolist() == asked["emulator_age"].tolist()
+        assert settled.emulator_bytes_M.tolist() == asked["emulator_bytes"].tolist()
+        reasons = [None if pd.isna(reason) else reason for reason in asked["drop_reason"]]
+        assert settled.admission.drop_reason.tolist() == reasons
+        assert episode.now_s == rounds["virtual_s"].iloc[round - 1]
+    assert (clients["emulator_age"] > 0).any() and (clients["outcome"] == "skipped").any()
+    assert episode.is_over
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_our_controllers_play_and_chance_pays_about_one_of_each_unit(kind):
+    controller, memory = find_controller(kind).build(ControlConfig(kind, level=2), seed=0), {}
+    played = []
+    for seed in range(5):
+        episode = Episode(setting(realign_every=0), seed)
+        while not episode.is_over:
+            played.append(episode.step(controller.act(episode.round, episode.device_ids, episode.seen, memory)))
+        assert episode.perplexities[0] == 40.0 and 25.0 < episode.perplexities[-1] < 40.0
+    for name in ("bytes", "memory", "energy"):
+        assert 0.05 < np.mean([terms[name] for terms in played]) < 5, name
+
+
+def test_the_reward_is_the_weighted_sum_of_its_terms_and_a_round_without_devices_costs_nothing():
+    episode = Episode(setting(), 3)
+    nobody = episode.step(np.full(40, SKIP))
+    assert {name: nobody[name] for name in ("quality", "bytes", "memory", "energy")} == dict.fromkeys(
+        ("quality", "bytes", "memory", "energy"), 0.0
+    )
+    terms = episode.step(chance(episode.seen, np.random.default_rng(0)))
+    weights = dataclasses.asdict(episode.setting.weights)
+    assert terms["reward"] == pytest.approx(-sum(weights[name] * terms[name] for name in TERMS))
+    assert terms["quality"] < 0 < min(terms[name] for name in TERMS[1:])
+
+
+def test_an_episode_is_a_function_of_its_seed_and_its_plans():
+    def play(seed: int) -> list[float]:
+        episode, rng = Episode(setting(), seed), np.random.default_rng(1)
+        return [episode.step(chance(episode.seen, rng))["reward"] for _ in range(20)]
+
+    assert play(5) == play(5) != play(6)
+
+
+def test_what_is_not_allowed_is_what_the_memory_does_not_hold():
+    episode, rng = Episode(setting(), 0), np.random.default_rng(2)
+    while not episode.is_over:
+        seen = episode.seen
+        masks, stays = allowed(seen), may_stay(seen)
+        assert masks[:, 0].all() and (masks[:, 1:] == seen.fits_NL).all()
+        assert seen.stale is not None and (seen.stale.level_N[stays] > 0).all()
+        episode.step(chance(seen, rng))
+        assert "memory" not in episode.last.admission.drop_reason.tolist()
+    assert episode.version == 5
+
+
+def test_a_shift_slows_devices_and_links_from_its_round_on():
+    shift = Shift(round=3, slowed_share=0.5, slowdown=10.0, link_factor=0.1)
+    episode, still = Episode(setting(shift=shift), 4), Episode(setting(), 4)
+    for _ in range(2):
+        plan = chance(episode.seen, np.random.default_rng(0))
+        assert episode.step(plan) == still.step(plan)
+    slower = still.conditions.fleet.flops_per_s / episode.conditions.fleet.flops_per_s
+    assert sorted(set(np.round(slower, 3).tolist())) == [1.0, 10.0] and (slower > 1).sum() == 100
+    assert (episode.seen.total_s_NL > still.seen.total_s_NL).all()
+
+
+def test_the_response_falls_towards_its_floor_and_less_on_stale_emulators():
+    tokens, level, new = np.array([10_000.0]), np.array([2]), np.array([0])
+    once = RESPONSE.after(40.0, tokens, level, new)
+    assert 25 < once < 40 and RESPONSE.after(40.0, tokens * 1e6, level, new) == pytest.approx(25.0)
+    assert once < RESPONSE.after(40.0, tokens, level, new + 2) < 40
+    assert RESPONSE.after(40.0, tokens, np.array([3]), new) < once
+    assert RESPONSE.after(40.0, tokens[:0], level[:0], new[:0]) == 40.0
