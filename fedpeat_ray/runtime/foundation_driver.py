@@ -20,8 +20,6 @@ from typing import Any, Self
 import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor, distributed, nn
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -30,19 +28,15 @@ from fedpeat_ray.errors import ConfigError, DriverLostError
 from fedpeat_ray.files import written_whole
 from fedpeat_ray.models import weight_files
 from fedpeat_ray.models.foundation import Backbone, Foundation, empty
+from fedpeat_ray.runtime.driver_actor import RESUME, FoundationDriver
 from fedpeat_ray.runtime.host_pool import start_or_join
 from fedpeat_ray.runtime.node_files import Sent, files_of, receive, send, send_file, travel_by_value
 from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.training.map_clients import Call, MapClients
 
-_RESUME = "the run can be resumed from its last checkpoint"
-_LOOPBACK = "127.0.0.1"
-_PLACED_S = 60.0
-_STUCK_S = 20.0  # after an error of one rank; those that had it too have raised it by then
 
-
-class Rank:
-    """The actor: a share of every tensor, and the serial side of the seam around the whole."""
+class Shard:
+    """What a rank does: it holds a share of every tensor, and is the serial side of the seam around the whole."""
 
     def __init__(self, rank: int, num_shards: int, num_threads: int):
         torch.set_num_threads(num_threads)
@@ -154,75 +148,6 @@ class Rank:
         return os.getpid()
 
 
-class FoundationDriver:
-    """The actor that starts the ranks, has all of them do the same thing, and ends them when one is lost."""
-
-    def __init__(self, num_shards: int, num_gpus: float, num_threads: int):
-        # layers come and go: on a heap that keeps what is freed they would leave holes larger than the whole model
-        malloc = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TOP_PAD_": str(2**17)}
-        environment = {"OMP_NUM_THREADS": str(num_threads)} | malloc
-        # cores are not reserved: ranks and hosts take turns
-        self._actor = ray.remote(num_cpus=0, num_gpus=num_gpus, runtime_env={"env_vars": environment})(Rank)
-        self._arguments = (num_shards, num_threads)
-        self._num_gpus = num_gpus
-        self._ranks: list[Any] = []
-        self._lost: DriverLostError | None = None
-
-    def start(self, foundation: Foundation, shard_bytes: int, files: dict[Path, Sent]) -> None:
-        """Start the ranks and have them fill the model, from its file as it was sent if rank 0 cannot see it.
-
-        Raises ConfigError if the cluster has no room for them.
-        """
-        bundle = {"memory": shard_bytes, "GPU": self._num_gpus}
-        num_shards, _ = self._arguments
-        group = placement_group([{name: amount for name, amount in bundle.items() if amount}] * num_shards)
-        if not group.wait(_PLACED_S):
-            allowed = f"the cluster must have {shard_bytes} bytes and {self._num_gpus:g} GPUs free for each"
-            raise ConfigError.of("foundation.num_shards", num_shards, allowed)
-        for index in range(num_shards):
-            place = PlacementGroupSchedulingStrategy(group, index)
-            self._ranks.append(self._actor.options(scheduling_strategy=place).remote(index, *self._arguments))
-        nodes = ray.get(self._each(self._ranks, "address"))
-        host = nodes[0] if len(set(nodes)) > 1 else _LOOPBACK
-        (address,) = ray.get(self._each(self._ranks[:1], "open_store", host))
-        self._each(self._ranks, "build", foundation, files, *address)
-
-    def call(self, method: str, arguments: Sequence[ray.ObjectRef] = ()) -> list[ray.ObjectRef]:
-        """What this method of every rank returns. Raises what it raises, or DriverLostError."""
-        return self._each(self._ranks, method, *arguments)
-
-    def _each(self, ranks: Sequence[Any], method: str, *arguments: Any) -> list[ray.ObjectRef]:
-        if self._lost:
-            raise self._lost
-        refs = [getattr(rank, method).remote(*arguments) for rank in ranks]
-        running, errors, timeout = refs, {}, None
-        while running:
-            done, running = ray.wait(running, timeout=timeout)
-            if not done:
-                break
-            try:
-                ray.get(done)
-            except RayActorError as error:
-                reason = str(error).splitlines()[0]
-                raise self._end(refs.index(done[0]), reason) from error
-            except RayTaskError as error:
-                errors[refs.index(done[0])], timeout = error, _STUCK_S
-        if running:  # it waits in a collective for one that failed
-            self._end(refs.index(running[0]), f"it did not come to the error of rank {min(errors)}")
-        if errors:
-            first = errors[min(errors)]
-            raise first.cause from first  # with the rank's traceback
-        return refs
-
-    def _end(self, index: int, reason: str) -> DriverLostError:
-        for rank in self._ranks:
-            ray.kill(rank)
-        self._lost = DriverLostError(
-            f"rank {index} of the {len(self._ranks)} that hold the foundation is lost ({reason.rstrip('.')}); {_RESUME}"
-        )
-        return self._lost
-
-
 class ShardedFoundation(MapClients):
     """The sharded model as the main process sees it; use as a context manager.
 
@@ -257,7 +182,8 @@ class ShardedFoundation(MapClients):
                 raise ConfigError.of("foundation.num_gpus", num_gpus, "above 0.5, as NCCL wants a GPU for each shard")
             shard_bytes = -(-foundation.weights.stat().st_size // num_shards)
             self._driver = ray.remote(num_cpus=0)(FoundationDriver).remote(num_shards, share, num_threads)
-            self._get(self._driver.start.remote(foundation, shard_bytes, send([foundation.weights], {})))
+            what = [ray.put(foundation), ray.put(send([foundation.weights], {}))]
+            self._get(self._driver.start.remote(shard_bytes, what))
         except BaseException:
             self.close()
             raise
@@ -308,7 +234,7 @@ class ShardedFoundation(MapClients):
         except RayTaskError as error:
             raised, cause = error.cause, error
         except RayActorError as error:
-            raised, cause = DriverLostError(f"the process that drives the ranks is lost; {_RESUME}"), error
+            raised, cause = DriverLostError(f"the process that drives the ranks is lost; {RESUME}"), error
         if isinstance(raised, DriverLostError):
             self._on_event("driver_lost", error=str(raised))
         raise raised from cause

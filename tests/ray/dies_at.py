@@ -1,7 +1,5 @@
 """Run large_scale.py and die by SIGKILL, or get another signal, just before a certain file or folder would appear.
 
-python dies_at.py rounds/00003.parquet [--signal=SIGINT] [arguments of large_scale.py]
-
 The processes below this one are printed first, a line each.
 """
 
@@ -9,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 from processes import below
@@ -35,11 +32,3 @@ def run(ending: str, by: signal.Signals, arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background, whose processes ignore it
     die_at(ending, by)
     return main(arguments)
-
-
-if __name__ == "__main__":
-    ending, *arguments = sys.argv[1:]
-    by = signal.SIGKILL
-    if arguments[:1] and arguments[0].startswith("--signal="):
-        by = signal.Signals[arguments.pop(0).removeprefix("--signal=")]
-    sys.exit(run(ending, by, arguments))

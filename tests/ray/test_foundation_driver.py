@@ -22,8 +22,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedpeat_ray.errors import ConfigError, DriverLostError
 from fedpeat_ray.models.foundation import Backbone, Foundation, load, prepare
-from fedpeat_ray.runtime import foundation_driver
-from fedpeat_ray.runtime.foundation_driver import FoundationDriver, Rank, ShardedFoundation
+from fedpeat_ray.runtime import driver_actor
+from fedpeat_ray.runtime.driver_actor import FoundationDriver
+from fedpeat_ray.runtime.foundation_driver import Shard, ShardedFoundation
 from fedpeat_ray.runtime.serial import Serial
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -57,7 +58,7 @@ def listening() -> set[tuple[str, int]]:
 
 
 def test_where_the_ranks_meet_is_open_at_one_address_only():
-    before, rank = listening(), Rank(0, num_shards=2, num_threads=torch.get_num_threads())
+    before, rank = listening(), Shard(0, num_shards=2, num_threads=torch.get_num_threads())
     address = rank.open_store("127.0.0.1")
     assert listening() - before == {address}
     other = TCPStore(*address, 2, is_master=False)
@@ -192,12 +193,13 @@ def test_ranks_that_wait_for_one_that_failed_are_ended(monkeypatch):
         def __init__(self, fails: bool):
             self._fails = fails
 
-        def meet(self) -> None:
+        def do(self, method: str) -> tuple[None, None]:
             if self._fails:
                 raise KeyError("no such thing")
             time.sleep(1000)
+            return None, None
 
-    monkeypatch.setattr(foundation_driver, "_STUCK_S", 0.5)
+    monkeypatch.setattr(driver_actor, "_STUCK_S", 0.5)
     driver = FoundationDriver(2, 0, 1)
     driver._ranks = [ray.remote(num_cpus=0)(Rank).remote(fails) for fails in (False, True)]
     with pytest.raises(KeyError, match="no such thing"):

@@ -21,12 +21,7 @@ from workloads.large_scale import main
 def _interrupted(stop: str, ending: str, arguments: list[str], folder: Path) -> tuple[int, list[str], list[str]]:
     """Status, standard output and error of a run that gets a signal just before a file would appear."""
     out, error = folder / "out", folder / "error"
-    if "ray" not in arguments:
-        status = forked(out, error, dies_at.run, ending, signal.Signals[stop], arguments)
-    else:
-        command = [sys.executable, dies_at.__file__, ending, f"--signal={stop}", *arguments]
-        with out.open("wb") as out_file, error.open("wb") as error_file:  # no pipes, which a process left may hold open
-            status = subprocess.run(command, stdout=out_file, stderr=error_file, timeout=120).returncode
+    status = forked(out, error, dies_at.run, ending, signal.Signals[stop], arguments)
     return status, out.read_text().splitlines(), error.read_text().splitlines()
 
 

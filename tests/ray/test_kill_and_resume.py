@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import dies_at
@@ -70,12 +68,7 @@ def test_rounds_that_were_logged_after_the_checkpoint_are_taken_back(tiny_argume
 
 def _run_and_die(ending: str, arguments: list[str], log: Path) -> list[Known]:
     """A run killed just before the file or folder appears; returns the processes it had below it."""
-    if "ray" not in arguments:
-        status = forked(log, log, dies_at.run, ending, signal.SIGKILL, arguments)
-    else:
-        with log.open("wb") as file:  # no pipe, which a process left behind would hold open
-            command = [sys.executable, dies_at.__file__, ending, *arguments]
-            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=120).returncode
+    status = forked(log, log, dies_at.run, ending, signal.SIGKILL, arguments)
     text = log.read_text()
     assert status == -signal.SIGKILL, text
     lines = [line for line in text.splitlines() if line.startswith("child: ")]
