@@ -26,7 +26,8 @@ from rich.table import Table
 
 HERE = Path(__file__).parents[2]
 MAIN_JOB = ("--fleet.memory-scale", "0.045", "--rounds", "8", "--evaluation.every", "2")
-COLOURS = {"loading": "#bbbbbb", "train": "#2f6db3", "evalua": "#2f9e62", "start": "#e0a63b", "tuning": "#7d5ba6"}
+COLOURS = {"loading": "#bbbbbb", "train": "#2f6db3", "evalua": "#2f9e62", "start": "#e0a63b"}
+COLOURS |= {"tuning": "#7d5ba6", "gradient": "#7d5ba6"}
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,9 @@ def draw(events: list[dict[str, Any]], path: Path) -> None:
         name, start_s, length_s = event["name"], event["ts"] / 1e6, event["dur"] / 1e6
         colour = next((colour for part, colour in COLOURS.items() if part in name.lower()), "#8c8c8c")
         row = len(lanes) - 1 - list(lanes).index(event["tid"])
-        axes.barh(row, length_s, left=start_s, height=0.7, color=colour, edgecolor="white", linewidth=0.4)
-        if length_s > 0.04 * max(span["ts"] + span["dur"] for span in spans) / 1e6 and event["tid"] == 0:
+        edge = 0.4 if length_s > 0.3 else 0.0  # what is narrower would be all edge
+        axes.barh(row, length_s, left=start_s, height=0.7, color=colour, edgecolor="white", linewidth=edge)
+        if length_s > 0.06 * max(span["ts"] + span["dur"] for span in spans) / 1e6 and event["tid"] == 0:
             axes.text(start_s + length_s / 2, row, name.replace(", ", "\n"), ha="center", va="center", fontsize=6.5)
     axes.set_yticks(range(len(lanes)), list(reversed(list(lanes.values()))))
     axes.set_xlabel("seconds from the start of the process")
