@@ -131,13 +131,13 @@ def prospects(
     level_N, age_N = held.at(version, device_ids)
     current_N, stale_N = np.where(age_N == 0, level_N, 0), np.where(age_N > 0, level_N, 0)
 
-    def total_s(levels_N: np.ndarray, held_N: np.ndarray) -> np.ndarray:
-        return conditions.nominal_s(device_ids, emulators.task(levels_N, held_N, num_tokens))
+    def total_s(levels: np.ndarray, held_N: np.ndarray) -> np.ndarray:
+        return conditions.nominal_s(device_ids, emulators.task(levels, held_N, num_tokens))
 
     return Prospects(
         emulators.memory_bytes_L[: len(levels)],
         conditions.fleet.memory_cap_bytes[device_ids],
-        np.stack([total_s(np.full(len(device_ids), level), current_N) for level in levels], axis=1),
+        total_s(np.array(levels)[:, None], current_N).T,
         current_N,
         conditions.deadline_s,
         conditions.cohort_of(round, len(device_ids)),

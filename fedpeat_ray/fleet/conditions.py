@@ -10,7 +10,7 @@ import numpy as np
 from fedpeat_ray.config import FleetConfig
 from fedpeat_ray.fleet.availability import Availability, build_availability
 from fedpeat_ray.fleet.channel import link_ok, link_rates
-from fedpeat_ray.fleet.costs import Admission, Costs, Task, admit, spent, task_costs
+from fedpeat_ray.fleet.costs import Admission, Costs, Task, admit, spent, task_costs, task_s
 from fedpeat_ray.fleet.population import Fleet, build_fleet
 from fedpeat_ray.seeding import generator
 
@@ -46,9 +46,10 @@ class Conditions:
         return chosen
 
     def nominal_s(self, device_ids: np.ndarray, task: Task) -> np.ndarray:
-        """(N,) virtual seconds that the task would take each device at its tier's link speeds."""
-        downlink, uplink = self._nominal_rates(device_ids)
-        return task_costs(self.fleet, device_ids, task, downlink, uplink).total_s
+        """(N,) virtual seconds that the task would take each device at its tier's link speeds; (L, N) for figures of
+        L tasks."""
+        download_s, compute_s, upload_s = task_s(self.fleet, device_ids, task, *self._nominal_rates(device_ids))
+        return download_s + compute_s + upload_s
 
     def settle(self, round: int, now_s: float, device_ids: np.ndarray, task: Task) -> tuple[Costs, Admission]:
         """What the round costs these devices, and who completes it. Unavailable devices take no bandwidth.
@@ -64,8 +65,7 @@ class Conditions:
         in_reach = link_ok(self.config.channel, downlink, uplink)
         admission = admit(costs, available, in_reach, self.cohort_size, self.deadline_s)
         if admission.round_s == 0.0:
-            slot_s = self.config.availability.slot_s
-            admission = Admission(admission.drop_reason, admission.completed, slot_s)
+            admission = Admission(admission.reason, self.config.availability.slot_s)
         return spent(costs, admission), admission
 
     def _nominal_rates(self, device_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

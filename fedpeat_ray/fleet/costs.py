@@ -15,7 +15,10 @@ import numpy as np
 
 from fedpeat_ray.fleet.memory import ModelShape, Trainable
 from fedpeat_ray.fleet.population import Fleet
-from fedpeat_ray.records import DEADLINE, LINK, MEMORY, NOT_NEEDED, UNAVAILABLE
+from fedpeat_ray.records import DEADLINE, DROP_REASONS, LINK, MEMORY, NOT_NEEDED, UNAVAILABLE
+
+COMPLETES = -1
+"""In place of the position of a reason to drop out."""
 
 Figure = float | np.ndarray
 """One number for all devices, or an array (N,) with one a device."""
@@ -78,12 +81,20 @@ class ServerCosts:
 class Admission:
     """Who completes a round, and how long it lasts."""
 
-    drop_reason: np.ndarray
-    """Object array (N,): None if the device completes, else one of `records.DROP_REASONS`."""
-    completed: np.ndarray
-    """Bool array (N,): True where there is no reason to drop."""
+    reason: np.ndarray
+    """int8 (N,): position in `records.DROP_REASONS`, or COMPLETES."""
     round_s: float
     """Virtual seconds from the start of the round to its end."""
+
+    @property
+    def completed(self) -> np.ndarray:
+        """Bool array (N,): True where there is no reason to drop."""
+        return self.reason == COMPLETES
+
+    @property
+    def drop_reason(self) -> np.ndarray:
+        """Object array (N,): None if the device completes, else one of `records.DROP_REASONS`."""
+        return np.array([*DROP_REASONS, None], object)[self.reason]
 
 
 def task_costs(fleet: Fleet, device_ids: np.ndarray, task: Task, downlink: np.ndarray, uplink: np.ndarray) -> Costs:
@@ -93,20 +104,30 @@ def task_costs(fleet: Fleet, device_ids: np.ndarray, task: Task, downlink: np.nd
     """
 
     def each(figure: Figure, dtype: type) -> np.ndarray:
-        return np.broadcast_to(figure, device_ids.shape).astype(dtype)
+        return np.asarray(figure, dtype) if np.ndim(figure) else np.full(device_ids.shape, figure, dtype)
 
     download_bytes, upload_bytes = each(task.download_bytes, np.int64), each(task.upload_bytes, np.int64)
+    download_s, compute_s, upload_s = task_s(fleet, device_ids, task, downlink, uplink)
     return Costs(
         download_bytes=download_bytes,
         upload_bytes=upload_bytes,
-        download_s=download_bytes / downlink,
-        compute_s=each(task.flops, np.float64) / fleet.flops_per_s[device_ids],
-        upload_s=upload_bytes / uplink,
+        download_s=download_s,
+        compute_s=compute_s,
+        upload_s=upload_s,
         compute_power_w=fleet.compute_power_w[device_ids].astype(np.float64),
         radio_power_w=fleet.radio_power_w[device_ids].astype(np.float64),
         memory_bytes=each(task.memory_bytes, np.int64),
         memory_cap_bytes=fleet.memory_cap_bytes[device_ids],
     )
+
+
+def task_s(
+    fleet: Fleet, device_ids: np.ndarray, task: Task, downlink: np.ndarray, uplink: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Seconds of downloading, computing and uploading. Shapes as in `task_costs`; or figures of a task of shape
+    (L, N), for L tasks at a time -> arrays (L, N)."""
+    computing = task.flops / fleet.flops_per_s[device_ids].astype(np.float64)
+    return task.download_bytes / downlink, computing, task.upload_bytes / uplink
 
 
 def admit(
@@ -126,28 +147,26 @@ def admit(
     Shapes: available (N,) bool, link_ok (N,) bool.
     """
     total_s = costs.total_s
-    late = np.zeros(len(total_s), bool) if deadline_s is None else total_s > deadline_s
-    able = np.ones(len(total_s), bool)
-    drop_reason = np.full(len(total_s), None, object)
-    for reason, failed in (
-        (UNAVAILABLE, ~available),
-        (MEMORY, costs.memory_bytes > costs.memory_cap_bytes),
-        (LINK, ~link_ok),
-        (DEADLINE, late),
-    ):
-        drop_reason[able & failed] = reason
-        able &= ~failed
-    by_speed = np.flatnonzero(able)[np.argsort(total_s[able], kind="stable")]
-    drop_reason[by_speed[cohort_size:]] = NOT_NEEDED
-    completed = np.zeros(len(total_s), bool)
-    completed[by_speed[:cohort_size]] = True
+    able, late = available & link_ok & (costs.memory_bytes <= costs.memory_cap_bytes), None
+    if deadline_s is not None:
+        late = total_s > deadline_s
+        able &= ~late
+    reason = np.full(len(total_s), COMPLETES, np.int8)
+    if not able.all():
+        causes = ((DEADLINE, late), (LINK, ~link_ok), (MEMORY, costs.memory_bytes > costs.memory_cap_bytes))
+        for name, failed in (*causes, (UNAVAILABLE, ~available)):
+            if failed is not None:
+                reason[failed] = DROP_REASONS.index(name)
+    able_ids = np.flatnonzero(able)
+    if len(able_ids) > cohort_size:
+        by_speed = able_ids[np.argsort(total_s[able_ids], kind="stable")]
+        reason[by_speed[cohort_size:]] = DROP_REASONS.index(NOT_NEEDED)
 
-    round_s = float(total_s[completed].max(initial=0.0))
-    num_completed = int(completed.sum())
-    missed = num_completed == 0 or (num_completed < cohort_size and (drop_reason == DEADLINE).any())
-    if deadline_s is not None and missed:
-        round_s = deadline_s
-    return Admission(drop_reason, completed, round_s)
+    admission = Admission(reason, float(total_s[reason == COMPLETES].max(initial=0.0)))
+    num_completed = min(len(able_ids), cohort_size)
+    some_late = (reason == DROP_REASONS.index(DEADLINE)).any()
+    missed = num_completed == 0 or (num_completed < cohort_size and some_late)
+    return replace(admission, round_s=deadline_s) if deadline_s is not None and missed else admission
 
 
 def spent(costs: Costs, admission: Admission) -> Costs:
@@ -157,9 +176,11 @@ def spent(costs: Costs, admission: Admission) -> Costs:
     Deadline, not needed: each phase as far as it got when the round ended, the download's bytes in proportion;
     `upload_bytes` is 0, as a part of an update is of no use, but the time and energy it took count.
     """
-    reason = admission.drop_reason
-    worked = admission.completed | (reason == DEADLINE) | (reason == NOT_NEEDED)
-    left_s = np.where(worked, np.where(admission.completed, np.inf, admission.round_s), 0.0)
+    completed = admission.completed
+    if completed.all():
+        return costs
+    worked = completed | np.isin(admission.reason, [DROP_REASONS.index(DEADLINE), DROP_REASONS.index(NOT_NEEDED)])
+    left_s = np.where(worked, np.where(completed, np.inf, admission.round_s), 0.0)
     download_s = np.minimum(costs.download_s, left_s)
     compute_s = np.minimum(costs.compute_s, left_s - download_s)
     upload_s = np.minimum(costs.upload_s, left_s - download_s - compute_s)
@@ -167,7 +188,7 @@ def spent(costs: Costs, admission: Admission) -> Costs:
     return replace(
         costs,
         download_bytes=np.round(costs.download_bytes * part).astype(np.int64),
-        upload_bytes=np.where(admission.completed, costs.upload_bytes, 0),
+        upload_bytes=np.where(completed, costs.upload_bytes, 0),
         download_s=download_s,
         compute_s=compute_s,
         upload_s=upload_s,

@@ -53,7 +53,8 @@ class Fleet:
 
         Shapes: -> (min(size, num_devices),) int64, sorted.
         """
-        size = min(size, self.num_devices)
+        if size >= self.num_devices:
+            return np.arange(self.num_devices)
         drawn = generator(self.seed, "cohort", round).choice(self.num_devices, size, replace=False, shuffle=False)
         return np.sort(drawn)
 
