@@ -128,12 +128,16 @@ class ControlConfig:
 
     kind: str = "greedy"
     """fixed: one level for all; random: any that fits its memory; greedy: the largest that fits memory and deadline;
-    or one of your own, module:Name or file.py:Name."""
+    greedy-by-time, greedy-by-holding: the same for the candidates that are soonest done, or hold an emulator; learned:
+    what a trained policy says; or one of your own, module:Name or file.py:Name."""
     level: PositiveInt = 1
     """The level of fixed."""
     candidates: PositiveInt | None = None
     """Devices that the controller chooses from in a round, drawn at random; unset: those that a cohort needs. fixed,
     random and greedy pick a cohort of them at random."""
+    policy: Path | None = None
+    """Directory of learned's policy, as workloads/train_controller.py writes it; unset: the one that comes with the
+    package."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Emulated(Algorithm):
     def check(cls, config: SimulationConfig) -> None:
         """See Algorithm; shards are no matter, as no device has the foundation."""
         check_emulators(config)
-        find_controller(config.control.kind)
+        find_controller(config.control.kind).check(config)
 
     @classmethod
     def uses(cls, config: SimulationConfig) -> set[str]:

@@ -24,6 +24,7 @@ from fedpeat_ray.config import FleetConfig
 from fedpeat_ray.control.plan import SKIP, Plan, Prospects
 from fedpeat_ray.control.rounds import Held, Seen, Settled, decision, prospects, settle
 from fedpeat_ray.fleet.conditions import Conditions, build_conditions
+from fedpeat_ray.fleet.costs import NOT_ASKED, Admission, Costs
 from fedpeat_ray.fleet.levels import EmulatorCosts
 from fedpeat_ray.seeding import derive_seed, normals
 
@@ -34,9 +35,10 @@ TERMS = ("quality", "delay", "bytes", "memory", "energy")
 class Response:
     """How perplexity answers to what was trained on.
 
-        ln p' = ln floor + (ln p - ln floor) exp(-sum_i gain_{level of i} freshness^{age of i} tokens_i)
+        ln p' = ln floor + (ln p - ln floor) exp(-(sum_i gain_{level of i} freshness^{age of i} tokens_i)^power)
 
-    over the devices i that complete the round.
+    over the devices i that complete the round: what is left to learn decays, twice the devices bring less than twice
+    as much (their updates are averaged), and an emulator that is behind is worth less.
     """
 
     start: float
@@ -47,12 +49,15 @@ class Response:
     """A token, by level."""
     freshness: float = 0.8
     """Share of a token's gain that is left for each re-alignment that an emulator is behind."""
+    power: float = 1.0
 
-    def after(self, perplexity: float, tokens_M: np.ndarray, levels_M: np.ndarray, ages_M: np.ndarray) -> float:
-        """Perplexity after a round in which these devices trained."""
-        gains_M = np.array(self.gain_L)[levels_M - 1] * self.freshness**ages_M * tokens_M
-        left = math.log(perplexity / self.floor) * math.exp(-float(gains_M.sum()))
-        return self.floor * math.exp(left)
+    def after(
+        self, perplexity: float, tokens_N: np.ndarray, levels_N: np.ndarray, ages_N: np.ndarray, completed_N: np.ndarray
+    ) -> np.ndarray:
+        """Perplexity after a round; (P,) for P cases of shape (P, N)."""
+        gain_N = np.array([0.0, *self.gain_L])[levels_N] * self.freshness**ages_N * tokens_N
+        gained = (gain_N * completed_N).sum(axis=-1) ** self.power
+        return self.floor * np.exp(math.log(perplexity / self.floor) * np.exp(-gained))
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,8 @@ class Episode:
         self.round, self.version, self.now_s = 1, 0, 0.0
         self.perplexities = [setting.response.start]
         self._units = self._paid_by_chance()
-        self._look()
+        self.last: Settled | None = None
+        self.look()
 
     @property
     def is_over(self) -> bool:
@@ -136,23 +142,34 @@ class Episode:
         """Play a round; returns the reward and its terms, each by its name and not yet weighted."""
         setting, decided = self.setting, decision(self.round, self.device_ids, self.seen, answer)
         settled = settle(setting.emulators, self.conditions, self.now_s, decided)
-        terms = self._terms(settled)
+        tokens_M = self.num_tokens_F[settled.device_ids]
+        terms = self._terms(settled.costs, settled.admission, tokens_M, settled.levels_M, settled.ages_M)
+        self.perplexities.append(self.perplexities[-1] * math.exp(terms["quality"] * self._units["quality"]))
         self.held = self.held.after(settled, self.version)
         self.device_seen = self.device_seen.after(settled, self.round)
-        self.now_s += settled.admission.round_s
+        self.now_s += float(settled.admission.round_s)
         if setting.realign_every and self.round % setting.realign_every == 0:
             self.version += 1
         self.last = settled
         self.round += 1
         if setting.shift and self.round == setting.shift.round:
             self.conditions = shifted(self.conditions, setting.shift)
-        if not self.is_over:
-            self._look()
-        weights = dataclasses.asdict(setting.weights)
-        return {"reward": -sum(weights[name] * terms[name] for name in TERMS), **terms}
+        self.look()
+        return {"reward": float(self._reward(terms)), **{name: float(term) for name, term in terms.items()}}
 
-    def _look(self) -> None:
-        """What the next decision is about."""
+    def rewards(self, levels_PN: np.ndarray, stale_PN: np.ndarray) -> np.ndarray:
+        """(P,) what each of P plans would bring in this round, its true links and who is there included."""
+        seen, zeros = self.seen, np.zeros(len(self.device_ids), int)
+        stale = (seen.stale.level_N, seen.stale.age_N) if seen.stale else (zeros, zeros)
+        ages_PN = np.where(stale_PN & (levels_PN == stale[0]), stale[1], 0)
+        held_PN = np.where(ages_PN > 0, levels_PN, seen.held_level_N)
+        demand = self.setting.emulators.task(np.maximum(1, levels_PN), held_PN, seen.num_tokens_N)
+        asked_PN = levels_PN != SKIP
+        costs, admission = self.conditions.settle(self.round, self.now_s, self.device_ids, demand, asked_PN)
+        return self._reward(self._terms(costs, admission, np.asarray(seen.num_tokens_N), levels_PN, ages_PN))
+
+    def look(self) -> None:
+        """What the next decision is about: `device_ids` and `seen`."""
         setting = self.setting
         self.device_ids = self.conditions.sample(self.round, setting.num_candidates)
         history = self.device_seen.history(self.conditions, self.round, self.device_ids, self.perplexities[-2:])
@@ -161,40 +178,47 @@ class Episode:
         realigns = setting.realign_every > 0
         self.seen: Prospects = prospects(*where, self.round, self.device_ids, num_tokens, realigns, history)
 
-    def _terms(self, settled: Settled) -> dict[str, float]:
-        used, before = settled.admission.completed, self.perplexities[-1]
-        tokens_M = self.num_tokens_F[settled.device_ids]
-        after = self.setting.response.after(before, tokens_M[used], settled.levels_M[used], settled.ages_M[used])
-        self.perplexities.append(after)
-        paid = paid_by(settled)
-        terms = {name: paid[name] / max(self._units[name], 1e-12) for name in TERMS[1:]}
-        start = math.log(self.setting.response.start / self.setting.response.floor)
-        gained = math.log(before / after) / start
-        return {"quality": -gained * self.setting.num_rounds, **terms}
+    def _terms(
+        self, costs: Costs, admission: Admission, tokens_N: np.ndarray, levels_N: np.ndarray, ages_N: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """In their units; (P,) for P cases."""
+        before = self.perplexities[-1]
+        after = self.setting.response.after(before, tokens_N, levels_N, ages_N, admission.completed)
+        paid = {"quality": np.log(after / before), **paid_by(costs, admission)}
+        return {name: paid[name] / self._units[name] for name in TERMS}
+
+    def _reward(self, terms: dict[str, np.ndarray]) -> np.ndarray:
+        weights = dataclasses.asdict(self.setting.weights)
+        return -sum((weights[name] * terms[name] for name in TERMS), start=np.zeros(()))
 
     def _paid_by_chance(self) -> dict[str, float]:
-        """By a cohort drawn by chance, on the middle level, which holds nothing: the unit of each term."""
+        """By a cohort drawn by chance, on the middle level where it fits, which holds nothing, in the first round."""
         setting = self.setting
         device_ids = self.conditions.sample(1)
-        middle = np.full(len(device_ids), setting.levels[len(setting.levels) // 2])
-        num_tokens = self.num_tokens_F[device_ids]
+        tokens = self.num_tokens_F[device_ids]
         where = (setting.emulators, setting.levels, self.conditions, self.held, 0)
-        seen = prospects(*where, 1, device_ids, num_tokens, realigns=False)
-        middle = np.where(seen.fits_NL[:, setting.levels.index(middle[0])], middle, setting.levels[0])
-        paid = paid_by(settle(setting.emulators, self.conditions, 0.0, decision(1, device_ids, seen, middle)))
+        seen = prospects(*where, 1, device_ids, tokens, realigns=False)
+        middle = setting.levels[len(setting.levels) // 2]
+        levels = np.where(seen.fits_NL[:, setting.levels.index(middle)], middle, setting.levels[0])
+        settled = settle(setting.emulators, self.conditions, 0.0, decision(1, device_ids, seen, levels))
+        start, completed = setting.response.start, settled.admission.completed
+        gained = math.log(start / setting.response.after(start, tokens, levels, np.zeros(()), completed))
         # the slowest of a cohort is a matter of luck: the mean of those who take part is not
-        return paid | {"delay": max(float(np.mean(seen.total_s_NL[:, 0])), 1e-9)}
+        paid = paid_by(settled.costs, settled.admission)
+        paid |= {"quality": np.array(gained), "delay": np.mean(seen.total_s_NL[:, 0])}
+        return {name: max(float(value), 1e-12) for name, value in paid.items()}
 
 
-def paid_by(settled: Settled) -> dict[str, float]:
-    """What a round takes of devices: seconds, bytes both ways, share of their memory (a mean), joules."""
-    costs = settled.costs
+def paid_by(costs: Costs, admission: Admission) -> dict[str, np.ndarray]:
+    """What a round takes of devices: seconds, bytes both ways, share of their memory (a mean), joules. (P,) each for P
+    cases."""
+    asked = admission.reason != NOT_ASKED
     share = costs.memory_bytes / costs.memory_cap_bytes
     return {
-        "delay": settled.admission.round_s,
-        "bytes": float(costs.download_bytes.sum() + costs.upload_bytes.sum()),
-        "memory": float(share.mean()) if len(share) else 0.0,
-        "energy": float(costs.energy_j.sum()),
+        "delay": np.asarray(admission.round_s),
+        "bytes": (costs.download_bytes + costs.upload_bytes).sum(axis=-1),
+        "memory": (share * asked).sum(axis=-1) / np.maximum(1, asked.sum(axis=-1)),
+        "energy": (costs.energy_j * asked).sum(axis=-1),
     }
 
 
@@ -210,17 +234,3 @@ def shifted(conditions: Conditions, shift: Shift) -> Conditions:
         uplink_bytes_per_s=(fleet.uplink_bytes_per_s * shift.link_factor).astype(np.float32),
     )
     return dataclasses.replace(conditions, fleet=changed)
-
-
-def allowed(seen: Prospects) -> np.ndarray:
-    """(N, 1 + L) bool: what a device may be asked; position 0 is to skip it, which always may be."""
-    fits_NL = seen.fits_NL
-    return np.concatenate([np.full((len(fits_NL), 1), True), fits_NL], axis=1)
-
-
-def may_stay(seen: Prospects) -> np.ndarray:
-    """(N,) bool: whether the device could go on with a stale emulator."""
-    if seen.stale is None:
-        return np.zeros(len(seen.memory_cap_bytes_N), bool)
-    fits_NL, level_N = seen.fits_NL, seen.stale.level_N
-    return (level_N != SKIP) & fits_NL[np.arange(len(level_N)), np.maximum(level_N, 1) - 1]

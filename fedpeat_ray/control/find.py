@@ -10,6 +10,9 @@ OURS = {
     "fixed": "fedpeat_ray.control.fixed:Fixed",
     "random": "fedpeat_ray.control.random:Random",
     "greedy": "fedpeat_ray.control.greedy:Greedy",
+    "greedy-by-time": "fedpeat_ray.control.greedy:GreedyByTime",
+    "greedy-by-holding": "fedpeat_ray.control.greedy:GreedyByHolding",
+    "learned": "fedpeat_ray.control.learned:Learned",
 }
 
 

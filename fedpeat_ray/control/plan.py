@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from fedpeat_ray.config import ControlConfig
+from fedpeat_ray.config import ControlConfig, SimulationConfig
 
 SKIP = 0
 """The level of a device that is not to take part."""
@@ -62,6 +62,8 @@ class Prospects:
     deadline_s: float | None
     asked_N: np.ndarray | bool = True
     """Whether the device would be asked if a cohort were drawn from the candidates at random."""
+    num_places: int = 1
+    """Devices that can complete the round: the fastest so many of those that take part."""
     num_tokens_N: np.ndarray | int = 0
     """That the device would train on."""
     stale: Stale | None = None
@@ -133,6 +135,10 @@ class Controller(ABC):
     @abstractmethod
     def build(cls, config: ControlConfig, seed: int) -> Self:
         """With the run's settings and seed."""
+
+    @classmethod
+    def check(cls, config: SimulationConfig) -> None:
+        """Raise ConfigError for settings that it cannot work with, before anything starts."""
 
     def may_give(self, levels: Sequence[int]) -> Sequence[int]:
         """Which of these levels it may give a device, ever."""

@@ -141,6 +141,7 @@ def prospects(
         current_N,
         conditions.deadline_s,
         conditions.cohort_of(round, len(device_ids)),
+        conditions.cohort_size,
         num_tokens,
         Stale(stale_N, age_N, total_s(np.maximum(1, stale_N), stale_N)) if realigns else None,
         history,

@@ -20,7 +20,12 @@ from fedpeat_ray.seeding import derive_seed, exponentials, normals
 
 
 def link_rates(
-    fleet: Fleet, config: ChannelConfig, device_ids: np.ndarray, round: int, seed: int
+    fleet: Fleet,
+    config: ChannelConfig,
+    device_ids: np.ndarray,
+    round: int,
+    seed: int,
+    num_sharing: int | np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What each device of a round can receive and send, in bytes per second.
 
@@ -28,21 +33,24 @@ def link_rates(
     (and, downlink, of the server's power), capped by the device's own figures. Fading is drawn anew for
     each (round, device), independently for down and up; it stays as it is for the length of the round.
 
-    Shapes: device_ids (N,), all devices that share the band -> downlink (N,), uplink (N,), float64.
+    `num_sharing`: devices that share the band, by default all of these.
+
+    Shapes: device_ids (N,) -> downlink (N,), uplink (N,), float64; num_sharing (P, 1), for P cases -> (P, N).
     """
     own_downlink = fleet.downlink_bytes_per_s[device_ids].astype(np.float64)
     own_uplink = fleet.uplink_bytes_per_s[device_ids].astype(np.float64)
     if config.kind == "nominal" or not len(device_ids):
         return own_downlink, own_uplink
-    share_hz = config.bandwidth_hz / len(device_ids)
+    num_sharing = len(device_ids) if num_sharing is None else num_sharing
+    share_hz = config.bandwidth_hz / num_sharing
     noise_w = 10 ** ((config.noise_dbm_per_hz - 30) / 10) * share_hz
     gain = path_gain(config, fleet.distance_m[device_ids])
 
-    def rate_bytes_per_s(power_w: float, direction: str) -> np.ndarray:
+    def rate_bytes_per_s(power_w: float | np.ndarray, direction: str) -> np.ndarray:
         fading = fading_power(config, derive_seed(seed, f"fading {direction}", round), device_ids)
         return share_hz * np.log1p(power_w * gain * fading / noise_w) / math.log(2) / 8
 
-    downlink = rate_bytes_per_s(config.server_power_w / len(device_ids), "downlink")
+    downlink = rate_bytes_per_s(config.server_power_w / num_sharing, "downlink")
     uplink = rate_bytes_per_s(config.device_power_w, "uplink")
     return np.minimum(downlink, own_downlink), np.minimum(uplink, own_uplink)
 

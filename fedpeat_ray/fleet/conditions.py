@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -51,21 +51,27 @@ class Conditions:
         download_s, compute_s, upload_s = task_s(self.fleet, device_ids, task, *self._nominal_rates(device_ids))
         return download_s + compute_s + upload_s
 
-    def settle(self, round: int, now_s: float, device_ids: np.ndarray, task: Task) -> tuple[Costs, Admission]:
+    def settle(
+        self, round: int, now_s: float, device_ids: np.ndarray, task: Task, asked: np.ndarray | None = None
+    ) -> tuple[Costs, Admission]:
         """What the round costs these devices, and who completes it. Unavailable devices take no bandwidth.
 
         A round that nobody completes and no deadline ends lasts one slot of the availability model.
+
+        `asked`: which of them take part, by default all. For P cases at a time it is (P, N), and so are the figures of
+        the task and all arrays of the answer.
         """
+        asked = np.full(device_ids.shape, True) if asked is None else asked
         available = self.availability.available(device_ids, now_s)
-        downlink, uplink = self._nominal_rates(device_ids)
-        if available.any():
-            rates = link_rates(self.fleet, self.config.channel, device_ids[available], round, self.seed)
-            downlink[available], uplink[available] = rates
+        num_sharing = np.maximum(1, (asked & available).sum(axis=-1, keepdims=True))
+        own, channel = self._nominal_rates(device_ids), self.config.channel
+        rates = link_rates(self.fleet, channel, device_ids, round, self.seed, num_sharing)
+        downlink, uplink = (np.where(available, rate, nominal) for rate, nominal in zip(rates, own, strict=True))
         costs = task_costs(self.fleet, device_ids, task, downlink, uplink)
-        in_reach = link_ok(self.config.channel, downlink, uplink)
-        admission = admit(costs, available, in_reach, self.cohort_size, self.deadline_s)
-        if admission.round_s == 0.0:
-            admission = Admission(admission.reason, self.config.availability.slot_s)
+        in_reach = link_ok(channel, downlink, uplink)
+        admission = admit(costs, available, in_reach, self.cohort_size, self.deadline_s, asked)
+        slot_s, round_s = self.config.availability.slot_s, admission.round_s
+        admission = replace(admission, round_s=np.where(round_s == 0.0, slot_s, round_s)[()])
         return spent(costs, admission), admission
 
     def _nominal_rates(self, device_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

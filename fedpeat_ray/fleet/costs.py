@@ -9,6 +9,7 @@ the power a device draws in place of kappa f^2 cycles, which would ask for figur
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from fedpeat_ray.fleet.memory import ModelShape, Trainable
 from fedpeat_ray.fleet.population import Fleet
 from fedpeat_ray.records import DEADLINE, DROP_REASONS, LINK, MEMORY, NOT_NEEDED, UNAVAILABLE
 
-COMPLETES = -1
+COMPLETES, NOT_ASKED = -1, -2
 """In place of the position of a reason to drop out."""
 
 Figure = float | np.ndarray
@@ -82,9 +83,9 @@ class Admission:
     """Who completes a round, and how long it lasts."""
 
     reason: np.ndarray
-    """int8 (N,): position in `records.DROP_REASONS`, or COMPLETES."""
-    round_s: float
-    """Virtual seconds from the start of the round to its end."""
+    """int8 (N,): position in `records.DROP_REASONS`, or COMPLETES, or NOT_ASKED."""
+    round_s: float | np.ndarray
+    """Virtual seconds from the start of the round to its end; (P,) for P cases at a time."""
 
     @property
     def completed(self) -> np.ndarray:
@@ -94,13 +95,14 @@ class Admission:
     @property
     def drop_reason(self) -> np.ndarray:
         """Object array (N,): None if the device completes, else one of `records.DROP_REASONS`."""
-        return np.array([*DROP_REASONS, None], object)[self.reason]
+        return np.array([*DROP_REASONS, None, None], object)[self.reason]
 
 
 def task_costs(fleet: Fleet, device_ids: np.ndarray, task: Task, downlink: np.ndarray, uplink: np.ndarray) -> Costs:
     """Time, energy, bytes and memory of the task on each device, were all to go through with it.
 
-    Shapes: device_ids (N,), downlink and uplink (N,) in bytes per second, above 0 -> arrays (N,).
+    Shapes: device_ids (N,), downlink and uplink (N,) in bytes per second, above 0 -> arrays (N,); with figures of the
+    task and links of shape (P, N), for P cases at a time -> what depends on them is (P, N).
     """
 
     def each(figure: Figure, dtype: type) -> np.ndarray:
@@ -125,13 +127,18 @@ def task_s(
     fleet: Fleet, device_ids: np.ndarray, task: Task, downlink: np.ndarray, uplink: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Seconds of downloading, computing and uploading. Shapes as in `task_costs`; or figures of a task of shape
-    (L, N), for L tasks at a time -> arrays (L, N)."""
+    (P, N), for P tasks at a time -> arrays (P, N)."""
     computing = task.flops / fleet.flops_per_s[device_ids].astype(np.float64)
     return task.download_bytes / downlink, computing, task.upload_bytes / uplink
 
 
 def admit(
-    costs: Costs, available: np.ndarray, link_ok: np.ndarray, cohort_size: int, deadline_s: float | None
+    costs: Costs,
+    available: np.ndarray,
+    link_ok: np.ndarray,
+    cohort_size: int,
+    deadline_s: float | None,
+    asked: np.ndarray | bool = True,
 ) -> Admission:
     """Decide a round: the first reason that applies drops a device, in the order below.
 
@@ -144,29 +151,32 @@ def admit(
     `deadline_s`. Without a deadline, a round that nobody completes takes 0 s: when to try again is the
     caller's choice.
 
-    Shapes: available (N,) bool, link_ok (N,) bool.
+    Shapes: available (N,) bool, link_ok (N,) bool; asked (P, N) for P cases at a time.
     """
     total_s = costs.total_s
-    able, late = available & link_ok & (costs.memory_bytes <= costs.memory_cap_bytes), None
-    if deadline_s is not None:
-        late = total_s > deadline_s
-        able &= ~late
-    reason = np.full(len(total_s), COMPLETES, np.int8)
-    if not able.all():
-        causes = ((DEADLINE, late), (LINK, ~link_ok), (MEMORY, costs.memory_bytes > costs.memory_cap_bytes))
-        for name, failed in (*causes, (UNAVAILABLE, ~available)):
-            if failed is not None:
-                reason[failed] = DROP_REASONS.index(name)
-    able_ids = np.flatnonzero(able)
-    if len(able_ids) > cohort_size:
-        by_speed = able_ids[np.argsort(total_s[able_ids], kind="stable")]
-        reason[by_speed[cohort_size:]] = DROP_REASONS.index(NOT_NEEDED)
+    late = total_s > (math.inf if deadline_s is None else deadline_s)
+    too_large = costs.memory_bytes > costs.memory_cap_bytes
+    reason = np.full(total_s.shape, COMPLETES, np.int8)
+    # the last to be written counts
+    for name, failed in ((DEADLINE, late), (LINK, ~link_ok), (MEMORY, too_large), (UNAVAILABLE, ~available)):
+        reason[np.broadcast_to(failed, reason.shape)] = DROP_REASONS.index(name)
+    reason[np.broadcast_to(~np.asarray(asked), reason.shape)] = NOT_ASKED
+    able = reason == COMPLETES
+    if (able.sum(axis=-1) > cohort_size).any():
+        by_speed = np.argsort(np.where(able, total_s, np.inf), axis=-1, kind="stable")
+        too_slow = np.take_along_axis(able, by_speed, axis=-1)
+        too_slow[..., :cohort_size] = False
+        np.put_along_axis(too_slow, by_speed, too_slow.copy(), axis=-1)
+        reason[too_slow] = DROP_REASONS.index(NOT_NEEDED)
 
-    admission = Admission(reason, float(total_s[reason == COMPLETES].max(initial=0.0)))
-    num_completed = min(len(able_ids), cohort_size)
-    some_late = (reason == DROP_REASONS.index(DEADLINE)).any()
-    missed = num_completed == 0 or (num_completed < cohort_size and some_late)
-    return replace(admission, round_s=deadline_s) if deadline_s is not None and missed else admission
+    completed = reason == COMPLETES
+    num_completed = completed.sum(axis=-1)
+    round_s = np.where(completed, total_s, 0.0).max(axis=-1, initial=0.0)
+    if deadline_s is not None:
+        some_late = (reason == DROP_REASONS.index(DEADLINE)).any(axis=-1)
+        missed = (num_completed == 0) | ((num_completed < cohort_size) & some_late)
+        round_s = np.where(missed, deadline_s, round_s)[()]
+    return Admission(reason, round_s)
 
 
 def spent(costs: Costs, admission: Admission) -> Costs:
@@ -180,7 +190,7 @@ def spent(costs: Costs, admission: Admission) -> Costs:
     if completed.all():
         return costs
     worked = completed | np.isin(admission.reason, [DROP_REASONS.index(DEADLINE), DROP_REASONS.index(NOT_NEEDED)])
-    left_s = np.where(worked, np.where(completed, np.inf, admission.round_s), 0.0)
+    left_s = np.where(worked, np.where(completed, np.inf, np.expand_dims(admission.round_s, -1)), 0.0)
     download_s = np.minimum(costs.download_s, left_s)
     compute_s = np.minimum(costs.compute_s, left_s - download_s)
     upload_s = np.minimum(costs.upload_s, left_s - download_s - compute_s)

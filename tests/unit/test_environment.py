@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Self
@@ -14,9 +15,11 @@ from whole_runs import changed, table
 
 from fedpeat_ray import Simulation
 from fedpeat_ray.config import ControlConfig, DistilConfig, EmulatorConfig, FleetConfig
-from fedpeat_ray.control.environment import TERMS, Episode, Response, Setting, Shift, allowed, may_stay
+from fedpeat_ray.control.environment import TERMS, Episode, Response, Setting, Shift
 from fedpeat_ray.control.find import OURS, find_controller
+from fedpeat_ray.control.observation import may_stay
 from fedpeat_ray.control.plan import SKIP, Controller, Memory, Plan, Prospects
+from fedpeat_ray.fleet.costs import ServerCosts
 from fedpeat_ray.fleet.levels import EmulatorCosts
 from fedpeat_ray.world import prepare
 
@@ -26,8 +29,8 @@ EMULATORS = EmulatorCosts(
     memory_bytes_L=np.array([40, 55, 70]) * 10**6,
     weights_bytes_L=np.array([20, 30, 40]) * 10**6,
     flops_per_token_L=np.array([2e7, 3e7, 4e7]),
-    server_tuning=None,  # type: ignore[arg-type]
-    realignment=None,  # type: ignore[arg-type]
+    server_tuning=ServerCosts(),
+    realignment=ServerCosts(),
 )
 RESPONSE = Response(start=40.0, floor=25.0, gain_L=(2e-6, 3e-6, 4e-6))
 
@@ -41,8 +44,7 @@ def setting(**changes: object) -> Setting:
 
 def chance(seen: Prospects, rng: np.random.Generator) -> Plan:
     """Any plan that is allowed."""
-    masks = allowed(seen)
-    levels = np.array([rng.choice(np.flatnonzero(mask)) for mask in masks])
+    levels = np.array([rng.choice([SKIP, *(np.flatnonzero(fits) + 1)]) for fits in seen.fits_NL])
     stale = may_stay(seen) & (rng.random(len(levels)) < 0.5)
     return Plan(np.where(stale, seen.stale.level_N if seen.stale else 0, levels), stale)
 
@@ -76,7 +78,7 @@ def test_the_same_plans_cost_the_same_as_in_a_simulation(deep_gpt2_dir: Path, te
     for round, plan in enumerate(plans, start=1):
         rows = clients[clients["round"] == round]
         tokens[rows["device_id"].to_numpy(int)] = rows["num_tokens"].to_numpy(int)
-        episode._look()
+        episode.look()
         assert episode.device_ids.tolist() == rows["device_id"].tolist()
         episode.step(plan)
         settled, asked = episode.last, rows[rows["outcome"] != "skipped"]
@@ -129,8 +131,7 @@ def test_what_is_not_allowed_is_what_the_memory_does_not_hold():
     episode, rng = Episode(setting(), 0), np.random.default_rng(2)
     while not episode.is_over:
         seen = episode.seen
-        masks, stays = allowed(seen), may_stay(seen)
-        assert masks[:, 0].all() and (masks[:, 1:] == seen.fits_NL).all()
+        stays = may_stay(seen)
         assert seen.stale is not None and (seen.stale.level_N[stays] > 0).all()
         episode.step(chance(seen, rng))
         assert "memory" not in episode.last.admission.drop_reason.tolist()
@@ -149,9 +150,25 @@ def test_a_shift_slows_devices_and_links_from_its_round_on():
 
 
 def test_the_response_falls_towards_its_floor_and_less_on_stale_emulators():
-    tokens, level, new = np.array([10_000.0]), np.array([2]), np.array([0])
-    once = RESPONSE.after(40.0, tokens, level, new)
-    assert 25 < once < 40 and RESPONSE.after(40.0, tokens * 1e6, level, new) == pytest.approx(25.0)
-    assert once < RESPONSE.after(40.0, tokens, level, new + 2) < 40
-    assert RESPONSE.after(40.0, tokens, np.array([3]), new) < once
-    assert RESPONSE.after(40.0, tokens[:0], level[:0], new[:0]) == 40.0
+    tokens, level, new, yes = np.array([10_000.0]), np.array([2]), np.array([0]), np.array([True])
+    once = RESPONSE.after(40.0, tokens, level, new, yes)
+    assert 25 < once < 40 and RESPONSE.after(40.0, tokens * 1e6, level, new, yes) == pytest.approx(25.0)
+    assert once < RESPONSE.after(40.0, tokens, level, new + 2, yes) < 40
+    assert RESPONSE.after(40.0, tokens, np.array([3]), new, yes) < once
+    assert RESPONSE.after(40.0, tokens, level, new, ~yes) == RESPONSE.after(40.0, tokens, np.array([0]), new, yes) == 40
+    one = dataclasses.replace(RESPONSE, power=0.5)
+    gains = [
+        np.log(40 / one.after(40.0, np.full(n, 100.0), np.full(n, 2), np.zeros(n), np.full(n, True))) for n in (1, 4)
+    ]
+    assert gains[1] == pytest.approx(2 * gains[0], rel=0.05)  # the square root of four times as much
+
+
+def test_many_plans_judged_at_once_bring_what_each_brings_alone():
+    episode, rng = Episode(setting(realign_every=2), 2), np.random.default_rng(0)
+    for _ in range(5):
+        plans = [chance(episode.seen, rng) for _ in range(7)]
+        together = episode.rewards(np.stack([p.levels_N for p in plans]), np.stack([p.stale_N for p in plans]))
+        alone = [copy.deepcopy(episode).step(plan)["reward"] for plan in plans]
+        assert together.tolist() == pytest.approx(alone, rel=1e-12)
+        episode.step(plans[0])
+    assert len(set(alone)) == 7

@@ -22,6 +22,7 @@ from rich.table import Table
 from fedpeat_ray.config import AvailabilityConfig, ChannelConfig, FleetConfig
 from fedpeat_ray.control.environment import Episode, Response, Setting
 from fedpeat_ray.control.plan import SKIP, Prospects
+from fedpeat_ray.fleet.costs import ServerCosts
 from fedpeat_ray.fleet.levels import EmulatorCosts
 
 EMULATORS = EmulatorCosts(  # of pydoc-base, rounded
@@ -30,8 +31,8 @@ EMULATORS = EmulatorCosts(  # of pydoc-base, rounded
     memory_bytes_L=np.array([42_400_000, 51_300_000, 60_300_000]),
     weights_bytes_L=np.array([25_000_000, 31_000_000, 37_000_000]),
     flops_per_token_L=np.array([2.4e7, 3.1e7, 3.8e7]),
-    server_tuning=None,  # type: ignore[arg-type]
-    realignment=None,  # type: ignore[arg-type]
+    server_tuning=ServerCosts(),
+    realignment=ServerCosts(),
 )
 
 

@@ -1,0 +1,297 @@
+"""Action-branching PPO in RLlib: all of RLlib that there is in this project.
+
+Proximal policy optimisation (Schulman et al. 2017) where a round's action is a choice for each of 2 N branches (a level
+and an exchange for each candidate), one network for all devices, one critic:
+
+    r_b = pi(a_b | s) / pi_old(a_b | s)                         for each branch b
+    L   = mean over branches of min(r_b A, clip(r_b, 1 - eps, 1 + eps) A)
+
+"joint" has the one ratio of the product of all branches in its place, which is what plain PPO does with such an action;
+at thousands of branches it leaves the clip range after the smallest step. Branching after Tavakoli et al. 2018; the
+paper's SABPPO (Chua et al. 2023) is not published in detail: the ratio a branch is ours.
+
+"independent" has a trunk that reads all candidates at once and a head a branch, as a common trunk is usually built: its
+parameters grow with the fleet, and it serves one number of candidates only.
+
+Legend: B rounds, N candidates, D columns, K = 1 + L + 2 choices of both branches of a candidate.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import gymnasium
+import numpy as np
+import torch
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
+from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.core.columns import Columns as Names
+from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
+from ray.rllib.evaluation.postprocessing import Postprocessing
+from ray.rllib.core.distribution.torch.torch_distribution import TorchDistribution
+from torch import Tensor, nn
+
+from fedpeat_ray.control.environment import TERMS, Setting
+from fedpeat_ray.control.fleet_env import FleetEnv
+from fedpeat_ray.control.observation import Columns
+from fedpeat_ray.control.policy import LAYERS, About, Policy
+
+FORBIDDEN = -1e9
+"""The logit of a choice that may not be made."""
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """How a controller is trained."""
+
+    ratio: Literal["branch", "joint"] = "branch"
+    """Clipped: the ratio of each branch, or the one of the whole action."""
+    network: Literal["shared", "independent"] = "shared"
+    """One network for all devices, or a head for each."""
+    width: int = 64
+    rounds_per_iteration: int = 400
+    epochs: int = 6
+    minibatch_rounds: int = 100
+    learning_rate: float = 1e-3
+    discount: float = 0.9
+    gae_lambda: float = 0.9
+    clip: float = 0.2
+    entropy: float = 0.002
+    """Weight of the mean entropy of a branch."""
+    penalty: float | None = None
+    """For choices beyond a device's memory, in place of masks."""
+    num_env_runners: int = 0
+    """Actors that play; 0: the main process does."""
+    num_envs: int = 10
+    """Episodes that a runner plays side by side."""
+    num_gpus: float = 0.0
+    """Of the learner."""
+
+
+def settings_of(setting: Setting, ppo: PPOSettings, seed: int) -> PPOConfig:
+    """RLlib's configuration."""
+    model = {"num_levels": len(setting.levels), "width": ppo.width, "network": ppo.network}
+    return (
+        PPOConfig()
+        .environment(FleetEnv, env_config={"setting": setting, "penalty": ppo.penalty})
+        .env_runners(
+            num_env_runners=ppo.num_env_runners,
+            num_envs_per_env_runner=ppo.num_envs,
+            rollout_fragment_length="auto",
+        )
+        .fault_tolerance(restart_failed_env_runners=False)
+        .learners(num_learners=1 if ppo.num_gpus else 0, num_gpus_per_learner=ppo.num_gpus)
+        .rl_module(rl_module_spec=RLModuleSpec(module_class=BranchingModule, model_config=model))
+        .callbacks(LogTerms)
+        .training(
+            learner_class=BranchingLearner,
+            learner_config_dict={"ratio": ppo.ratio},
+            train_batch_size_per_learner=ppo.rounds_per_iteration,
+            minibatch_size=ppo.minibatch_rounds,
+            num_epochs=ppo.epochs,
+            lr=ppo.learning_rate,
+            gamma=ppo.discount,
+            lambda_=ppo.gae_lambda,
+            clip_param=ppo.clip,
+            vf_clip_param=math.inf,
+            entropy_coeff=ppo.entropy,
+            use_kl_loss=False,
+            grad_clip=1.0,
+        )
+        .debugging(seed=seed, log_level="ERROR")
+    )
+
+
+class SharedNetwork(nn.Module):
+    """policy.py in PyTorch: the same parameters by the same names."""
+
+    def __init__(self, columns: Columns, width: int):
+        super().__init__()
+        self.columns, num_choices = columns, sum(columns.num_choices)
+        sizes = ((columns.num_features, width), (width, width), (2 * width, width), (2 * width, width))
+        for name, (num_in, num_out) in zip(LAYERS, (*sizes, (width, num_choices)), strict=True):
+            self.add_module(name, nn.Linear(num_in, num_out))
+        nn.init.zeros_(self.choice.bias)
+        self.choice.weight.data *= 0.01  # all levels alike likely at first
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, K), not yet masked."""
+        features = rows[..., : self.columns.num_features]
+        h = self.device_2(self.device_1(features).relu()).relu()
+        context = self.context(torch.cat([h.mean(dim=1), h.amax(dim=1)], dim=-1)).relu()
+        weight, width = self.joint.weight, h.shape[-1]
+        z = (h @ weight[:, :width].T + (context @ weight[:, width:].T + self.joint.bias)[:, None]).relu()
+        return self.choice(z)
+
+
+class IndependentHeads(nn.Module):
+    """One trunk over all candidates, a plain head a branch."""
+
+    def __init__(self, columns: Columns, width: int, num_candidates: int):
+        super().__init__()
+        self.columns, self.num_choices = columns, sum(columns.num_choices)
+        self.trunk = nn.Sequential(
+            nn.Linear(num_candidates * columns.num_features, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()
+        )
+        self.heads = nn.Linear(width, num_candidates * self.num_choices)
+        self.heads.weight.data *= 0.01
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, K), not yet masked."""
+        trunk = self.trunk(rows[..., : self.columns.num_features].flatten(1))
+        return self.heads(trunk).unflatten(1, (-1, self.num_choices))
+
+
+class Critic(nn.Module):
+    """What is to be expected of a round and those after it: on the mean of encoded candidates."""
+
+    def __init__(self, columns: Columns, width: int):
+        super().__init__()
+        self.num_features = columns.num_features
+        self.device = nn.Sequential(nn.Linear(columns.num_features, width), nn.ReLU())
+        self.value = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(B, N, D) -> (B,)."""
+        return self.value(self.device(rows[..., : self.num_features]).mean(dim=1)).squeeze(-1)
+
+
+class BranchingModule(TorchRLModule, ValueFunctionAPI):
+    """Policy and critic as RLlib wants them."""
+
+    def setup(self) -> None:
+        """Networks for any number of candidates, or for this one."""
+        columns, width = Columns(self.model_config["num_levels"]), self.model_config["width"]
+        num_candidates = self.observation_space.shape[0]  # type: ignore[union-attr, index]
+        shared = self.model_config["network"] == "shared"
+        self.columns = columns
+        self.network = SharedNetwork(columns, width) if shared else IndependentHeads(columns, width, num_candidates)
+        self.critic = Critic(columns, width // 2)
+        self.action_dist_cls = branches_of(columns)
+
+    def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return {Names.ACTION_DIST_INPUTS: self.masked_logits(batch[Names.OBS])}
+
+    def masked_logits(self, rows: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, K)."""
+        masks = rows[..., self.columns.num_features :]
+        per_place = rows[..., self.columns.names.index("candidates_per_place")]
+        logits = self.network(rows)
+        skip = logits[..., :1] + torch.expm1(per_place).clamp(min=0.05).log()[..., None]
+        return torch.cat([skip, logits[..., 1:]], dim=-1).masked_fill(masks <= 0, FORBIDDEN)
+
+    def compute_values(self, batch: dict[str, Any], embeddings: Any = None) -> Tensor:
+        """(B,)."""
+        return self.critic(batch[Names.OBS])
+
+
+class Branches(TorchDistribution):
+    """A categorical a branch, all at once: actions (B, N, 2), log-probabilities and entropies a branch (B, N, 2)."""
+
+    num_levels: int
+    """Choices of a level branch, skipping included; the rest of the logits are of the exchange branch."""
+
+    def __init__(self, logits: Tensor):
+        super().__init__()
+        split = (logits[..., : self.num_levels], logits[..., self.num_levels :])
+        self.log_p = [part.log_softmax(dim=-1) for part in split]
+
+    @classmethod
+    def from_logits(cls, logits: Tensor, **kwargs: Any) -> Self:
+        """(B, N, K)."""
+        return cls(logits)
+
+    def _get_torch_distribution(self, *args: Any, **kwargs: Any) -> None:
+        return None  # there are several, and they are ours
+
+    def sample(self, *, sample_shape: Any = None, return_logp: bool = False, **kwargs: Any) -> Tensor:
+        """(B, N, 2), by the Gumbel trick."""
+        noisy = [log_p - torch.empty_like(log_p).exponential_().log() for log_p in self.log_p]
+        return torch.stack([each.argmax(dim=-1) for each in noisy], dim=-1)
+
+    def logp(self, value: Tensor, **kwargs: Any) -> Tensor:
+        """(B, N, 2) -> (B, N, 2)."""
+        chosen = value.long().unbind(dim=-1)
+        found = [p.gather(-1, a[..., None])[..., 0] for p, a in zip(self.log_p, chosen, strict=True)]
+        return torch.stack(found, dim=-1)
+
+    def entropy(self, **kwargs: Any) -> Tensor:
+        """(B, N, 2)."""
+        return torch.stack([-(log_p.exp() * log_p).sum(dim=-1) for log_p in self.log_p], dim=-1)
+
+    @staticmethod
+    def required_input_dim(space: gymnasium.Space, **kwargs: Any) -> int:
+        """Numbers a candidate."""
+        raise NotImplementedError("networks are built for their columns, not for a space")
+
+    def to_deterministic(self) -> Likeliest:
+        """The likeliest choice of each branch."""
+        return Likeliest(torch.stack([log_p.argmax(dim=-1) for log_p in self.log_p], dim=-1))
+
+
+@dataclass(frozen=True)
+class Likeliest:
+    """Always the same choices."""
+
+    choices: Tensor
+
+    def sample(self, **kwargs: Any) -> Tensor:
+        """(B, N, 2)."""
+        return self.choices
+
+    def logp(self, value: Tensor, **kwargs: Any) -> Tensor:
+        """Certain."""
+        return torch.zeros_like(value, dtype=torch.float32)
+
+
+def branches_of(columns: Columns) -> type[Branches]:
+    """The distribution for a ladder."""
+    return type("Branches", (Branches,), {"num_levels": columns.num_choices[0]})
+
+
+class BranchingLearner(PPOTorchLearner):
+    """PPO's loss with a ratio a branch."""
+
+    def compute_loss_for_module(self, *, module_id, config, batch, fwd_out) -> Tensor:  # type: ignore[no-untyped-def]
+        """See the formula above; a loss a round, so that rounds that RLlib pads with do not count."""
+        module: BranchingModule = self.module[module_id].unwrapped()
+        real_B = batch.get(Names.LOSS_MASK, ...)
+        branches = module.action_dist_cls.from_logits(fwd_out[Names.ACTION_DIST_INPUTS][real_B])
+        log_ratio = branches.logp(batch[Names.ACTIONS][real_B]) - batch[Names.ACTION_LOGP][real_B]
+        if config.learner_config_dict["ratio"] == "joint":
+            log_ratio = log_ratio.sum(dim=(1, 2), keepdim=True)
+        ratio, advantage = log_ratio.exp(), batch[Postprocessing.ADVANTAGES][real_B][:, None, None]
+        clipped = ratio.clamp(1 - config.clip_param, 1 + config.clip_param)
+        gain = torch.minimum(ratio * advantage, clipped * advantage).mean()
+        entropy = branches.entropy().mean()
+        targets = batch[Postprocessing.VALUE_TARGETS][real_B]
+        error = (module.compute_values(batch)[real_B] - targets).square().mean()
+        explained = 1 - error / targets.var().clamp(min=1e-9)
+        figures = {"policy_loss": -gain, "value_error": error, "explained": explained, "entropy": entropy}
+        figures["clipped_share"] = ((ratio - 1).abs() > config.clip_param).float().mean()
+        self.metrics.log_dict(figures, key=module_id, window=1)
+        return -gain + config.vf_loss_coeff * error - config.entropy_coeff * entropy
+
+
+class LogTerms(RLlibCallback):
+    """Each term of the reward, the mean of an episode."""
+
+    def on_episode_end(self, *, episode, metrics_logger, **kwargs: Any) -> None:  # type: ignore[no-untyped-def]
+        """Called by RLlib."""
+        infos = [info for info in episode.get_infos() if "reward" in info]
+        for name in ("reward", *TERMS, "infeasible"):
+            metrics_logger.log_value(f"term_{name}", float(np.mean([info[name] for info in infos])), window=40)
+
+
+def exported(algorithm: Algorithm, about: About) -> Policy:
+    """The policy as it is used without RLlib."""
+    module = algorithm.get_module()
+    assert isinstance(module, BranchingModule) and isinstance(module.network, SharedNetwork)
+    weights = {name: value.detach().cpu().numpy() for name, value in module.network.state_dict().items()}
+    return Policy(about, weights)

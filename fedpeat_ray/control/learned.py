@@ -1,0 +1,51 @@
+"""A policy that was trained in the environment decides: no Ray, no RLlib, milliseconds for thousands of candidates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from fedpeat_ray.config import ControlConfig, SimulationConfig
+from fedpeat_ray.control.observation import observe, plan_of
+from fedpeat_ray.control.plan import Controller, Memory, Plan, Prospects
+from fedpeat_ray.control.policy import Policy
+from fedpeat_ray.errors import ConfigError, DataError
+
+SHIPPED = Path(__file__).parent / "shipped"
+"""Trained on the default fleet for the ladder of pydoc-base."""
+
+
+@dataclass(frozen=True)
+class Learned(Controller):
+    """The likeliest choice of a policy for every candidate: who takes part, on which level, who downloads afresh."""
+
+    policy: Policy
+    wants_history = True
+
+    @classmethod
+    def build(cls, config: ControlConfig, seed: int) -> Self:
+        """See Controller. Raises ConfigError if there is no policy to read."""
+        try:
+            return cls(Policy.load(config.policy or SHIPPED))
+        except DataError as error:
+            allowed = f"a directory that train_controller.py wrote; {error}"
+            raise ConfigError.of("control.policy", str(config.policy or SHIPPED), allowed) from error
+
+    @classmethod
+    def check(cls, config: SimulationConfig) -> None:
+        """See Controller: the ladder must be the one that the policy was trained for."""
+        about, emulator = cls.build(config.control, config.seed).policy.about, config.emulator
+        if (about.shares, about.give_foundation) != (tuple(emulator.shares), emulator.give_foundation):
+            foundation = " and the foundation" if about.give_foundation else ""
+            allowed = (
+                f"a policy for the levels of this run; this one was trained for shares {about.shares}{foundation}, "
+            )
+            allowed += f"emulator.shares is {tuple(emulator.shares)}"
+            raise ConfigError.of("control.policy", str(config.control.policy or SHIPPED), allowed)
+
+    def act(self, round: int, device_ids: np.ndarray, prospects: Prospects, memory: Memory) -> Plan:
+        """See Controller."""
+        return plan_of(self.policy.choose(observe(prospects)), prospects)
