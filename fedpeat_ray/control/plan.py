@@ -139,6 +139,7 @@ class Controller(ABC):
     @classmethod
     def check(cls, config: SimulationConfig) -> None:
         """Raise ConfigError for settings that it cannot work with, before anything starts."""
+        cls.build(config.control, config.seed)
 
     def may_give(self, levels: Sequence[int]) -> Sequence[int]:
         """Which of these levels it may give a device, ever."""
