@@ -462,6 +462,7 @@ COUNTS_ONLY: tuple[tuple[str, Callable[[SimulationConfig, Collection[str]], bool
         ("emulator.distil",),
     ),
     ("emulator.realign_every is above 0", lambda c, _: c.emulator.realign_every > 0, ("emulator.realign_steps",)),
+    ("control.kind is learned", lambda c, _: c.control.kind == "learned", ("control.policy",)),
     ("control.kind is fixed", lambda c, _: c.control.kind == "fixed", ("control.level",)),
     ("server.optimizer is adam or yogi", lambda c, _: c.server.optimizer != "sgd", ("server.beta2", "server.tau")),
     ("foundation.num_shards is above 1", lambda c, _: c.foundation.num_shards > 1, ("foundation.num_gpus",)),

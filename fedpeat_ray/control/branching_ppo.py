@@ -19,59 +19,43 @@ Legend: B rounds, N candidates, D columns, K = 1 + L + 2 choices of both branche
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from pathlib import Path
+from typing import Any, Self
 
 import gymnasium
 import numpy as np
 import torch
-from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
 from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns as Names
 from ray.rllib.core.distribution.torch.torch_distribution import TorchDistribution
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from ray.rllib.evaluation.postprocessing import Postprocessing
+from ray.rllib.utils.metrics import (
+    ENV_RUNNER_RESULTS,
+    ENV_RUNNER_SAMPLING_TIMER,
+    LEARNER_RESULTS,
+    LEARNER_UPDATE_TIMER,
+    TIMERS,
+)
 from torch import Tensor, nn
 
-from fedpeat_ray.control.environment import TERMS, Setting
+from fedpeat_ray.control.environment import TERMS, Episode, Setting
 from fedpeat_ray.control.fleet_env import FleetEnv
-from fedpeat_ray.control.observation import Columns
+from fedpeat_ray.control.observation import Columns, observe, plan_of
+from fedpeat_ray.control.plan import Plan
 from fedpeat_ray.control.policy import LAYERS, About, Policy
+from fedpeat_ray.control.ppo import PPOSettings
+from fedpeat_ray.control.trial import Player
 
 FORBIDDEN = -1e9
 """The logit of a choice that may not be made."""
-
-
-@dataclass(frozen=True)
-class PPOSettings:
-    """How a controller is trained."""
-
-    ratio: Literal["branch", "joint"] = "branch"
-    """Clipped: the ratio of each branch, or the one of the whole action."""
-    network: Literal["shared", "independent"] = "shared"
-    """One network for all devices, or a head for each."""
-    width: int = 64
-    rounds_per_iteration: int = 400
-    epochs: int = 6
-    minibatch_rounds: int = 100
-    learning_rate: float = 1e-3
-    discount: float = 0.9
-    gae_lambda: float = 0.9
-    clip: float = 0.2
-    entropy: float = 0.002
-    """Weight of the mean entropy of a branch."""
-    penalty: float | None = None
-    """For choices beyond a device's memory, in place of masks."""
-    num_env_runners: int = 0
-    """Actors that play; 0: the main process does."""
-    num_envs: int = 10
-    """Episodes that a runner plays side by side."""
-    num_gpus: float = 0.0
-    """Of the learner."""
 
 
 def settings_of(setting: Setting, ppo: PPOSettings, seed: int) -> PPOConfig:
@@ -273,10 +257,15 @@ class BranchingLearner(PPOTorchLearner):
         targets = batch[Postprocessing.VALUE_TARGETS][real_B]
         error = (module.compute_values(batch)[real_B] - targets).square().mean()
         explained = 1 - error / targets.var().clamp(min=1e-9)
-        figures = {"policy_loss": -gain, "value_error": error, "explained": explained, "entropy": entropy}
-        figures["clipped_share"] = ((ratio - 1).abs() > config.clip_param).float().mean()
+        clipped_share = ((ratio - 1).abs() > config.clip_param).float().mean()
+        figures = dict(zip(FIGURES, (-gain, error, explained, entropy, clipped_share), strict=True))
         self.metrics.log_dict(figures, key=module_id, window=1)
         return -gain + config.vf_loss_coeff * error - config.entropy_coeff * entropy
+
+
+LOGGED = ("reward", *TERMS, "infeasible")
+FIGURES = ("policy_loss", "value_error", "explained", "entropy", "clipped_share")
+_TIMERS = {"sampling_s": ENV_RUNNER_SAMPLING_TIMER, "learning_s": LEARNER_UPDATE_TIMER}
 
 
 class LogTerms(RLlibCallback):
@@ -285,13 +274,66 @@ class LogTerms(RLlibCallback):
     def on_episode_end(self, *, episode, metrics_logger, **kwargs: Any) -> None:  # type: ignore[no-untyped-def]
         """Called by RLlib."""
         infos = [info for info in episode.get_infos() if "reward" in info]
-        for name in ("reward", *TERMS, "infeasible"):
+        for name in LOGGED:
             metrics_logger.log_value(f"term_{name}", float(np.mean([info[name] for info in infos])), window=40)
 
 
-def exported(algorithm: Algorithm, about: About) -> Policy:
-    """The policy as it is used without RLlib."""
-    module = algorithm.get_module()
-    assert isinstance(module, BranchingModule) and isinstance(module.network, SharedNetwork)
-    weights = {name: value.detach().cpu().numpy() for name, value in module.network.state_dict().items()}
-    return Policy(about, weights)
+class Training:
+    """Iterations of PPO, one by one."""
+
+    def __init__(self, setting: Setting, ppo: PPOSettings, seed: int, checkpoint: Path | None = None):
+        """`checkpoint`: where an earlier one was saved, to go on with. Needs a running Ray."""
+        self.ppo = ppo
+        torch.set_num_threads(ppo.num_threads)
+        self.algorithm = settings_of(setting, ppo, seed).build_algo()
+        if checkpoint:
+            self.algorithm.restore_from_path(checkpoint.resolve())
+
+    def iterate(self) -> dict[str, float]:
+        """Play and learn once: the mean reward of a round and its terms, what PPO says of itself, seconds."""
+        result = self.algorithm.train()
+        if ENV_RUNNER_RESULTS not in result:
+            raise RuntimeError("no environment is left that plays; its error is above")
+        played, learned = result[ENV_RUNNER_RESULTS], result[LEARNER_RESULTS][DEFAULT_MODULE_ID]
+        terms = {name: float(played[f"term_{name}"]) for name in LOGGED}
+        seconds = {name: float(result[TIMERS][key]) for name, key in _TIMERS.items()}
+        return terms | {name: float(learned[name]) for name in FIGURES} | seconds
+
+    @property
+    def iteration(self) -> int:
+        """How many there were."""
+        return int(self.algorithm.iteration)
+
+    def policy(self, about: About) -> Policy:
+        """As it is used without RLlib."""
+        module = self.algorithm.get_module()
+        assert isinstance(module, BranchingModule)
+        if not isinstance(module.network, SharedNetwork):
+            raise ValueError("independent heads serve one fleet only and are not exported")
+        weights = {name: value.detach().cpu().numpy() for name, value in module.network.state_dict().items()}
+        return Policy(about, weights)
+
+    def player(self) -> Player:
+        """The likeliest choices of what was learned so far, for an episode of as many candidates."""
+        module = self.algorithm.get_module()
+        assert isinstance(module, BranchingModule)
+
+        def decide(episode: Episode) -> Plan:
+            rows = torch.from_numpy(observe(episode.seen, masked=self.ppo.penalty is None))[None]
+            with torch.no_grad():
+                branches = module.action_dist_cls.from_logits(module.masked_logits(rows))
+            return plan_of(branches.to_deterministic().sample()[0].numpy(), episode.seen)
+
+        return decide
+
+    def save(self, directory: Path) -> None:
+        """A checkpoint; what lies there is replaced once it is whole."""
+        new = directory.with_name(directory.name + ".new")
+        shutil.rmtree(new, ignore_errors=True)
+        self.algorithm.save_to_path(new.resolve())
+        shutil.rmtree(directory, ignore_errors=True)
+        new.rename(directory)
+
+    def close(self) -> None:
+        """Free its actors."""
+        self.algorithm.stop()

@@ -14,19 +14,24 @@ Legend: N candidates, M of them take part, F devices of the fleet, L levels.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from fedpeat_ray.config import FleetConfig
 from fedpeat_ray.control.plan import SKIP, Plan, Prospects
 from fedpeat_ray.control.rounds import Held, Seen, Settled, decision, prospects, settle
+from fedpeat_ray.errors import DataError
 from fedpeat_ray.fleet.conditions import Conditions, build_conditions
 from fedpeat_ray.fleet.costs import NOT_ASKED, Admission, Costs
 from fedpeat_ray.fleet.levels import EmulatorCosts
-from fedpeat_ray.seeding import derive_seed, normals
+from fedpeat_ray.seeding import derive_seed, generator, normals
+from fedpeat_ray.settings import NonNegative, Positive, PositiveInt, Share
 
 TERMS = ("quality", "delay", "bytes", "memory", "energy")
 
@@ -50,6 +55,17 @@ class Response:
     freshness: float = 0.8
     """Share of a token's gain that is left for each re-alignment that an emulator is behind."""
     power: float = 1.0
+    """Above: of the sum over devices."""
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """What fit_surrogate.py wrote. Raises DataError if it cannot be used."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            numbers = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+            return cls(**numbers | {"gain_L": tuple(map(float, numbers["gain_L"]))})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: not a response model ({type(error).__name__}: {error})") from error
 
     def after(
         self, perplexity: float, tokens_N: np.ndarray, levels_N: np.ndarray, ages_N: np.ndarray, completed_N: np.ndarray
@@ -64,24 +80,29 @@ class Response:
 class Weights:
     """Of the terms of the reward."""
 
-    quality: float = 1.0
-    delay: float = 0.2
-    bytes: float = 0.1
-    memory: float = 0.1
-    energy: float = 0.1
+    quality: NonNegative = 1.0
+    """How much ln perplexity fell."""
+    delay: NonNegative = 0.2
+    """Virtual seconds of the round."""
+    bytes: NonNegative = 0.1
+    """Both ways, of all devices."""
+    memory: NonNegative = 0.1
+    """Share of their memory that the devices of a round need, their mean."""
+    energy: NonNegative = 0.1
+    """Joules of all devices."""
 
 
 @dataclass(frozen=True)
 class Shift:
     """A change in the middle of an episode."""
 
-    round: int
+    round: PositiveInt
     """From this one on."""
-    slowed_share: float = 0.0
+    slowed_share: Share = 0.0
     """Of the devices, by chance."""
-    slowdown: float = 4.0
+    slowdown: Positive = 4.0
     """How much longer these take to compute."""
-    link_factor: float = 1.0
+    link_factor: Positive = 1.0
     """Of everybody's own link figures."""
 
 
@@ -96,13 +117,13 @@ class Setting:
     cohort_size: int
     num_candidates: int
     num_rounds: int = 20
+    smallest_cohort: int | None = None
+    """If given, every episode draws its cohort size between this and `cohort_size`, alike likely on a log scale."""
     over_sample: float = 1.25
     deadline_s: float | None = None
     realign_every: int = 0
-    median_tokens: float = 1000.0
-    """Of a device's data in a round."""
-    tokens_spread: float = 0.7
-    """Standard deviation of the logarithm."""
+    num_tokens: tuple[int, ...] = (1000,)
+    """That devices train on in a round: each of an episode draws one of these."""
     weights: Weights = dataclasses.field(default_factory=Weights)
     shift: Shift | None = None
 
@@ -118,13 +139,17 @@ class Episode:
     def __init__(self, setting: Setting, seed: int, num_tokens_F: np.ndarray | None = None):
         """`num_tokens_F`: of each device's data in a round, instead of drawn ones."""
         self.setting, self.seed = setting, seed
+        smallest, cohort_size = setting.smallest_cohort or setting.cohort_size, setting.cohort_size
+        if smallest < cohort_size:
+            drawn = generator(seed, "cohort size").uniform(math.log(smallest), math.log(cohort_size + 1))
+            cohort_size = int(math.exp(drawn))
         self.conditions: Conditions = build_conditions(
-            setting.fleet, seed, setting.cohort_size, setting.over_sample, setting.deadline_s
+            setting.fleet, seed, cohort_size, setting.over_sample, setting.deadline_s
         )
         num_devices = setting.fleet.num_devices
         if num_tokens_F is None:
-            spread_F = normals(derive_seed(seed, "tokens"), np.arange(num_devices))
-            num_tokens_F = np.maximum(1, setting.median_tokens * np.exp(setting.tokens_spread * spread_F)).astype(int)
+            drawn = generator(seed, "tokens").integers(len(setting.num_tokens), size=num_devices)
+            num_tokens_F = np.array(setting.num_tokens)[drawn]
         self.num_tokens_F = num_tokens_F
         self.held, self.device_seen = Held.nothing(num_devices), Seen.nothing(num_devices)
         self.round, self.version, self.now_s = 1, 0, 0.0

@@ -39,6 +39,7 @@ def setting(**changes: object) -> Setting:
     """Twenty rounds of a fleet of 200, some of which have too little memory for more than the first level."""
     fleet = FleetConfig(num_devices=200, memory_scale=0.045)
     plain = Setting(EMULATORS, (1, 2, 3), RESPONSE, fleet, cohort_size=10, num_candidates=40, realign_every=4)
+    plain = dataclasses.replace(plain, num_tokens=(200, 700, 1000, 3000))
     return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,46 @@
+"""How a controller is trained, in numbers: what branching_ppo.py does with them takes RLlib, this does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedpeat_ray.settings import Decay, NonNegative, NonNegativeInt, Positive, PositiveInt, Share
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """Proximal policy optimisation over branches."""
+
+    ratio: Literal["branch", "joint"] = "branch"
+    """Clipped: the ratio of each branch, or the one of the whole action."""
+    network: Literal["shared", "independent"] = "shared"
+    """One network for all devices, or a common trunk and a head for each."""
+    width: PositiveInt = 64
+    """Of the layers."""
+    rounds_per_iteration: PositiveInt = 400
+    """Played before each update."""
+    epochs: PositiveInt = 6
+    """Passes over them."""
+    minibatch_rounds: PositiveInt = 100
+    """Rounds a step of the optimizer."""
+    learning_rate: Positive = 1e-3
+    """Of Adam."""
+    discount: Decay = 0.9
+    """Gamma, a round."""
+    gae_lambda: Share = 0.9
+    """Of generalised advantage estimation (Schulman et al. 2016)."""
+    clip: Positive = 0.2
+    """Epsilon."""
+    entropy: NonNegative = 0.002
+    """Weight of the mean entropy of a branch."""
+    penalty: NonNegative | None = None
+    """For choices beyond a device's memory (times the share of candidates that get one); unset: they are masked."""
+    num_env_runners: NonNegativeInt = 0
+    """Actors that play; 0: the main process does."""
+    num_envs: PositiveInt = 10
+    """Episodes that a runner plays side by side."""
+    num_gpus: NonNegative = 0.0
+    """Of the learner, an actor of its own if there are any."""
+    num_threads: PositiveInt = 1
+    """Of PyTorch."""

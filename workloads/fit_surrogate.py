@@ -1,0 +1,216 @@
+"""How perplexity answers to who trained on what: real FedPEAT runs, and a response model fitted to their round logs.
+
+    python workloads/fit_surrogate.py
+
+Some runs are fitted, others are only predicted: the error reported is that on runs that the fit never saw. Controllers
+are trained against the model (workloads/train_controller.py); finished runs are not repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pandas as pd
+import tyro
+from matplotlib.figure import Figure
+from scipy.optimize import least_squares
+
+from analysis.load import load_run
+from fedpeat_ray.config import (
+    ControlConfig,
+    EmulatorConfig,
+    EvaluationConfig,
+    FleetConfig,
+    HostsConfig,
+    SimulationConfig,
+)
+from fedpeat_ray.control.environment import Response
+from fedpeat_ray.control.observation import may_stay
+from fedpeat_ray.control.plan import Controller, Memory, Plan, Prospects, asked
+from fedpeat_ray.seeding import generator
+from fedpeat_ray.sweep import Sweep, report
+
+
+@dataclass(frozen=True)
+class Settings:
+    rounds: int = 12
+    num_devices: int = 60
+    cohort_sizes: tuple[int, ...] = (4, 12, 24)
+    num_sequences: int = 128
+    """Held-out sequences of 128 tokens, after every round."""
+    realign_every: int = 3
+    """Rounds between re-alignments, in the runs that are to tell what a stale emulator is worth."""
+    foundation: str = "pydoc-base"
+    hosts: HostsConfig = field(default_factory=HostsConfig)
+    out: Path = Path("runs/surrogate")
+
+
+@dataclass(frozen=True)
+class AnyPlan(Controller):
+    """A level by chance; every other device that could goes on with a stale emulator."""
+
+    seed: int
+
+    @classmethod
+    def build(cls, config: ControlConfig, seed: int) -> Self:
+        """See Controller."""
+        return cls(seed)
+
+    def act(self, round: int, device_ids: np.ndarray, prospects: Prospects, memory: Memory) -> Plan:
+        """See Controller."""
+        rng = generator(self.seed, "any plan", round)
+        levels_N = rng.integers(1, prospects.fits_NL.sum(axis=1).clip(1), endpoint=True)
+        stale_N = may_stay(prospects) & (rng.random(len(levels_N)) < 0.5)
+        if prospects.stale:
+            levels_N = np.where(stale_N, prospects.stale.level_N, levels_N)
+        return Plan(asked(levels_N, prospects), stale_N)
+
+
+def main(settings: Settings) -> int:
+    """Run, fit, write and draw; returns the exit status."""
+
+    def study(sweep: Sweep) -> str:
+        runs = {}
+        for name, config in configurations(settings).items():
+            summary, directory = sweep.run(name, config)
+            runs[name] = steps_of(directory, summary["perplexity"]["zero_shot"])
+        seen = {name: run for name, run in runs.items() if not name.startswith("unseen")}
+        unseen = {name: run for name, run in runs.items() if name.startswith("unseen")}
+        response = fitted(list(seen.values()), num_levels=len(EmulatorConfig().shares))
+        errors = pd.DataFrame(
+            {"run": name, "fitted": name in seen, "a round, %": 100 * one_round(response, run)}
+            | {"whole run, %": 100 * whole_run(response, run)[0]}
+            for name, run in runs.items()
+        )
+        draw(response, unseen, sweep.out / "surrogate.png")
+        about = {"fitted_to": sorted(seen), "held_out_error": float(errors[~errors["fitted"]]["whole run, %"].mean())}
+        written = dataclasses.asdict(response) | {"about": about}
+        (sweep.out / "response.json").write_text(json.dumps(written, indent=1) + "\n")
+        return markdown(response, errors)
+
+    return report(Sweep(settings.out, settings.hosts), "surrogate.md", study)
+
+
+def configurations(settings: Settings) -> dict[str, SimulationConfig]:
+    """Runs of every level, of several cohort sizes, with and without re-alignment; all devices have the memory."""
+    middle = sorted(settings.cohort_sizes)[len(settings.cohort_sizes) // 2]
+
+    def config(kind: str, cohort_size: int, seed: int, realign_every: int = 0, level: int = 1) -> SimulationConfig:
+        return SimulationConfig(
+            algorithm="fed-peat",
+            rounds=settings.rounds,
+            cohort_size=cohort_size,
+            client_batch_size=8,  # not what a machine measures: the last digits depend on it
+            seed=seed,
+            foundation=dataclasses.replace(SimulationConfig().foundation, name=settings.foundation),
+            fleet=FleetConfig(num_devices=settings.num_devices),
+            control=ControlConfig(kind, level),
+            emulator=EmulatorConfig(realign_every=realign_every),
+            evaluation=EvaluationConfig(num_sequences=settings.num_sequences, centralised=False),
+        )
+
+    any_plan, every = f"{Path(__file__).resolve()}:AnyPlan", settings.realign_every
+    levels = range(1, 1 + len(EmulatorConfig().shares))
+    return {
+        **{f"level {level}": config("fixed", middle, 0, level=level) for level in levels},
+        **{f"any level, cohort {size}": config(any_plan, size, 0) for size in settings.cohort_sizes},
+        "stale emulators": config(any_plan, middle, 0, every),
+        **{f"unseen, any level, cohort {size}": config(any_plan, size, 1) for size in settings.cohort_sizes},
+        "unseen, stale emulators": config(any_plan, middle, 2, every),
+    }
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The rounds of a run: R rounds, M devices that completed, L levels."""
+
+    perplexities: np.ndarray
+    """(R + 1,), before the first round included."""
+    devices: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+    """For each round tokens, levels and ages (M,)."""
+
+
+def steps_of(directory: Path, zero_shot: float) -> Steps:
+    """From a run directory."""
+    run = load_run(directory)
+    done = run.clients.query("outcome == 'completed'")
+    devices = [
+        tuple(done[done["round"] == round][name].to_numpy(float) for name in ("num_tokens", "level", "emulator_age"))
+        for round in run.rounds["round"]
+    ]
+    return Steps(np.array([zero_shot, *run.rounds["perplexity"].astype(float)]), devices)  # type: ignore[arg-type]
+
+
+def after(response: Response, perplexity: float, devices: tuple[np.ndarray, ...]) -> float:
+    """Perplexity after a round of a run."""
+    tokens, levels, ages = devices
+    return float(response.after(perplexity, tokens, levels.astype(int), ages, np.full(len(tokens), True)))
+
+
+def fitted(runs: list[Steps], num_levels: int) -> Response:
+    """Least squares of ln perplexity over whole runs, each predicted from its first perplexity alone."""
+    start = float(np.mean([run.perplexities[0] for run in runs]))
+    lowest = min(float(run.perplexities.min()) for run in runs)
+
+    def of(parameters: np.ndarray) -> Response:
+        below, fresh, power, *gains = parameters
+        return Response(start, lowest * np.exp(-np.exp(below)), tuple(np.exp(gains)), 1 / (1 + np.exp(-fresh)), power)
+
+    def residuals(parameters: np.ndarray) -> np.ndarray:
+        return np.concatenate([whole_run(of(parameters), run)[1] for run in runs])
+
+    found = least_squares(residuals, np.array([-2.0, 1.0, 0.7, *([np.log(1e-6)] * num_levels)]), x_scale="jac")
+    return of(found.x)
+
+
+def one_round(response: Response, run: Steps) -> float:
+    """Root mean square of the error of ln perplexity, a round from what it really was before."""
+    pairs = zip(run.perplexities[:-1], run.devices, strict=True)
+    predicted = np.array([after(response, float(before), devices) for before, devices in pairs])
+    return float(np.sqrt(np.mean(np.log(predicted / run.perplexities[1:]) ** 2)))
+
+
+def whole_run(response: Response, run: Steps) -> tuple[float, np.ndarray]:
+    """(the same of all rounds predicted from the first perplexity alone, their errors (R,))."""
+    predicted = [float(run.perplexities[0])]
+    for devices in run.devices:
+        predicted.append(after(response, predicted[-1], devices))
+    errors = np.log(np.array(predicted[1:]) / run.perplexities[1:])
+    return float(np.sqrt(np.mean(errors**2))), errors
+
+
+def draw(response: Response, runs: dict[str, Steps], path: Path) -> None:
+    """What runs that the fit never saw did, and what it says of them."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, run) in enumerate(runs.items()):
+        errors, rounds = whole_run(response, run)[1], np.arange(1, len(run.perplexities))
+        axes.plot(rounds, run.perplexities[1:], "o", color=f"C{number}", label=name)
+        axes.plot(rounds, run.perplexities[1:] * np.exp(errors), "-", color=f"C{number}")
+    axes.set(xlabel="round", ylabel="perplexity", title="unseen runs (dots) and the fitted model (lines)")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def markdown(response: Response, errors: pd.DataFrame) -> str:
+    """The fit and its errors."""
+    gains = ", ".join(f"{gain:.3g}" for gain in response.gain_L)
+    lines = [
+        f"floor {response.floor:.2f}, power {response.power:.2f}, freshness {response.freshness:.2f}, gain {gains}",
+        "",
+        "| run | fitted | error a round | error of the whole run |",
+        "|---|---|---|---|",
+    ]
+    for row in errors.itertuples(index=False):
+        lines.append(f"| {row[0]} | {'yes' if row[1] else 'no'} | {row[2]:.2f} % | {row[3]:.2f} % |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Settings, description=__doc__)))
