@@ -18,7 +18,6 @@ Legend: B rounds, N candidates, D columns, K = 1 + L + 2 choices of both branche
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +48,7 @@ from torch import Tensor, nn
 from fedpeat_ray.control.environment import TERMS, Episode, Setting
 from fedpeat_ray.control.fleet_env import FleetEnv
 from fedpeat_ray.control.observation import Columns, observe, plan_of
-from fedpeat_ray.control.plan import Plan
+from fedpeat_ray.control.plan import SKIP, Plan
 from fedpeat_ray.control.policy import LAYERS, About, Policy
 from fedpeat_ray.control.ppo import PPOSettings
 from fedpeat_ray.control.trial import Player
@@ -83,10 +82,10 @@ def settings_of(setting: Setting, ppo: PPOSettings, seed: int) -> PPOConfig:
             gamma=ppo.discount,
             lambda_=ppo.gae_lambda,
             clip_param=ppo.clip,
-            vf_clip_param=math.inf,
             entropy_coeff=ppo.entropy,
             use_kl_loss=False,
             grad_clip=1.0,
+            grad_clip_by="norm",  # of each tensor: the critic's errors do not shrink the policy's steps
         )
         .debugging(seed=seed, log_level="ERROR")
     )
@@ -215,8 +214,14 @@ class Branches(TorchDistribution):
         raise NotImplementedError("networks are built for their columns, not for a space")
 
     def to_deterministic(self) -> Likeliest:
-        """The likeliest choice of each branch."""
-        return Likeliest(torch.stack([log_p.argmax(dim=-1) for log_p in self.log_p], dim=-1))
+        """As Policy.choose does."""
+        of_levels, of_exchange = self.log_p
+        takes_part = 1 - of_levels[..., 0].exp()
+        expected = takes_part.sum(dim=-1, keepdim=True).round().clamp(min=1)
+        place = takes_part.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        levels = 1 + of_levels[..., 1:].argmax(dim=-1)
+        levels = torch.where((place < expected) & (takes_part > 0), levels, SKIP)
+        return Likeliest(torch.stack([levels, of_exchange.argmax(dim=-1)], dim=-1))
 
 
 @dataclass(frozen=True)
@@ -255,8 +260,9 @@ class BranchingLearner(PPOTorchLearner):
         gain = torch.minimum(ratio * advantage, clipped * advantage).mean()
         entropy = branches.entropy().mean()
         targets = batch[Postprocessing.VALUE_TARGETS][real_B]
-        error = (module.compute_values(batch)[real_B] - targets).square().mean()
-        explained = 1 - error / targets.var().clamp(min=1e-9)
+        values = module.compute_values(batch)[real_B]
+        error = nn.functional.smooth_l1_loss(values, targets)  # a round that one deep fade held up says little
+        explained = 1 - (values - targets).var() / targets.var().clamp(min=1e-9)
         clipped_share = ((ratio - 1).abs() > config.clip_param).float().mean()
         figures = dict(zip(FIGURES, (-gain, error, explained, entropy, clipped_share), strict=True))
         self.metrics.log_dict(figures, key=module_id, window=1)

@@ -216,22 +216,23 @@ class Episode:
         weights = dataclasses.asdict(self.setting.weights)
         return -sum((weights[name] * terms[name] for name in TERMS), start=np.zeros(()))
 
-    def _paid_by_chance(self) -> dict[str, float]:
-        """By a cohort drawn by chance, on the middle level where it fits, which holds nothing, in the first round."""
-        setting = self.setting
-        device_ids = self.conditions.sample(1)
-        tokens = self.num_tokens_F[device_ids]
-        where = (setting.emulators, setting.levels, self.conditions, self.held, 0)
-        seen = prospects(*where, 1, device_ids, tokens, realigns=False)
+    def _paid_by_chance(self, num_rounds: int = 8) -> dict[str, float]:
+        """In a round by a cohort drawn by chance, on the middle level where it fits, whose devices hold nothing yet: a
+        mean of some rounds, as the slowest of a cohort is a matter of luck."""
+        setting, start = self.setting, self.setting.response.start
         middle = setting.levels[len(setting.levels) // 2]
-        levels = np.where(seen.fits_NL[:, setting.levels.index(middle)], middle, setting.levels[0])
-        settled = settle(setting.emulators, self.conditions, 0.0, decision(1, device_ids, seen, levels))
-        start, completed = setting.response.start, settled.admission.completed
-        gained = math.log(start / setting.response.after(start, tokens, levels, np.zeros(()), completed))
-        # the slowest of a cohort is a matter of luck: the mean of those who take part is not
-        paid = paid_by(settled.costs, settled.admission)
-        paid |= {"quality": np.array(gained), "delay": np.mean(seen.total_s_NL[:, 0])}
-        return {name: max(float(value), 1e-12) for name, value in paid.items()}
+        paid = []
+        for round in range(1, num_rounds + 1):
+            device_ids = self.conditions.sample(round)
+            tokens = self.num_tokens_F[device_ids]
+            where = (setting.emulators, setting.levels, self.conditions, self.held, 0)
+            seen = prospects(*where, round, device_ids, tokens, realigns=False)
+            levels = np.where(seen.fits_NL[:, setting.levels.index(middle)], middle, setting.levels[0])
+            settled = settle(setting.emulators, self.conditions, 0.0, decision(round, device_ids, seen, levels))
+            after = setting.response.after(start, tokens, levels, np.zeros(()), settled.admission.completed)
+            gained = {"quality": np.log(start / after)}
+            paid.append(gained | paid_by(settled.costs, settled.admission))
+        return {name: max(float(np.mean([each[name] for each in paid])), 1e-12) for name in TERMS}
 
 
 def paid_by(costs: Costs, admission: Admission) -> dict[str, np.ndarray]:

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedpeat_ray.control.observation import Columns
+from fedpeat_ray.control.plan import SKIP
 from fedpeat_ray.errors import DataError
 
 LAYERS = ("device_1", "device_2", "context", "joint", "choice")
@@ -71,9 +72,17 @@ class Policy:
         return np.where(masks > 0, logits, -np.inf)
 
     def choose(self, rows: np.ndarray) -> np.ndarray:
-        """(N, D) -> (N, 2), the likeliest choice of each branch."""
+        """(N, D) -> (N, 2): as many candidates take part as are expected to, the likeliest of them, at least one; each
+        with its likeliest level and exchange."""
         logits, num_levels = self.logits(rows), 1 + self.about.num_levels
-        return np.stack([logits[:, :num_levels].argmax(axis=1), logits[:, num_levels:].argmax(axis=1)], axis=1)
+        of_levels, of_exchange = logits[:, :num_levels], logits[:, num_levels:]
+        odds = np.exp(of_levels - of_levels.max(axis=1, keepdims=True))
+        takes_part = 1 - odds[:, 0] / odds.sum(axis=1)
+        likeliest = np.argsort(-takes_part, kind="stable")[: max(1, round(float(takes_part.sum())))]
+        levels = np.full(len(rows), SKIP)
+        levels[likeliest] = 1 + of_levels[likeliest, 1:].argmax(axis=1)
+        levels[takes_part == 0] = SKIP
+        return np.stack([levels, of_exchange.argmax(axis=1)], axis=1)
 
     def _layer(self, name: str, x: np.ndarray) -> np.ndarray:
         return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
