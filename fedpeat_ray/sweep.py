@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from fedpeat_ray.config import HostsConfig, SimulationConfig
 from fedpeat_ray.errors import FedPeatError
+from fedpeat_ray.runtime.resume import with_resumed
 from fedpeat_ray.simulation import Simulation
 
 
@@ -42,15 +43,32 @@ class Sweep:
 
     def run(self, name: str, config: SimulationConfig) -> tuple[dict[str, Any], Path]:
         """The summary and the directory of a run. One that is finished is not repeated, one that was interrupted or
-        has fewer rounds goes on. Raises what Simulation raises."""
+        has fewer rounds goes on. Raises what Simulation raises, and ConfigError for a setting that differs from that
+        of the run which is there.
+
+        The hosts are the sweep's: `config.hosts` is not looked at, nor `config.out` and `config.resume`.
+        """
         directory = self.out / name
-        path = directory / "summary.json"
-        before = json.loads(path.read_text()) if path.exists() else None
-        if before and before["rounds"] >= config.rounds and not before["failure"]:
-            return before, directory
+        config = dataclasses.replace(config, hosts=self._hosts, out=None, resume=None)
+        if (directory / "config.json").exists():
+            config = dataclasses.replace(config, resume=directory)
+            if summary := _finished(config):
+                return summary, directory
+        else:
+            config = dataclasses.replace(config, out=directory)
         print(f"run {name}")
-        place = {"resume": directory} if (directory / "config.json").exists() else {"out": directory}
-        return Simulation(dataclasses.replace(config, hosts=self._hosts, **place)).run(self.pool), directory
+        return Simulation(config).run(self.pool), directory
+
+
+def _finished(config: SimulationConfig) -> dict[str, Any] | None:
+    """The summary of a run to go on with, if nothing is left to do, whatever versions it was done with."""
+    assert config.resume is not None
+    path = config.resume / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else None
+    if summary is None or summary["rounds"] < config.rounds or summary.get("failure"):
+        return None
+    with_resumed(dataclasses.replace(config, accept_changes=True))
+    return summary
 
 
 def report(sweep: Sweep, file: str, study: Callable[[Sweep], str]) -> int:
@@ -61,6 +79,9 @@ def report(sweep: Sweep, file: str, study: Callable[[Sweep], str]) -> int:
     except FedPeatError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: what was finished is in {sweep.out}", file=sys.stderr)
+        return 130
     (sweep.out / file).write_text(text)
     print(text)
     print(sweep.out)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 
 from fedpeat_ray import SimulationConfig
 from fedpeat_ray.config import (
+    AvailabilityConfig,
+    ChannelConfig,
+    ControlConfig,
     DataConfig,
+    DistilConfig,
+    EmulatorConfig,
     EvaluationConfig,
     FleetConfig,
     FoundationConfig,
@@ -20,6 +25,31 @@ from fedpeat_ray.config import (
     LoraConfig,
     PartitionConfig,
 )
+from fedpeat_ray.control.plan import Controller
+
+ENDS = EmulatorConfig(
+    first=1,
+    last=1,
+    shares=(0.2, 0.6),  # of the five blocks between: one, three
+    weights="foundation",
+    realign_steps=3,
+    distil=DistilConfig(steps=6, batch_size=2, sequence_length=16),
+)
+"""Two emulators of a model of seven blocks."""
+
+SIX = FleetConfig(num_devices=6, availability=AvailabilityConfig(kind="always"), channel=ChannelConfig(kind="nominal"))
+"""Devices that are always there."""
+
+EVERYBODY: dict[str, Any] = {"cohort_size": 6, "over_sample": 1.0, "fleet": SIX}
+"""Settings with which all of these train in every round."""
+
+
+class Unsettled(Controller):
+    """A controller without settings."""
+
+    @classmethod
+    def build(cls, config: ControlConfig, seed: int) -> Self:
+        return cls()
 
 
 def tiny(model: Path, text: Path, **changes: Any) -> SimulationConfig:

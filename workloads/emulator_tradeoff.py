@@ -218,8 +218,9 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     left.set_title("adapter plugged into the foundation", fontsize=10)
     right.set_title("on the emulator (dotted: before tuning)", fontsize=10)
     right.set_yscale("log")
-    left.annotate("foundation, zero-shot", (0.25, ends["zero_shot"]), fontsize=8, va="bottom")
-    left.annotate("adapter tuned on the foundation", (0.25, ends["centralised"]), fontsize=8, va="bottom")
+    start = table["share"].min()
+    left.annotate("foundation, zero-shot", (start, ends["zero_shot"]), fontsize=8, va="bottom")
+    left.annotate("adapter tuned on the foundation", (start, ends["centralised"]), fontsize=8, va="bottom")
     left.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 

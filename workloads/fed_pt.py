@@ -46,6 +46,7 @@ from fedpeat_ray.data import python_docs
 from fedpeat_ray.data.batches import heldout_sequences
 from fedpeat_ray.data.corpus import load_corpus
 from fedpeat_ray.emulators.ladder import Rung, emulated, load_blocks
+from fedpeat_ray.files import written_whole_dir
 from fedpeat_ray.fleet.costs import training_flops
 from fedpeat_ray.fleet.memory import ModelShape, lora_parameters, training_memory
 from fedpeat_ray.models import foundation as foundations
@@ -204,9 +205,9 @@ def main_table(settings: Settings, sweep: Sweep, judge: Judge) -> str:
 
 def heterogeneity(settings: Settings, sweep: Sweep) -> str:
     """FedPT with and without distillation from IID to disjoint sources; the first seed, half of the rounds."""
-    seed = settings.seeds[0]
+    seed, rounds = settings.seeds[0], max(1, settings.rounds // 2)
     lines = [
-        f"### Heterogeneity, {settings.rounds // 2} rounds",
+        f"### Heterogeneity, {rounds} rounds",
         "",
         "| partition | small, FedPEFT | steered, not distilled | FedPT |",
         "|---|---|---|---|",
@@ -215,7 +216,7 @@ def heterogeneity(settings: Settings, sweep: Sweep) -> str:
         data = DataConfig(partition=partition)
         row = []
         for steps in (0, settings.distillation_steps):
-            config = dataclasses.replace(configuration(settings, "fed-pt", seed, data), rounds=settings.rounds // 2)
+            config = dataclasses.replace(configuration(settings, "fed-pt", seed, data), rounds=rounds)
             config = dataclasses.replace(config, proxy=dataclasses.replace(config.proxy, steps=steps))
             summary, _ = sweep.run(f"fed-pt-{name.replace(' ', '-')}-{steps}-seed{seed}", config)
             row.append(summary["perplexity"])
@@ -234,7 +235,7 @@ def edge(settings: Settings, sweep: Sweep, judge: Judge) -> str:
     header, columns = "| rounds | private tokens | small, tuned |", dict(_gaps(settings))
     lines += [header + "".join(f" steered: {name} |" for name in columns), "|---|---|---|" + "---|" * len(columns)]
     points: list[tuple[int, float, list[float]]] = []
-    for rounds in settings.more_rounds:
+    for rounds in sorted(settings.more_rounds):  # of one run, which goes on
         adapter_P, num_tokens = _tuned_for(sweep, f"more-rounds-seed{seed}", dataclasses.replace(config, rounds=rounds))
         steered, alone = [], 0.0
         for large in columns.values():
@@ -255,7 +256,8 @@ def _tuned_for(sweep: Sweep, name: str, config: SimulationConfig) -> tuple[Tenso
     kept = sweep.out / f"{name}-{config.rounds}"
     if not kept.exists():
         _, directory = sweep.run(name, config)
-        shutil.copytree(directory, kept)
+        with written_whole_dir(kept) as part:
+            shutil.copytree(directory, part, dirs_exist_ok=True)
     num_tokens = json.loads((kept / "summary.json").read_text())["num_tokens"]
     return load_adapter(kept / "adapter", find_lora(model, config.lora)), num_tokens
 
@@ -286,8 +288,7 @@ def spoilt(settings: Settings, sweep: Sweep, judge: Judge) -> str:
     if not directory.exists():
         rng, table = generator(0, "shuffled words"), python_docs.load()
         table = table.filter(~table["public"].to_numpy())
-        directory.mkdir()
-        with (directory / "text.jsonl").open("w") as file:
+        with written_whole_dir(directory) as part, (part / "text.jsonl").open("w") as file:
             for text, source in zip(table["text"].to_pylist(), table["source"].to_pylist(), strict=True):
                 shuffled = " ".join(rng.permutation(text.split()).tolist())
                 file.write(json.dumps({"text": shuffled, "source": source}) + "\n")

@@ -21,19 +21,31 @@ from fedpeat_ray.models.lora import find_lora
 from fedpeat_ray.training.evaluation import EvaluateLora, ScoreSum, evaluation_tasks
 from workloads.check_foundation import half_middle, heldout_text, perplexity
 
-IN_PART = ("sympy",)
+IN_PART = {
+    "scipy": "optimize",
+    "sympy": "polys",
+    "pandas": "io",
+    "networkx": "generators",
+    "numpy": "lib",
+    "matplotlib": "axes",
+    "ray": "tune",
+}
+"""A folder of every private package: an eighth of all documents, text of every kind."""
 
 
 @pytest.fixture(scope="module")
 def in_part(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], AbstractContextManager]:
-    """The documentation of some packages: to read all there is takes a minute."""
-    cache, roots = tmp_path_factory.mktemp("cache in part"), python_docs._roots()
+    """A part of the documentation: to read all there is takes a minute."""
+    cache, source_files = tmp_path_factory.mktemp("cache in part"), python_docs._source_files
+
+    def some_files(root: Path) -> Iterator[Path]:
+        yield from source_files(root / IN_PART[root.name]) if root.name in IN_PART else ()
 
     @contextlib.contextmanager
     def in_part() -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", str(cache))
-            patch.setattr(python_docs, "_roots", lambda: {name: roots[name] for name in IN_PART})
+            patch.setattr(python_docs, "_source_files", some_files)
             yield
 
     return in_part
@@ -68,19 +80,19 @@ def test_the_pair_shares_a_tokenizer_and_takes_less_than_40_megabytes():
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(("text", "bound"), [("in part", 2e-3), pytest.param("all", 1e-3, marks=pytest.mark.full)])
-def test_perplexity_in_the_type_of_training_agrees_to_a_tenth_of_a_percent(text, bound, in_part):
-    """bfloat16 also where the processor has no instructions for it: only slower. Of one package's documentation alone
-    it may differ by 0.11 %."""
+@pytest.mark.parametrize("text", ["in part", pytest.param("all", marks=pytest.mark.full)])
+def test_perplexity_in_the_type_of_training_agrees_to_a_tenth_of_a_percent(text, in_part):
+    """bfloat16 also where the processor has no instructions for it: only slower. Rounding averages out over tokens: a
+    quarter of these sequences alone may differ by 0.11 %."""
     foundation = prepare("pydoc-small", "bfloat16")
     backbone, lora = load_backbone(foundation), find_lora(load(foundation), LoraConfig())
     adapter_P = lora.init(0)
     adapter_P += 0.01 * torch.from_numpy(np.random.default_rng(0).standard_normal(len(adapter_P))).float()
     with contextlib.nullcontext() if text == "all" else in_part():
         corpus = load_corpus(DataConfig(), load_tokenizer(foundation.config_dir))
-    tasks = evaluation_tasks("all", *heldout_sequences(corpus, 64, 128, seed=0))
+    tasks = evaluation_tasks("all", *heldout_sequences(corpus, 256, 128, seed=0))
     found = []
     for exact in (True, False):
         scores = ScoreSum().add(EvaluateLora(lora, exact)(backbone, adapter_P, tasks)).result()
         found.append(scores["all"].perplexity)
-    assert found[1] == pytest.approx(found[0], rel=bound) and found[0] != found[1]
+    assert found[1] == pytest.approx(found[0], rel=1e-3) and found[0] != found[1]

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import whole_runs
-from whole_runs import assert_same_bits, changed, summary, table
+from whole_runs import ENDS, EVERYBODY, SIX, Unsettled, assert_same_bits, changed, summary, table
 
 from fedpeat_ray import Simulation, SimulationConfig
 from fedpeat_ray.config import (
-    AvailabilityConfig,
     ChannelConfig,
     ControlConfig,
-    DistilConfig,
-    EmulatorConfig,
-    FleetConfig,
 )
-from fedpeat_ray.control.plan import SKIP, Controller, History, Memory, Plan, Prospects
+from fedpeat_ray.control.plan import SKIP, History, Memory, Plan, Prospects
 from fedpeat_ray.emulators.on_emulators import OnEmulators
 from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.models.foundation import load_backbone
@@ -30,33 +26,12 @@ from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.training.client_batch import ClientUpdate
 from fedpeat_ray.training.map_clients import Call
 
-REALIGNED = EmulatorConfig(
-    first=1,
-    last=1,
-    shares=(0.2, 0.6),
-    weights="elastic",
-    realign_every=1,
-    realign_steps=2,
-    distil=DistilConfig(steps=4, batch_size=2, sequence_length=16),
-)
-SIX = FleetConfig(num_devices=6, availability=AvailabilityConfig(kind="always"), channel=ChannelConfig(kind="nominal"))
-
 
 @pytest.fixture
 def tiny(deep_gpt2_dir: Path, text_dir: Path) -> SimulationConfig:
     """Three rounds, two emulators of a model of seven blocks, re-aligned after each."""
-    return whole_runs.tiny(deep_gpt2_dir, text_dir, emulator=REALIGNED, cohort_size=3, over_sample=1.0)
-
-
-class Told(Controller):
-    """A controller without settings that keeps what it was told."""
-
-    def __init__(self) -> None:
-        self.told: list[Prospects] = []
-
-    @classmethod
-    def build(cls, config: ControlConfig, seed: int) -> Self:
-        return cls()
+    realigned = dataclasses.replace(ENDS, weights="elastic", realign_every=1)
+    return whole_runs.tiny(deep_gpt2_dir, text_dir, emulator=realigned, cohort_size=3, over_sample=1.0)
 
 
 # Who
@@ -85,7 +60,7 @@ def test_the_whole_of_a_small_fleet_may_be_candidates_and_fewer_than_a_cohort_ma
 
 
 def test_a_controller_chooses_by_what_the_server_knows_of_a_device(tiny, tmp_path):
-    class MostText(Told):
+    class MostText(Unsettled):
         def act(self, round: int, device_ids: np.ndarray, prospects: Prospects, memory: Memory) -> Plan:
             few = np.argsort(-np.asarray(prospects.num_tokens_N), kind="stable")[2:]
             levels = np.ones(len(device_ids), int)
@@ -103,7 +78,7 @@ def test_a_controller_chooses_by_what_the_server_knows_of_a_device(tiny, tmp_pat
 def test_what_the_server_saw_of_devices_is_told_and_survives_a_resume(tiny, tmp_path):
     seen: list[tuple[int, np.ndarray, History]] = []
 
-    class Curious(Told):
+    class Curious(Unsettled):
         wants_history = True
 
         def act(self, round: int, device_ids: np.ndarray, prospects: Prospects, memory: Memory) -> np.ndarray:
@@ -111,12 +86,11 @@ def test_what_the_server_saw_of_devices_is_told_and_survives_a_resume(tiny, tmp_
             seen.append((round, device_ids, prospects.history))
             return np.where(device_ids % 2 == round % 2, 1, SKIP)
 
-    rayleigh = {"channel": ChannelConfig(kind="rayleigh")}
     config = changed(
         tiny,
         out=tmp_path / "run",
         rounds=2,
-        fleet=changed(SIX, **rayleigh),  # type: ignore[arg-type]
+        fleet=dataclasses.replace(SIX, channel=ChannelConfig(kind="rayleigh")),
         control={"candidates": 6},
         evaluation={"every": 1},
     )
@@ -138,7 +112,7 @@ def test_what_the_server_saw_of_devices_is_told_and_survives_a_resume(tiny, tmp_
 # With what
 
 
-class GoesOn(Told):
+class GoesOn(Unsettled):
     """Devices of even number go on with the emulator they have, the others download afresh."""
 
     def act(self, round: int, device_ids: np.ndarray, prospects: Prospects, memory: Memory) -> Plan:
@@ -149,7 +123,7 @@ class GoesOn(Told):
 
 
 def test_a_device_may_go_on_with_a_stale_emulator_and_pays_no_exchange(tiny, tmp_path, monkeypatch):
-    config = changed(tiny, out=tmp_path / "run", fleet=SIX, cohort_size=6)
+    config = changed(tiny, out=tmp_path / "run", **EVERYBODY)
     trained: list[tuple[int, int, int]] = []
     work = OnEmulators.__call__
 
@@ -171,7 +145,7 @@ def test_a_device_may_go_on_with_a_stale_emulator_and_pays_no_exchange(tiny, tmp
 
 
 def test_it_trains_on_the_version_that_it_has(tiny, tmp_path):
-    config = changed(tiny, out=tmp_path / "run", fleet=SIX, cohort_size=6)
+    config = changed(tiny, out=tmp_path / "run", **EVERYBODY)
     simulation = Simulation(config, controller=GoesOn)
     updates: dict[int, torch.Tensor] = {}
     run = Serial.run
@@ -201,7 +175,7 @@ def test_it_trains_on_the_version_that_it_has(tiny, tmp_path):
 
 
 def test_a_run_with_stale_emulators_goes_on_to_the_same_bits(tiny, tmp_path):
-    config = changed(tiny, fleet=SIX, cohort_size=6, evaluation={"every": 1})
+    config = changed(tiny, **EVERYBODY, evaluation={"every": 1})
     Simulation(changed(config, out=tmp_path / "whole"), controller=GoesOn).run()
     Simulation(changed(config, out=tmp_path / "parts", rounds=1), controller=GoesOn).run()
     Simulation(changed(config, resume=tmp_path / "parts"), controller=GoesOn).run()

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,23 +18,21 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from whole_runs import assert_same_bits, changed, summary, table
+from whole_runs import ENDS, EVERYBODY, Unsettled, assert_same_bits, changed, summary, table
 
 from fedpeat_ray import Simulation, SimulationConfig
 from fedpeat_ray.aggregation.mean import MeanOverLevels
 from fedpeat_ray.algorithms.fed_peat import FedPEAT
 from fedpeat_ray.config import (
     AvailabilityConfig,
-    ChannelConfig,
     ControlConfig,
     DistilConfig,
-    EmulatorConfig,
     FleetConfig,
     FoundationConfig,
     LoraConfig,
     ServerConfig,
 )
-from fedpeat_ray.control.plan import Controller, Memory, Prospects
+from fedpeat_ray.control.plan import Memory, Prospects
 from fedpeat_ray.emulators import distillation
 from fedpeat_ray.emulators.ladder import Ladder, Rung
 from fedpeat_ray.emulators.on_emulators import InExactType
@@ -55,21 +53,6 @@ from fedpeat_ray.world import prepare
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers will rename
 
 LEVELS = {1: (0, 3, 6), 2: (0, 1, 3, 5, 6), 3: (0, 1, 2, 3, 4, 5, 6)}  # of ENDS on seven blocks
-ENDS = EmulatorConfig(
-    first=1,
-    last=1,
-    shares=(0.2, 0.6),
-    weights="foundation",
-    realign_steps=3,
-    distil=DistilConfig(steps=6, batch_size=2, sequence_length=16),
-)
-EVERYBODY = {
-    "cohort_size": 6,
-    "over_sample": 1.0,
-    "fleet": FleetConfig(
-        num_devices=6, availability=AvailabilityConfig(kind="always"), channel=ChannelConfig(kind="nominal")
-    ),
-}
 BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers"}
 
 
@@ -206,14 +189,6 @@ def test_who_can_take_part_is_known_of_the_levels_that_devices_may_get(tiny, con
     fleet = FleetConfig(num_devices=14, spread=0.0, memory_scale=0.9 * smallest / largest.memory_cap_bytes)
     with pytest.raises(ConfigError, match=f"fleet.memory_scale = .* takes {smallest:,} bytes"):
         prepare(changed(tiny, control=control, fleet=fleet), Path())
-
-
-class Unsettled(Controller):
-    """A controller without settings."""
-
-    @classmethod
-    def build(cls, config: ControlConfig, seed: int) -> Self:
-        return cls()
 
 
 def test_a_controller_may_leave_devices_out_or_all_of_them(tiny, tmp_path):

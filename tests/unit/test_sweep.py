@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from whole_runs import assert_same_bits, changed, tiny
 
 from fedpeat_ray.config import HostsConfig
 from fedpeat_ray.errors import ConfigError
-from fedpeat_ray.runtime.run_log import RunLog
+from fedpeat_ray.runtime import run_log
+from fedpeat_ray.runtime.run_log import RunLog, read_settings
 from fedpeat_ray.sweep import Sweep, report
 
 SERIAL = HostsConfig(backend="serial")
@@ -27,6 +29,26 @@ def test_a_finished_run_is_not_repeated_and_one_with_fewer_rounds_goes_on(config
         assert capsys.readouterr().out.count("run one\n") == 1
         summary, directory = sweep.run("one", changed(config, rounds=3))
         assert summary["rounds"] == 3 and directory == tmp_path / "out" / "one"
+
+
+def test_a_run_is_never_taken_for_one_of_other_settings(config, tmp_path):
+    with Sweep(tmp_path, SERIAL) as sweep:
+        sweep.run("one", config)
+        with pytest.raises(ConfigError, match=r"cohort_size = 5 is not allowed: 6, as in the run that is resumed"):
+            sweep.run("one", changed(config, cohort_size=5))
+        with pytest.raises(ConfigError, match=r"rounds = 1 is not allowed: at least 2"):
+            sweep.run("one", changed(config, rounds=1))
+
+
+def test_a_finished_run_of_other_versions_is_taken_and_its_hosts_are_the_sweeps(config, tmp_path, monkeypatch):
+    with Sweep(tmp_path, SERIAL) as sweep:
+        on_ray = changed(config, hosts=HostsConfig("ray"))
+        summary, directory = sweep.run("one", on_ray)
+        assert read_settings(directory).hosts == SERIAL
+        monkeypatch.setattr(run_log, "_versions", lambda: {"torch": "another"})
+        older = {name: value for name, value in summary.items() if name != "failure"}
+        (directory / "summary.json").write_text(json.dumps(older))
+        assert sweep.run("one", on_ray) == (older, directory)
 
 
 def test_a_run_that_was_interrupted_goes_on(config, tmp_path, monkeypatch):
@@ -56,3 +78,11 @@ def test_a_study_leaves_its_text_or_says_why_not(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == ["found", "", str(tmp_path)]
     assert report(Sweep(tmp_path, SERIAL), "other.md", refused) == 2
     assert capsys.readouterr().err.startswith("error: seeds = ()") and not (tmp_path / "other.md").exists()
+
+
+def test_a_study_that_is_interrupted_says_where_it_left_things(tmp_path, capsys):
+    def stopped(sweep: Sweep) -> str:
+        raise KeyboardInterrupt
+
+    assert report(Sweep(tmp_path, SERIAL), "study.md", stopped) == 130
+    assert capsys.readouterr().err == f"\ninterrupted: what was finished is in {tmp_path}\n"

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import tyro
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -88,12 +88,10 @@ def table(waited: dict[str, list[dict[str, float]]]) -> Table:
 
 def draw(events: list[dict[str, Any]], path: Path) -> None:
     """A row a process; gaps are idle time."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     lanes = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
     spans = [event for event in events if event["ph"] == "X"]
-    figure, axes = plt.subplots(figsize=(12, 0.6 + 0.75 * len(lanes)), layout="constrained")
+    figure = Figure((12, 0.6 + 0.75 * len(lanes)), layout="constrained")
+    axes = figure.subplots()
     for event in spans:
         name, start_s, length_s = event["name"], event["ts"] / 1e6, event["dur"] / 1e6
         colour = next((colour for part, colour in COLOURS.items() if part in name.lower()), "#8c8c8c")
