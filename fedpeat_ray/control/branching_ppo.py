@@ -19,6 +19,7 @@ Legend: B rounds, N candidates, D columns, K = 1 + L + 2 choices of both branche
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -57,12 +58,12 @@ FORBIDDEN = -1e9
 """The logit of a choice that may not be made."""
 
 
-def settings_of(setting: Setting, ppo: PPOSettings, seed: int) -> PPOConfig:
+def rllib_config(settings: Sequence[Setting], ppo: PPOSettings, seed: int) -> PPOConfig:
     """RLlib's configuration."""
-    model = {"num_levels": len(setting.levels), "width": ppo.width, "network": ppo.network}
+    model = {"num_levels": len(settings[0].levels), "width": ppo.width, "network": ppo.network}
     return (
         PPOConfig()
-        .environment(FleetEnv, env_config={"setting": setting, "penalty": ppo.penalty})
+        .environment(FleetEnv, env_config={"settings": tuple(settings), "penalty": ppo.penalty})
         .env_runners(
             num_env_runners=ppo.num_env_runners,
             num_envs_per_env_runner=ppo.num_envs,
@@ -287,11 +288,12 @@ class LogTerms(RLlibCallback):
 class Training:
     """Iterations of PPO, one by one."""
 
-    def __init__(self, setting: Setting, ppo: PPOSettings, seed: int, checkpoint: Path | None = None):
-        """`checkpoint`: where an earlier one was saved, to go on with. Needs a running Ray."""
+    def __init__(self, settings: Sequence[Setting], ppo: PPOSettings, seed: int, checkpoint: Path | None = None):
+        """`settings`: of episodes, see FleetEnv; `checkpoint`: where an earlier one was saved, to go on with. Needs a
+        running Ray."""
         self.ppo = ppo
         torch.set_num_threads(ppo.num_threads)
-        self.algorithm = settings_of(setting, ppo, seed).build_algo()
+        self.algorithm = rllib_config(settings, ppo, seed).build_algo()
         if checkpoint:
             self.algorithm.restore_from_path(checkpoint.resolve())
 

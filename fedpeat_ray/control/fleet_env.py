@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -14,15 +14,15 @@ from fedpeat_ray.control.plan import SKIP
 
 
 class FleetEnv(gymnasium.Env):
-    """Every episode draws its fleet anew. Observations (N, D) float32 of observation.py, actions (N, 2) of choices;
-    the terms of the reward are in `info`."""
+    """Every episode draws its setting and its fleet anew. Observations (N, D) float32 of observation.py, actions (N, 2)
+    of choices; the terms of the reward are in `info`."""
 
     def __init__(self, config: Mapping[str, Any]):
-        """`config`: a `setting`; optionally a `penalty` for each share of candidates that gets a level beyond its
-        memory, in place of masks."""
-        self.setting: Setting = config["setting"]
+        """`config`: `settings` to draw from, alike in candidates and levels; optionally a `penalty` for each share of
+        candidates that gets a level beyond its memory, in place of masks."""
+        self.settings: Sequence[Setting] = config["settings"]
         self.penalty: float | None = config.get("penalty")
-        columns, num_candidates = Columns(len(self.setting.levels)), self.setting.num_candidates
+        columns, num_candidates = Columns(len(self.settings[0].levels)), self.settings[0].num_candidates
         shape = (num_candidates, len(columns.names))
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, shape, np.float32)
         choices = np.tile(columns.num_choices, (num_candidates, 1))
@@ -31,7 +31,8 @@ class FleetEnv(gymnasium.Env):
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
         """A new fleet."""
         super().reset(seed=seed)
-        self.episode = Episode(self.setting, int(self.np_random.integers(2**31)))
+        setting = self.settings[int(self.np_random.integers(len(self.settings)))]
+        self.episode = Episode(setting, int(self.np_random.integers(2**31)))
         return self._rows(), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:

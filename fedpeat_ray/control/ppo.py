@@ -16,7 +16,7 @@ class PPOSettings:
     """Clipped: the ratio of each branch, or the one of the whole action."""
     network: Literal["shared", "independent"] = "shared"
     """One network for all devices, or a common trunk and a head for each."""
-    width: PositiveInt = 64
+    width: PositiveInt = 32
     """Of the layers."""
     rounds_per_iteration: PositiveInt = 400
     """Played before each update."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from fedpeat_ray.control.environment import Episode, Setting
+from fedpeat_ray.control.environment import TERMS, Episode, Setting
 from fedpeat_ray.control.plan import Controller, Plan
 
 Player = Callable[[Episode], Plan | np.ndarray]
 """Decides a round of an episode."""
+
+HELD_OUT = 2**31
+"""Seeds from here on are of fleets that no training draws."""
 
 
 def player(controller: Controller) -> Player:
@@ -20,8 +24,19 @@ def player(controller: Controller) -> Player:
 
 
 def play(setting: Setting, seed: int, decide: Player) -> list[dict[str, float]]:
-    """An episode: the reward and its terms, round by round."""
+    """An episode: the reward, its terms, perplexity and virtual seconds, round by round."""
     episode, rounds = Episode(setting, seed), []
     while not episode.is_over:
         rounds.append(episode.step(decide(episode)) | {"perplexity": episode.perplexities[-1], "now_s": episode.now_s})
     return rounds
+
+
+def compare(setting: Setting, players: Mapping[str, Player], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Everybody on every fleet: a row an episode, with the means of its rounds."""
+    rows = []
+    for name, decide in players.items():
+        for seed in seeds:
+            rounds = play(setting, seed, decide)
+            means = {term: float(np.mean([each[term] for each in rounds])) for term in ("reward", *TERMS)}
+            rows.append({"controller": name, "seed": seed, **means, "perplexity": rounds[-1]["perplexity"]})
+    return rows

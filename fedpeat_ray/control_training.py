@@ -1,0 +1,234 @@
+"""A training of a controller: its settings, its directory, an iteration a line; what workloads share.
+
+config.json       what it was begun with
+progress.csv      a row an iteration: the reward of a round, its terms, PPO's own figures, seconds
+curves.png        the same, drawn
+policy/           the policy as runs use it (control.kind = learned)
+checkpoint/       RLlib's, to go on with; contains pickles, so resume only what is your own
+tensorboard/      the same figures as progress.csv
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedpeat_ray.config import EmulatorConfig, FleetConfig, FoundationConfig, SimulationConfig
+from fedpeat_ray.control.environment import TERMS, Response, Setting, Shift, Weights
+from fedpeat_ray.control.learned import SHIPPED
+from fedpeat_ray.control.policy import About
+from fedpeat_ray.control.ppo import PPOSettings
+from fedpeat_ray.errors import ConfigError
+from fedpeat_ray.files import written_whole
+from fedpeat_ray.settings import NonNegativeInt, Positive, PositiveInt, check, from_plain, to_plain
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fedpeat_ray.control.branching_ppo import Training
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    iterations: PositiveInt = 60
+    """Of PPO; with --resume in all, those before included."""
+    candidates: PositiveInt = 1000
+    """Devices that the controller chooses from in a round."""
+    cohort_size: PositiveInt = 100
+    """Devices that can complete a round."""
+    smallest_cohort: PositiveInt | None = None
+    """If given, every episode draws its cohort size between this and cohort_size."""
+    over_sample: Positive = 1.25
+    """Times the cohort that rules of thumb ask."""
+    rounds: PositiveInt = 20
+    """Of an episode."""
+    deadline_s: Positive | None = None
+    """Of a round."""
+    realign_every: tuple[NonNegativeInt, ...] = (0, 5)
+    """Rounds between re-alignments of emulators, 0: never; each episode has one of these."""
+    weights: Weights = field(default_factory=Weights)
+    shift: Shift | None = None
+    """A change in the middle of every episode."""
+    fleet: FleetConfig = field(default_factory=lambda: FleetConfig(memory_scale=0.045))
+    emulator: EmulatorConfig = field(default_factory=EmulatorConfig)
+    foundation: FoundationConfig = field(default_factory=FoundationConfig)
+    response: Path = SHIPPED / "response.json"
+    """What perplexity answers to training, from workloads/fit_surrogate.py."""
+    ppo: PPOSettings = field(default_factory=PPOSettings)
+    seed: NonNegativeInt = 0
+    checkpoint_every: PositiveInt = 10
+    """Iterations between checkpoints."""
+    out: Path | None = None
+    """Directory; unset: a new one under runs."""
+    resume: Path | None = None
+    """Directory of an interrupted training."""
+
+    def validate(self) -> None:
+        """Raise ConfigError for the first setting that cannot be used."""
+        check(self)
+        if self.candidates > self.fleet.num_devices:
+            allowed = f"at most fleet.num_devices = {self.fleet.num_devices}"
+            raise ConfigError.of("candidates", self.candidates, allowed)
+        if self.cohort_size > self.candidates:
+            raise ConfigError.of("cohort_size", self.cohort_size, f"at most candidates = {self.candidates}")
+        if not self.realign_every:
+            raise ConfigError.of("realign_every", self.realign_every, "at least one number of rounds, or 0")
+        if self.ppo.minibatch_rounds > self.ppo.rounds_per_iteration:
+            allowed = f"at most ppo.rounds_per_iteration = {self.ppo.rounds_per_iteration}"
+            raise ConfigError.of("ppo.minibatch_rounds", self.ppo.minibatch_rounds, allowed)
+
+
+def begun(config: TrainConfig) -> tuple[Path, TrainConfig]:
+    """The directory, with config.json in it; what a resumed training was begun with, for more iterations if asked.
+    Raises ConfigError."""
+    config.validate()
+    if config.resume:
+        path = config.resume / "config.json"
+        if not path.exists():
+            raise ConfigError.of("resume", str(config.resume), "a directory of train_controller.py, with config.json")
+        before = from_plain(TrainConfig, json.loads(path.read_text(encoding="utf-8")))
+        return config.resume, dataclasses.replace(before, iterations=max(before.iterations, config.iterations))
+    directory = config.out or Path("runs") / f"controller-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (directory / "config.json").exists():
+        raise ConfigError.of("out", str(directory), "a directory without a training; or go on with it: --resume")
+    directory.mkdir(parents=True, exist_ok=True)
+    with written_whole(directory / "config.json") as path:
+        path.write_text(json.dumps(to_plain(config), indent=1) + "\n")
+    return directory, config
+
+
+def settings_for(config: TrainConfig) -> list[Setting]:
+    """What episodes are drawn from: costs of the ladder and sizes of devices' data as a run of FedPEAT has them."""
+    from fedpeat_ray.world import prepare  # loads PyTorch
+
+    run = SimulationConfig(
+        algorithm="fed-peat",
+        cohort_size=config.cohort_size,
+        fleet=config.fleet,
+        emulator=config.emulator,
+        foundation=config.foundation,
+        seed=config.seed,
+    )
+    run.validate()
+    response = Response.load(config.response)
+    world = prepare(run, Path())
+    emulators = world.algorithm.emulators  # type: ignore[attr-defined]
+    if len(response.gain_L) != len(emulators.levels):
+        allowed = f"one fitted for {len(emulators.levels)} levels, not for {len(response.gain_L)}"
+        raise ConfigError.of("response", str(config.response), allowed)
+    some = np.arange(min(500, config.fleet.num_devices))
+    setting = Setting(
+        emulators.costs,
+        tuple(emulators.levels),
+        response,
+        config.fleet,
+        config.cohort_size,
+        config.candidates,
+        config.rounds,
+        config.smallest_cohort,
+        config.over_sample,
+        config.deadline_s,
+        num_tokens=tuple(int(task.num_tokens) for task in world.data.assignments(some, round=1)),
+        weights=config.weights,
+        shift=config.shift,
+    )
+    return [dataclasses.replace(setting, realign_every=every) for every in config.realign_every]
+
+
+def train(config: TrainConfig, settings: Sequence[Setting], directory: Path) -> None:
+    """Iterations from where the directory's checkpoint is; checkpoint, policy and curves every so many."""
+    import pandas as pd
+    from rich.console import Console
+    from rich.progress import Progress
+    from tensorboardX import SummaryWriter
+
+    from fedpeat_ray.control.branching_ppo import Training
+
+    start_ray(1 + config.ppo.num_env_runners)
+    checkpoint, table = directory / "checkpoint", directory / "progress.csv"
+    rows = pd.read_csv(table).to_dict("records") if checkpoint.exists() else []
+    training = Training(settings, config.ppo, config.seed, checkpoint if checkpoint.exists() else None)
+    rows = rows[: training.iteration]  # what came after the checkpoint is played anew
+    shutil.rmtree(directory / "tensorboard", ignore_errors=True)
+    console, writer = Console(soft_wrap=True), SummaryWriter(str(directory / "tensorboard"))
+    try:
+        for row in rows:
+            _show(writer, row)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("training", total=config.iterations, completed=len(rows))
+            while len(rows) < config.iterations:
+                started, number = time.perf_counter(), len(rows) + 1
+                place = {"iteration": number, "rounds": number * config.ppo.rounds_per_iteration}
+                rows.append(place | training.iterate() | {"wall_s": time.perf_counter() - started})
+                _show(writer, rows[-1])
+                progress.console.print(_line(rows, config.iterations), highlight=False)
+                console.file.flush()
+                progress.update(bar, completed=number)
+                if number % config.checkpoint_every == 0 or number == config.iterations:
+                    training.save(checkpoint)
+                    _save(config, training, pd.DataFrame(rows), directory)
+    finally:
+        writer.close()
+        training.close()
+
+
+def start_ray(num_cpus: int) -> None:
+    """Join the cluster there is, or start one of this machine; RLlib's own words stay out of the way."""
+    import gymnasium
+    import ray
+
+    from fedpeat_ray.runtime.host_pool import start_or_join
+
+    gymnasium.logger.min_level = gymnasium.logger.ERROR
+    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    if not ray.is_initialized():
+        start_or_join(num_cpus)
+
+
+def _show(writer: Any, row: dict[str, Any]) -> None:
+    for name, value in row.items():
+        if name not in ("iteration", "rounds"):
+            writer.add_scalar(name, value, row["rounds"])
+
+
+def _line(rows: list[dict[str, Any]], iterations: int) -> str:
+    """How an iteration went."""
+    row, terms = rows[-1], "  ".join(f"{name} {rows[-1][name]:.2f}" for name in TERMS)
+    left_s = (iterations - len(rows)) * sum(each["wall_s"] for each in rows) / len(rows)
+    place = f"{row['iteration']:>{len(str(iterations))}}/{iterations}"
+    return f"iteration {place}  reward {row['reward']:6.3f}  {terms}  {row['wall_s']:.1f} s  {left_s / 60:.1f} min left"
+
+
+def _save(config: TrainConfig, training: Training, frame: pd.DataFrame, directory: Path) -> None:
+    with written_whole(directory / "progress.csv") as path:
+        frame.to_csv(path, index=False)
+    with written_whole(directory / "curves.png") as path:
+        draw_curves(frame, path)
+    if config.ppo.network == "shared":
+        emulator = config.emulator
+        said = {name: value for name, value in to_plain(config).items() if name not in ("out", "resume", "response")}
+        about = About(tuple(emulator.shares), emulator.give_foundation, said | {"iterations": len(frame)})
+        training.policy(about).save(directory / "policy")
+
+
+def draw_curves(frame: pd.DataFrame, path: Path) -> None:
+    """The reward and each of its terms over the rounds played."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    for axes, name in zip(figure.subplots(2, 3).flat, ("reward", *TERMS), strict=True):
+        axes.plot(frame["rounds"], frame[name], color="0.8")
+        axes.plot(frame["rounds"], frame[name].rolling(10, min_periods=1).mean(), color="C0")
+        axes.set(title=name, xlabel="rounds played")
+    figure.suptitle("a round's reward and its terms, each in units of what a cohort drawn by chance pays")
+    figure.savefig(path, dpi=100, format="png")

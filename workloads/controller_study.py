@@ -1,0 +1,284 @@
+"""What a learned controller is worth: against rules of thumb, an oracle, other ways of training, and changing fleets.
+
+    python workloads/controller_study.py                        all parts in simulated fleets
+    python workloads/controller_study.py --parts oracle ratios  some of them
+
+Trainings and runs that are finished are not repeated, interrupted ones go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import tyro
+from matplotlib.figure import Figure
+from scipy import stats
+
+from fedpeat_ray.config import AvailabilityConfig, ChannelConfig, ControlConfig
+from fedpeat_ray.control.environment import TERMS, Setting, Shift
+from fedpeat_ray.control.find import find_controller
+from fedpeat_ray.control.learned import Learned
+from fedpeat_ray.control.oracle import best_plan
+from fedpeat_ray.control.policy import Policy
+from fedpeat_ray.control.ppo import PPOSettings
+from fedpeat_ray.control.trial import HELD_OUT, Player, compare, play, player
+from fedpeat_ray.control_training import TrainConfig, begun, settings_for, train
+from fedpeat_ray.errors import FedPeatError
+from fedpeat_ray.settings import PositiveInt
+
+RULES = ("random", "greedy", "greedy-by-time", "greedy-by-holding")
+SIZES = {  # candidates: (cohort, iterations, PPO's rounds an iteration)
+    8: (4, 60, 2000),
+    100: (10, 60, 400),
+    1000: (100, 40, 200),
+    5000: (500, 25, 100),
+}
+Part = Literal["table", "oracle", "sizes", "ratios", "shift"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    parts: tuple[Part, ...] = ("table", "oracle", "sizes", "ratios", "shift")
+    fleets: PositiveInt = 20
+    """Held-out ones, on which controllers are compared."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the trainings whose learning curves are compared."""
+    sizes: tuple[int, ...] = (8, 100, 1000)
+    """Candidates, of the learning curves."""
+    largest: PositiveInt = 5000
+    """Candidates on which a policy of 100 is tried."""
+    shrink: PositiveInt = 1
+    """Divides all iterations: a quick look at everything."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """What all trainings share."""
+    out: Path = Path("runs/controller_study")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Settings, and what each part needs of them."""
+
+    settings: Settings
+    of_run: Setting
+    """With the costs of the ladder and the tokens of devices."""
+
+    def setting(self, candidates: int, **changes: object) -> Setting:
+        """Half of a fleet to choose from; all of one of eight."""
+        fleet = dataclasses.replace(self.of_run.fleet, num_devices=candidates if candidates < 100 else 2 * candidates)
+        plain = dataclasses.replace(
+            self.of_run, fleet=fleet, cohort_size=SIZES[candidates][0], num_candidates=candidates, realign_every=0
+        )
+        return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+    def trained(self, name: str, settings: Sequence[Setting], seed: int = 0, **ppo: object) -> Path:
+        """The directory of a training, with what it wrote."""
+        _, iterations, rounds = SIZES[settings[0].num_candidates]
+        directory, iterations = self.settings.out / "trainings" / name, max(1, iterations // self.settings.shrink)
+        ppo_settings = PPOSettings(rounds_per_iteration=rounds, minibatch_rounds=rounds // 4, num_envs=min(20, rounds))
+        config = dataclasses.replace(
+            self.settings.train,
+            iterations=iterations,
+            seed=seed,
+            ppo=dataclasses.replace(ppo_settings, **ppo),  # type: ignore[arg-type]
+            candidates=settings[0].num_candidates,
+            cohort_size=settings[0].cohort_size,
+            fleet=settings[0].fleet,
+        )
+        place = {"resume": directory} if (directory / "config.json").exists() else {"out": directory}
+        directory, config = begun(dataclasses.replace(config, **place))
+        done = directory / "progress.csv"
+        if not done.exists() or len(pd.read_csv(done)) < iterations:
+            print(f"training {name}", flush=True)
+            train(config, settings, directory)
+        return directory
+
+    @property
+    def fleets(self) -> range:
+        """Seeds of held-out fleets."""
+        return range(HELD_OUT, HELD_OUT + self.settings.fleets)
+
+
+def main(settings: Settings) -> int:
+    """Write all tables and pictures; returns the exit status."""
+    try:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        study, texts = Study(settings, settings_for(settings.train)[0]), []
+        for part in settings.parts:
+            texts.append(PARTS[part](study))
+            (settings.out / f"{part}.md").write_text(texts[-1])
+            print(f"\n{texts[-1]}", flush=True)
+    except FedPeatError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: what was finished is in {settings.out}", file=sys.stderr)
+        return 130
+    print(settings.out)
+    return 0
+
+
+def rules(levels: Sequence[int]) -> dict[str, Player]:
+    """All controllers that learn nothing."""
+    found = {name: player(find_controller(name).build(ControlConfig(name), 0)) for name in RULES}
+    fixed = find_controller("fixed")
+    return found | {f"fixed {level}": player(fixed.build(ControlConfig("fixed", level), 0)) for level in levels}
+
+
+def learned(directory: Path) -> Player:
+    """What was trained there."""
+    return player(Learned(Policy.load(directory / "policy")))
+
+
+def table(study: Study) -> str:
+    """A thousand candidates: learned against every rule, in each scenario."""
+    size = max(study.settings.sizes)
+    scenarios = {
+        "default fleet": study.setting(size),
+        "emulators re-aligned every 5 rounds": study.setting(size, realign_every=5),
+        "a deadline": study.setting(size, deadline_s=deadline_of(study.setting(size))),
+    }
+    policy = learned(study.trained(f"{size}", list(scenarios.values())))
+    text = []
+    for name, setting in scenarios.items():
+        rows = pd.DataFrame(compare(setting, rules(setting.levels) | {"learned": policy}, study.fleets))
+        rows.to_csv(study.settings.out / f"table {name}.csv", index=False)
+        text.append(f"{size:,} candidates, cohorts of {setting.cohort_size}, {name}:\n\n{paired(rows)}")
+    return "\n".join(text)
+
+
+def deadline_of(setting: Setting) -> float:
+    """Seconds: what chance takes in half of its rounds."""
+    rounds = play(setting, HELD_OUT - 1, rules(setting.levels)["random"])
+    return float(np.median(np.diff([0.0, *(each["now_s"] for each in rounds)])))
+
+
+def paired(rows: pd.DataFrame) -> str:
+    """A line a controller: terms, and by how much learned is better on the same fleets, with 95 % confidence."""
+    wide = rows.pivot(index="seed", columns="controller", values="reward")
+    lines = [
+        f"| controller | reward | {' | '.join(TERMS)} | perplexity | learned is better by |",
+        f"|---|---|{'---|' * len(TERMS)}---|---|",
+    ]
+    for name in rows["controller"].unique():
+        mean = rows[rows["controller"] == name].mean(numeric_only=True)
+        difference = wide["learned"] - wide[name]
+        half = stats.t.ppf(0.975, len(wide) - 1) * difference.std(ddof=1) / np.sqrt(len(wide))
+        by = "" if name == "learned" else f"{difference.mean():.3f} ± {half:.3f}"
+        terms = " | ".join(f"{mean[term]:.2f}" for term in TERMS)
+        lines.append(f"| {name} | {mean['reward']:.3f} | {terms} | {mean['perplexity']:.2f} | {by} |")
+    return "\n".join(lines) + "\n"
+
+
+def oracle(study: Study) -> str:
+    """Eight devices, where the best plan of a round can be found by trying all."""
+    known = {"availability": AvailabilityConfig("always"), "channel": ChannelConfig("nominal")}
+    text = []
+    for name, changes in {"links and presence are known": known, "default fleet": {}}.items():
+        plain = study.setting(8)
+        setting = dataclasses.replace(plain, fleet=dataclasses.replace(plain.fleet, **changes))  # type: ignore[arg-type]
+        policy = learned(study.trained(f"8 {name}", [setting]))
+        players = rules(setting.levels) | {"learned": policy, "oracle": best_plan}
+        rows = pd.DataFrame(compare(setting, players, study.fleets))
+        rows.to_csv(study.settings.out / f"oracle {name}.csv", index=False)
+        mean = rows.groupby("controller")["reward"].mean()
+        share = (mean["learned"] - mean["random"]) / (mean["oracle"] - mean["random"])
+        text.append(f"8 devices, cohorts of 4, {name}:\n\n{paired(rows)}")
+        text.append(f"Learned has {share:.1%} of the oracle's advantage over random.\n")
+    return "\n".join(text)
+
+
+def sizes(study: Study) -> str:
+    """A policy of 100 candidates where there are more, beside one that was trained there."""
+    lines = [
+        "| candidates | random | trained at 100 | trained there | share of the advantage |",
+        "|---|---|---|---|---|",
+    ]
+    of_100 = learned(study.trained("100", [study.setting(100)]))
+    for size in (1000, study.settings.largest):
+        setting = study.setting(size)
+        there = learned(study.trained(f"{size} plain", [setting]))
+        players = {"random": rules(setting.levels)["random"], "of 100": of_100, "there": there}
+        rows = pd.DataFrame(compare(setting, players, study.fleets))
+        rows.to_csv(study.settings.out / f"sizes {size}.csv", index=False)
+        mean = rows.groupby("controller")["reward"].mean()
+        share = (mean["of 100"] - mean["random"]) / (mean["there"] - mean["random"])
+        figures = " | ".join(f"{mean[name]:.3f}" for name in players)
+        lines.append(f"| {size:,} | {figures} | {share:.1%} |")
+    return "\n".join(lines) + "\n"
+
+
+def ratios(study: Study) -> str:
+    """Learning curves: a ratio a branch, one for the whole action, and a head for each device."""
+    kinds = {
+        "a ratio a branch": {},
+        "joint ratio": {"ratio": "joint"},
+        "independent heads": {"network": "independent"},
+    }
+    settings, lines = study.settings, ["| candidates | training | last reward, by seed | mean |", "|---|---|---|---|"]
+    figure = Figure(figsize=(4.5 * len(settings.sizes), 4), layout="constrained")
+    for axes, size in zip(np.atleast_1d(figure.subplots(1, len(settings.sizes))), settings.sizes, strict=True):
+        for number, (name, ppo) in enumerate(kinds.items()):
+            ends = []
+            for seed in settings.seeds:
+                directory = study.trained(f"{size} {name} seed {seed}", [study.setting(size)], seed, **ppo)
+                curve = pd.read_csv(directory / "progress.csv")
+                smooth = curve["reward"].rolling(5, min_periods=1).mean()
+                axes.plot(
+                    curve["rounds"], smooth, color=f"C{number}", label=name if seed == settings.seeds[0] else None
+                )
+                ends.append(float(curve["reward"].tail(5).mean()))
+            by_seed = ", ".join(f"{end:.3f}" for end in ends)
+            lines.append(f"| {size:,} | {name} | {by_seed} | {np.mean(ends):.3f} |")
+        axes.set(title=f"{size:,} candidates", xlabel="rounds played", ylabel="reward of a round")
+        axes.legend()
+    figure.savefig(settings.out / "ratios.png", dpi=120)
+    return "\n".join(lines) + "\n"
+
+
+def shift(study: Study) -> str:
+    """In the middle of an episode a third of the devices become four times as slow, and all links half as fast."""
+    size = 100 if 100 in study.settings.sizes else study.settings.sizes[-1]
+    plain = study.setting(size)
+    middle = plain.num_rounds // 2 + 1
+    changing = dataclasses.replace(plain, shift=Shift(middle, slowed_share=1 / 3, slowdown=4.0, link_factor=0.5))
+    policies = {
+        "learned": learned(study.trained(f"{size}", [plain])),
+        "learned, on changing fleets": learned(study.trained(f"{size} changing", [plain, changing])),
+    }
+    players = rules(plain.levels) | policies
+    lines = ["| controller | reward before | after | of it lost |", "|---|---|---|---|"]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, decide in players.items():
+        rewards = np.array([[each["reward"] for each in play(changing, seed, decide)] for seed in study.fleets])
+        still = np.array([[each["reward"] for each in play(plain, seed, decide)] for seed in study.fleets])
+        before, after = rewards[:, : middle - 1].mean(), rewards[:, middle - 1 :].mean()
+        lost = still[:, middle - 1 :].mean() - after
+        lines.append(f"| {name} | {before:.3f} | {after:.3f} | {lost:.3f} |")
+        if name in ("learned", "learned, on changing fleets", "greedy", "greedy-by-time", "fixed 1"):
+            axes.plot(range(1, plain.num_rounds + 1), rewards.mean(axis=0), label=name)
+    axes.axvline(middle - 0.5, color="0.7", linestyle="--")
+    axes.set(xlabel="round", ylabel="reward", title="devices and links change in the middle of the episode")
+    axes.legend()
+    figure.savefig(study.settings.out / "shift.png", dpi=120)
+    return f"{size:,} candidates:\n\n" + "\n".join(lines) + "\n"
+
+
+PARTS: dict[str, Callable[[Study], str]] = {
+    "table": table,
+    "oracle": oracle,
+    "sizes": sizes,
+    "ratios": ratios,
+    "shift": shift,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Settings, description=__doc__)))
