@@ -22,7 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedpeat_ray.config import EmulatorConfig, FleetConfig, FoundationConfig, SimulationConfig
+from fedpeat_ray.config import (
+    DataConfig,
+    EmulatorConfig,
+    EvaluationConfig,
+    FleetConfig,
+    FoundationConfig,
+    LocalConfig,
+    LoraConfig,
+    SimulationConfig,
+)
 from fedpeat_ray.control.environment import TERMS, Response, Setting, Shift, Weights
 from fedpeat_ray.control.learned import SHIPPED
 from fedpeat_ray.control.policy import About
@@ -61,6 +70,9 @@ class TrainConfig:
     fleet: FleetConfig = field(default_factory=lambda: FleetConfig(memory_scale=0.045))
     emulator: EmulatorConfig = field(default_factory=EmulatorConfig)
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     response: Path = SHIPPED / "response.json"
     """What perplexity answers to training, from workloads/fit_surrogate.py."""
     ppo: PPOSettings = field(default_factory=PPOSettings)
@@ -116,6 +128,10 @@ def settings_for(config: TrainConfig) -> list[Setting]:
         fleet=config.fleet,
         emulator=config.emulator,
         foundation=config.foundation,
+        local=config.local,
+        lora=config.lora,
+        data=config.data,
+        evaluation=EvaluationConfig(num_sequences=1, sequence_length=config.local.sequence_length),  # nothing is judged
         seed=config.seed,
     )
     run.validate()
