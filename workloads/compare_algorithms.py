@@ -1,6 +1,7 @@
 """FedAvg, FedPEFT and FedPEAT with each controller, on the same fleet, text and seeds: quality against its price.
 
-python workloads/compare_algorithms.py [--rounds 12] [--seeds 0] [--out DIR]
+    python workloads/compare_algorithms.py [--rounds 12] [--seeds 0] [--out DIR]
+    python workloads/compare_algorithms.py --algorithms fed-avg "fed-peat, greedy" "fed-peat, learned" --candidates 60
 
 Price is what devices pay: bytes, virtual time, energy, memory. FedPEAT comes with emulators in 8 bit, too. Writes
 comparison.csv, comparison.md and comparison.png; a run directory for every algorithm and seed lies beside them.
@@ -28,6 +29,7 @@ from fedpeat_ray.config import (
     HostsConfig,
     LocalConfig,
 )
+from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.sweep import Sweep, report
 
 COLOURS = {
@@ -37,6 +39,9 @@ COLOURS = {
     "fed-peat, random": "#e0a63b",
     "fed-peat, greedy": "#2f9e62",
     "fed-peat, greedy, 8 bit": "#7d5ba6",
+    "fed-peat, greedy-by-time": "#a0522d",
+    "fed-peat, greedy-by-holding": "#666666",
+    "fed-peat, learned": "#111111",
 }
 
 PAID = ("bytes", "virtual_s", "energy_j")
@@ -46,11 +51,15 @@ PAID = ("bytes", "virtual_s", "energy_j")
 class Settings:
     """What all runs share."""
 
+    algorithms: tuple[str, ...] = tuple(COLOURS)[:6]
+    """fed-avg, fed-peft, or fed-peat with a controller and perhaps 8 bit: "fed-peat, greedy, 8 bit"."""
     rounds: int = 12
     seeds: tuple[int, ...] = (0,)
     num_devices: int = 60
     """A fleet whose devices are asked again and again, so that keeping an emulator pays."""
     cohort_size: int = 16
+    candidates: int | None = None
+    """Devices that controllers choose from in a round; unset: as many as a cohort needs."""
     memory_scale: float = 0.045
     """Shrinks every device's memory, so that the embedded model feels large."""
     fed_avg_learning_rate: float = 5e-4
@@ -92,18 +101,21 @@ def configurations(settings: Settings, seed: int) -> dict[str, SimulationConfig]
         fleet=FleetConfig(num_devices=settings.num_devices, memory_scale=settings.memory_scale),
         evaluation=EvaluationConfig(num_sequences=settings.num_sequences, centralised=False),
     )
-    peat = dataclasses.replace(base, algorithm="fed-peat")
-    full = LocalConfig(learning_rate=settings.fed_avg_learning_rate)
-    return {
-        "fed-avg": dataclasses.replace(base, algorithm="fed-avg", local=full),
-        "fed-peft": dataclasses.replace(base, algorithm="fed-peft"),
-        "fed-peat, fixed": dataclasses.replace(peat, control=ControlConfig("fixed", settings.fixed_level)),
-        "fed-peat, random": dataclasses.replace(peat, control=ControlConfig("random")),
-        "fed-peat, greedy": dataclasses.replace(peat, control=ControlConfig("greedy")),
-        "fed-peat, greedy, 8 bit": dataclasses.replace(
-            peat, control=ControlConfig("greedy"), emulator=EmulatorConfig(eight_bit=True)
-        ),
-    }
+    return {name: configured(name, base, settings) for name in settings.algorithms}
+
+
+def configured(name: str, base: SimulationConfig, settings: Settings) -> SimulationConfig:
+    """That of a name."""
+    if name not in COLOURS:
+        raise ConfigError.of("algorithms", name, f"one of {', '.join(map(repr, COLOURS))}")
+    algorithm, *of_peat = name.split(", ")
+    if not of_peat:
+        local = LocalConfig(learning_rate=settings.fed_avg_learning_rate) if algorithm == "fed-avg" else base.local
+        return dataclasses.replace(base, algorithm=algorithm, local=local)
+    level = settings.fixed_level if of_peat[0] == "fixed" else ControlConfig.level
+    control = ControlConfig(of_peat[0], level, settings.candidates)
+    emulator = EmulatorConfig(eight_bit="8 bit" in of_peat)
+    return dataclasses.replace(base, algorithm=algorithm, control=control, emulator=emulator)
 
 
 def measured(directory: Path, summary: dict) -> tuple[pd.DataFrame, dict]:
@@ -168,10 +180,10 @@ def markdown(rounds: pd.DataFrame, runs: pd.DataFrame) -> str:
             f"| {mean['energy_j'] / 1e3:.2f} | {mean['memory_bytes'] / 1e6:.0f} | {mean['share_too_small']:.0%} "
             f"| {num_bytes / 1e6:,.0f} | {seconds:,.1f} | {joules:,.0f} |"
         )
-    full = to_target["fed-avg"]
+    full = to_target.get("fed-avg")
     lines.append("")
     for name in to_target:
-        if name != "fed-avg":
+        if full and name != "fed-avg":
             less, faster, saved = (a / b for a, b in zip(full, to_target[name], strict=True))
             lines.append(
                 f"- {name} comes to {target:.2f} with {less:.1f} times fewer bytes, {faster:.1f} times faster and "

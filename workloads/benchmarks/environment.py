@@ -1,4 +1,5 @@
-"""Decisions a second in the environment in which controllers are trained, beside a plain loop over devices.
+"""Decisions a second in the environment in which controllers are trained, beside a plain loop over devices; and what
+an iteration of PPO spends on playing and on learning.
 
     python workloads/benchmarks/environment.py [--times 3] [--sizes 100 1000 10000]
 
@@ -11,17 +12,19 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from fedpeat_ray.config import AvailabilityConfig, ChannelConfig, FleetConfig
+from fedpeat_ray.control.branching_ppo import Training
 from fedpeat_ray.control.environment import Episode, Response, Setting
 from fedpeat_ray.control.plan import SKIP, Prospects
+from fedpeat_ray.control.ppo import PPOSettings
+from fedpeat_ray.control_training import start_ray
 from fedpeat_ray.fleet.costs import ServerCosts
 from fedpeat_ray.fleet.levels import EmulatorCosts
 
@@ -41,36 +44,56 @@ class BenchmarkConfig:
     times: int = 3
     """Episodes of each size."""
     sizes: tuple[int, ...] = (100, 1000, 10_000)
-    """Candidates, of a fleet of twice as many."""
+    """Candidates: all of a fleet of as many."""
     rounds: int = 20
+    ppo_rounds: int = 200
+    """Of an iteration of PPO; 0: only the environment."""
     out: Path | None = None
     """File for the table in Markdown."""
 
 
 def main(config: BenchmarkConfig) -> int:
-    """Print the table; returns the exit status."""
-    rows = []
+    """Print the tables; returns the exit status."""
+    decisions, ppo = [], []
     for size in config.sizes:
         fast, slow = [], []
         for seed in range(config.times):
             fast.append(size * config.rounds / seconds_vectorised(size, config.rounds, seed))
             slow.append(size / seconds_in_a_loop(size, seed))
-        rows.append((size, *(sorted(each)[len(each) // 2] for each in (fast, slow))))
-    table = Table("candidates", "decisions/s", "plain loop", "times as fast")
-    for size, fast, slow in rows:
-        table.add_row(f"{size:,}", f"{fast:,.0f}", f"{slow:,.0f}", f"{fast / slow:.0f}")
-    Console().print(table)
+        best, loop = max(fast), max(slow)
+        decisions.append((f"{size:,}", f"{best:,.0f}", f"{loop:,.0f}", f"{best / loop:.0f}"))
+    tables = [table(("candidates", "decisions/s", "plain loop", "times as fast"), decisions)]
+    if config.ppo_rounds:
+        start_ray(1)
+        for size in config.sizes:
+            sampling_s, learning_s = seconds_of_ppo(size, config.ppo_rounds)
+            ppo.append((f"{size:,}", f"{sampling_s:.2f}", f"{learning_s:.2f}"))
+        tables.append(table((f"PPO, {config.ppo_rounds} rounds", "s of playing", "s of learning"), ppo))
+    text = "\n".join(tables)
+    print(text)
     if config.out:
-        lines = ["| candidates | decisions/s | plain loop | times as fast |", "|---|---|---|---|"]
-        lines += [f"| {size:,} | {fast:,.0f} | {slow:,.0f} | {fast / slow:.0f} |" for size, fast, slow in rows]
-        config.out.write_text("\n".join(lines) + "\n")
+        config.out.write_text(text)
     return 0
 
 
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)) + "\n"
+
+
+def seconds_of_ppo(size: int, rounds: int) -> tuple[float, float]:
+    """Of the second iteration, with one thread: playing and learning."""
+    ppo = PPOSettings(rounds_per_iteration=rounds, minibatch_rounds=max(1, rounds // 4))
+    training = Training([setting(size, rounds=20)], ppo, seed=0)
+    _, figures = training.iterate(), training.iterate()
+    training.close()
+    return figures["sampling_s"], figures["learning_s"]
+
+
 def setting(size: int, rounds: int) -> Setting:
-    """So many candidates, half of a fleet."""
+    """So many candidates, all of the fleet."""
     fleet = FleetConfig(
-        2 * size, memory_scale=0.045, availability=AvailabilityConfig("always"), channel=ChannelConfig("nominal")
+        size, memory_scale=0.045, availability=AvailabilityConfig("always"), channel=ChannelConfig("nominal")
     )
     response = Response(40.0, 25.0, (1e-7, 2e-7, 3e-7))
     return Setting(EMULATORS, (1, 2, 3), response, fleet, size, size, rounds, over_sample=1.0)
