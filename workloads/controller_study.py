@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,7 @@ from fedpeat_ray.control.learned import Learned
 from fedpeat_ray.control.oracle import best_plan
 from fedpeat_ray.control.policy import Policy
 from fedpeat_ray.control.ppo import PPOSettings
-from fedpeat_ray.control.trial import HELD_OUT, Player, compare, play, player
+from fedpeat_ray.control.trial import HELD_OUT, Player, compare, mean_rewards, play, player
 from fedpeat_ray.control_training import TrainConfig, begun, settings_for, train
 from fedpeat_ray.errors import FedPeatError
 from fedpeat_ray.settings import PositiveInt
@@ -147,8 +147,8 @@ def table(study: Study) -> str:
     policy = learned(study.trained(f"{size}", list(scenarios.values())))
     text = []
     for name, setting in scenarios.items():
-        rows = pd.DataFrame(compare(setting, rules(setting.levels) | {"learned": policy}, study.fleets))
-        rows.to_csv(study.settings.out / f"table {name}.csv", index=False)
+        rows = compare(setting, rules(setting.levels) | {"learned": policy}, study.fleets)
+        pd.DataFrame(rows).to_csv(study.settings.out / f"table {name}.csv", index=False)
         text.append(f"{size:,} candidates, cohorts of {setting.cohort_size}, {name}:\n\n{paired(rows)}")
     return "\n".join(text)
 
@@ -159,20 +159,18 @@ def deadline_of(setting: Setting) -> float:
     return float(np.median(np.diff([0.0, *(each["now_s"] for each in rounds)])))
 
 
-def paired(rows: pd.DataFrame) -> str:
+def paired(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line a controller: terms, and by how much learned is better on the same fleets, with 95 % confidence."""
-    wide = rows.pivot(index="seed", columns="controller", values="reward")
-    lines = [
-        f"| controller | reward | {' | '.join(TERMS)} | perplexity | learned is better by |",
-        f"|---|---|{'---|' * len(TERMS)}---|---|",
-    ]
-    for name in rows["controller"].unique():
-        mean = rows[rows["controller"] == name].mean(numeric_only=True)
-        difference = wide["learned"] - wide[name]
-        half = stats.t.ppf(0.975, len(wide) - 1) * difference.std(ddof=1) / np.sqrt(len(wide))
-        by = "" if name == "learned" else f"{difference.mean():.3f} ± {half:.3f}"
-        terms = " | ".join(f"{mean[term]:.2f}" for term in TERMS)
-        lines.append(f"| {name} | {mean['reward']:.3f} | {terms} | {mean['perplexity']:.2f} | {by} |")
+    figures = (*TERMS, "perplexity")
+    of = {name: [row for row in rows if row["controller"] == name] for name in mean_rewards(rows)}
+    best = np.array([row["reward"] for row in of["learned"]])
+    lines = [f"| controller | reward | {' | '.join(figures)} | learned is better by |", "|---" * 9 + "|"]
+    for name, own in of.items():
+        rewards = np.array([row["reward"] for row in own])
+        half = stats.t.ppf(0.975, len(best) - 1) * np.std(best - rewards, ddof=1) / np.sqrt(len(best))
+        by = "" if name == "learned" else f"{np.mean(best - rewards):.3f} ± {half:.3f}"
+        means = " | ".join(f"{np.mean([row[figure] for row in own]):.2f}" for figure in figures)
+        lines.append(f"| {name} | {rewards.mean():.3f} | {means} | {by} |")
     return "\n".join(lines) + "\n"
 
 
@@ -185,9 +183,9 @@ def oracle(study: Study) -> str:
         setting = dataclasses.replace(plain, fleet=dataclasses.replace(plain.fleet, **changes))  # type: ignore[arg-type]
         policy = learned(study.trained(f"8 {name}", [setting]))
         players = rules(setting.levels) | {"learned": policy, "oracle": best_plan}
-        rows = pd.DataFrame(compare(setting, players, study.fleets))
-        rows.to_csv(study.settings.out / f"oracle {name}.csv", index=False)
-        mean = rows.groupby("controller")["reward"].mean()
+        rows = compare(setting, players, study.fleets)
+        pd.DataFrame(rows).to_csv(study.settings.out / f"oracle {name}.csv", index=False)
+        mean = mean_rewards(rows)
         share = (mean["learned"] - mean["random"]) / (mean["oracle"] - mean["random"])
         text.append(f"8 devices, cohorts of 4, {name}:\n\n{paired(rows)}")
         text.append(f"Learned has {share:.1%} of the oracle's advantage over random.\n")
@@ -205,9 +203,9 @@ def sizes(study: Study) -> str:
         setting = study.setting(size)
         there = learned(study.trained(f"{size} plain", [setting]))
         players = {"random": rules(setting.levels)["random"], "of 100": of_100, "there": there}
-        rows = pd.DataFrame(compare(setting, players, study.fleets))
-        rows.to_csv(study.settings.out / f"sizes {size}.csv", index=False)
-        mean = rows.groupby("controller")["reward"].mean()
+        rows = compare(setting, players, study.fleets)
+        pd.DataFrame(rows).to_csv(study.settings.out / f"sizes {size}.csv", index=False)
+        mean = mean_rewards(rows)
         share = (mean["of 100"] - mean["random"]) / (mean["there"] - mean["random"])
         figures = " | ".join(f"{mean[name]:.3f}" for name in players)
         lines.append(f"| {size:,} | {figures} | {share:.1%} |")
@@ -233,7 +231,7 @@ def ratios(study: Study) -> str:
                 axes.plot(
                     curve["rounds"], smooth, color=f"C{number}", label=name if seed == settings.seeds[0] else None
                 )
-                ends.append(float(curve["reward"].tail(5).mean()))
+                ends.append(float(curve["reward"].to_numpy(float)[-5:].mean()))
             by_seed = ", ".join(f"{end:.3f}" for end in ends)
             lines.append(f"| {size:,} | {name} | {by_seed} | {np.mean(ends):.3f} |")
         axes.set(title=f"{size:,} candidates", xlabel="rounds played", ylabel="reward of a round")

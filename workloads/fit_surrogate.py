@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 import numpy as np
-import pandas as pd
 import tyro
 from matplotlib.figure import Figure
 from scipy.optimize import least_squares
@@ -83,13 +83,12 @@ def main(settings: Settings) -> int:
         seen = {name: run for name, run in runs.items() if not name.startswith("unseen")}
         unseen = {name: run for name, run in runs.items() if name.startswith("unseen")}
         response = fitted(list(seen.values()), num_levels=len(EmulatorConfig().shares))
-        errors = pd.DataFrame(
-            {"run": name, "fitted": name in seen, "a round, %": 100 * one_round(response, run)}
-            | {"whole run, %": 100 * whole_run(response, run)[0]}
-            for name, run in runs.items()
-        )
+        errors = [
+            (name, name in seen, one_round(response, run), whole_run(response, run)[0]) for name, run in runs.items()
+        ]
         draw(response, unseen, sweep.out / "surrogate.png")
-        about = {"fitted_to": sorted(seen), "held_out_error": float(errors[~errors["fitted"]]["whole run, %"].mean())}
+        held_out = [whole for _, fitted_to, _, whole in errors if not fitted_to]
+        about = {"fitted_to": sorted(seen), "held_out_error": float(np.mean(held_out))}
         written = dataclasses.asdict(response) | {"about": about}
         (sweep.out / "response.json").write_text(json.dumps(written, indent=1) + "\n")
         return markdown(response, errors)
@@ -198,7 +197,7 @@ def draw(response: Response, runs: dict[str, Steps], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def markdown(response: Response, errors: pd.DataFrame) -> str:
+def markdown(response: Response, errors: Sequence[tuple[str, bool, float, float]]) -> str:
     """The fit and its errors."""
     gains = ", ".join(f"{gain:.3g}" for gain in response.gain_L)
     lines = [
@@ -207,8 +206,8 @@ def markdown(response: Response, errors: pd.DataFrame) -> str:
         "| run | fitted | error a round | error of the whole run |",
         "|---|---|---|---|",
     ]
-    for row in errors.itertuples(index=False):
-        lines.append(f"| {row[0]} | {'yes' if row[1] else 'no'} | {row[2]:.2f} % | {row[3]:.2f} % |")
+    for name, fitted_to, a_round, whole in errors:
+        lines.append(f"| {name} | {'yes' if fitted_to else 'no'} | {a_round:.2%} | {whole:.2%} |")
     return "\n".join(lines) + "\n"
 
 

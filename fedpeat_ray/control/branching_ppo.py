@@ -50,7 +50,7 @@ from fedpeat_ray.control.environment import TERMS, Episode, Setting
 from fedpeat_ray.control.fleet_env import FleetEnv
 from fedpeat_ray.control.observation import Columns, observe, plan_of
 from fedpeat_ray.control.plan import SKIP, Plan
-from fedpeat_ray.control.policy import LAYERS, About, Policy
+from fedpeat_ray.control.policy import About, Policy
 from fedpeat_ray.control.ppo import PPOSettings
 from fedpeat_ray.control.trial import Player
 
@@ -98,9 +98,11 @@ class SharedNetwork(nn.Module):
     def __init__(self, columns: Columns, width: int):
         super().__init__()
         self.columns, num_choices = columns, sum(columns.num_choices)
-        sizes = ((columns.num_features, width), (width, width), (2 * width, width), (2 * width, width))
-        for name, (num_in, num_out) in zip(LAYERS, (*sizes, (width, num_choices)), strict=True):
-            self.add_module(name, nn.Linear(num_in, num_out))
+        self.device_1 = nn.Linear(columns.num_features, width)
+        self.device_2 = nn.Linear(width, width)
+        self.context = nn.Linear(2 * width, width)
+        self.joint = nn.Linear(2 * width, width)
+        self.choice = nn.Linear(width, num_choices)
         nn.init.zeros_(self.choice.bias)
         self.choice.weight.data *= 0.01  # all levels alike likely at first
 
@@ -248,9 +250,9 @@ def branches_of(columns: Columns) -> type[Branches]:
 class BranchingLearner(PPOTorchLearner):
     """PPO's loss with a ratio a branch."""
 
-    def compute_loss_for_module(self, *, module_id, config, batch, fwd_out) -> Tensor:  # type: ignore[no-untyped-def]
+    def compute_loss_for_module(self, *, module_id: Any, config: Any, batch: Any, fwd_out: Any) -> Tensor:
         """See the formula above; a loss a round, so that rounds that RLlib pads with do not count."""
-        module: BranchingModule = self.module[module_id].unwrapped()
+        module: Any = self.module[module_id].unwrapped()
         real_B = batch.get(Names.LOSS_MASK, ...)
         branches = module.action_dist_cls.from_logits(fwd_out[Names.ACTION_DIST_INPUTS][real_B])
         log_ratio = branches.logp(batch[Names.ACTIONS][real_B]) - batch[Names.ACTION_LOGP][real_B]
@@ -278,7 +280,7 @@ _TIMERS = {"sampling_s": ENV_RUNNER_SAMPLING_TIMER, "learning_s": LEARNER_UPDATE
 class LogTerms(RLlibCallback):
     """Each term of the reward, the mean of an episode."""
 
-    def on_episode_end(self, *, episode, metrics_logger, **kwargs: Any) -> None:  # type: ignore[no-untyped-def]
+    def on_episode_end(self, *, episode: Any, metrics_logger: Any, **kwargs: Any) -> None:
         """Called by RLlib."""
         infos = [info for info in episode.get_infos() if "reward" in info]
         for name in LOGGED:

@@ -62,8 +62,8 @@ class Response:
         """What fit_surrogate.py wrote. Raises DataError if it cannot be used."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            numbers = {field.name: values[field.name] for field in dataclasses.fields(cls)}
-            return cls(**numbers | {"gain_L": tuple(map(float, numbers["gain_L"]))})
+            numbers = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name != "gain_L"}
+            return cls(gain_L=tuple(map(float, values["gain_L"])), **{name: float(x) for name, x in numbers.items()})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not a response model ({type(error).__name__}: {error})") from error
 
@@ -155,7 +155,8 @@ class Episode:
         self.round, self.version, self.now_s = 1, 0, 0.0
         self.perplexities = [setting.response.start]
         self._units = self._paid_by_chance()
-        self.last: Settled | None = None
+        self.last: Settled
+        """What came of the round before."""
         self.look()
 
     @property
@@ -188,7 +189,7 @@ class Episode:
         stale = (seen.stale.level_N, seen.stale.age_N) if seen.stale else (zeros, zeros)
         ages_PN = np.where(stale_PN & (levels_PN == stale[0]), stale[1], 0)
         held_PN = np.where(ages_PN > 0, levels_PN, seen.held_level_N)
-        demand = self.setting.emulators.task(np.maximum(1, levels_PN), held_PN, seen.num_tokens_N)
+        demand = self.setting.emulators.task(np.maximum(1, levels_PN), held_PN, np.asarray(seen.num_tokens_N))
         asked_PN = levels_PN != SKIP
         costs, admission = self.conditions.settle(self.round, self.now_s, self.device_ids, demand, asked_PN)
         return self._reward(self._terms(costs, admission, np.asarray(seen.num_tokens_N), levels_PN, ages_PN))

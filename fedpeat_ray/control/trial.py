@@ -40,3 +40,11 @@ def compare(setting: Setting, players: Mapping[str, Player], seeds: Sequence[int
             means = {term: float(np.mean([each[term] for each in rounds])) for term in ("reward", *TERMS)}
             rows.append({"controller": name, "seed": seed, **means, "perplexity": rounds[-1]["perplexity"]})
     return rows
+
+
+def mean_rewards(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """By controller, of what `compare` found."""
+    rewards: dict[str, list[float]] = {}
+    for row in rows:
+        rewards.setdefault(row["controller"], []).append(row["reward"])
+    return {name: float(np.mean(of)) for name, of in rewards.items()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -84,8 +85,8 @@ class Admission:
 
     reason: np.ndarray
     """int8 (N,): position in `records.DROP_REASONS`, or COMPLETES, or NOT_ASKED."""
-    round_s: float | np.ndarray
-    """Virtual seconds from the start of the round to its end; (P,) for P cases at a time."""
+    round_s: float
+    """Virtual seconds from the start of the round to its end; an array (P,) for P cases at a time."""
 
     @property
     def completed(self) -> np.ndarray:
@@ -171,7 +172,7 @@ def admit(
 
     completed = reason == COMPLETES
     num_completed = completed.sum(axis=-1)
-    round_s = np.where(completed, total_s, 0.0).max(axis=-1, initial=0.0)
+    round_s: Any = np.where(completed, total_s, 0.0).max(axis=-1, initial=0.0)
     if deadline_s is not None:
         some_late = (reason == DROP_REASONS.index(DEADLINE)).any(axis=-1)
         missed = (num_completed == 0) | ((num_completed < cohort_size) & some_late)

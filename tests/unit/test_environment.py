@@ -45,7 +45,7 @@ def setting(**changes: object) -> Setting:
 
 def chance(seen: Prospects, rng: np.random.Generator) -> Plan:
     """Any plan that is allowed."""
-    levels = np.array([rng.choice([SKIP, *(np.flatnonzero(fits) + 1)]) for fits in seen.fits_NL])
+    levels = np.array([rng.choice(np.flatnonzero([True, *fits])) for fits in seen.fits_NL])
     stale = may_stay(seen) & (rng.random(len(levels)) < 0.5)
     return Plan(np.where(stale, seen.stale.level_N if seen.stale else 0, levels), stale)
 
