@@ -52,13 +52,13 @@ class TrainConfig:
     """Of PPO; with --resume in all, those before included."""
     candidates: PositiveInt = 1000
     """Devices that the controller chooses from in a round."""
-    cohort_size: PositiveInt = 100
+    cohort_size: PositiveInt = 400
     """Devices that can complete a round."""
-    smallest_cohort: PositiveInt | None = None
+    smallest_cohort: PositiveInt | None = 20
     """If given, every episode draws its cohort size between this and cohort_size."""
     over_sample: Positive = 1.25
     """Times the cohort that rules of thumb ask."""
-    rounds: PositiveInt = 20
+    rounds: PositiveInt = 40
     """Of an episode."""
     deadline_s: Positive | None = None
     """Of a round."""
@@ -92,6 +92,9 @@ class TrainConfig:
             raise ConfigError.of("candidates", self.candidates, allowed)
         if self.cohort_size > self.candidates:
             raise ConfigError.of("cohort_size", self.cohort_size, f"at most candidates = {self.candidates}")
+        if self.smallest_cohort and self.smallest_cohort > self.cohort_size:
+            allowed = f"unset, or at most cohort_size = {self.cohort_size}"
+            raise ConfigError.of("smallest_cohort", self.smallest_cohort, allowed)
         if not self.realign_every:
             raise ConfigError.of("realign_every", self.realign_every, "at least one number of rounds, or 0")
         if self.ppo.minibatch_rounds > self.ppo.rounds_per_iteration:

@@ -24,7 +24,7 @@ from scipy import stats
 from fedpeat_ray.config import AvailabilityConfig, ChannelConfig, ControlConfig
 from fedpeat_ray.control.environment import TERMS, Setting, Shift
 from fedpeat_ray.control.find import find_controller
-from fedpeat_ray.control.learned import Learned
+from fedpeat_ray.control.learned import SHIPPED, Learned
 from fedpeat_ray.control.oracle import best_plan
 from fedpeat_ray.control.policy import Policy
 from fedpeat_ray.control.ppo import PPOSettings
@@ -35,7 +35,7 @@ from fedpeat_ray.settings import PositiveInt
 
 RULES = ("random", "greedy", "greedy-by-time", "greedy-by-holding")
 SIZES = {  # candidates: (cohort, iterations, PPO's rounds an iteration)
-    8: (4, 60, 2000),
+    8: (4, 60, 1000),
     100: (10, 60, 400),
     1000: (100, 40, 200),
     5000: (500, 25, 100),
@@ -72,15 +72,15 @@ class Study:
     def setting(self, candidates: int, **changes: object) -> Setting:
         """Half of a fleet to choose from; all of one of eight."""
         fleet = dataclasses.replace(self.of_run.fleet, num_devices=candidates if candidates < 100 else 2 * candidates)
-        plain = dataclasses.replace(
-            self.of_run, fleet=fleet, cohort_size=SIZES[candidates][0], num_candidates=candidates, realign_every=0
-        )
-        return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+        plain: dict[str, Any] = {"smallest_cohort": None, "realign_every": 0, "fleet": fleet}
+        size = {"cohort_size": SIZES[candidates][0], "num_candidates": candidates}
+        return dataclasses.replace(self.of_run, **(plain | size | changes))
 
-    def trained(self, name: str, settings: Sequence[Setting], seed: int = 0, **ppo: object) -> Path:
-        """The directory of a training, with what it wrote."""
+    def trained(self, name: str, settings: Sequence[Setting], seed: int = 0, times: int = 1, **ppo: object) -> Path:
+        """The directory of a training, with what it wrote; so many times as long as usual."""
         _, iterations, rounds = SIZES[settings[0].num_candidates]
-        directory, iterations = self.settings.out / "trainings" / name, max(1, iterations // self.settings.shrink)
+        iterations = max(1, times * iterations // self.settings.shrink)
+        directory = self.settings.out / "trainings" / name
         ppo_settings = PPOSettings(rounds_per_iteration=rounds, minibatch_rounds=rounds // 4, num_envs=min(20, rounds))
         config = dataclasses.replace(
             self.settings.train,
@@ -89,6 +89,7 @@ class Study:
             ppo=dataclasses.replace(ppo_settings, **ppo),  # type: ignore[arg-type]
             candidates=settings[0].num_candidates,
             cohort_size=settings[0].cohort_size,
+            smallest_cohort=None,
             fleet=settings[0].fleet,
         )
         place = {"resume": directory} if (directory / "config.json").exists() else {"out": directory}
@@ -147,7 +148,8 @@ def table(study: Study) -> str:
     policy = learned(study.trained(f"{size}", list(scenarios.values())))
     text = []
     for name, setting in scenarios.items():
-        rows = compare(setting, rules(setting.levels) | {"learned": policy}, study.fleets)
+        others = rules(setting.levels) | {"shipped policy": player(Learned(Policy.load(SHIPPED)))}
+        rows = compare(setting, others | {"learned": policy}, study.fleets)
         pd.DataFrame(rows).to_csv(study.settings.out / f"table {name}.csv", index=False)
         text.append(f"{size:,} candidates, cohorts of {setting.cohort_size}, {name}:\n\n{paired(rows)}")
     return "\n".join(text)
@@ -181,7 +183,7 @@ def oracle(study: Study) -> str:
     for name, changes in {"links and presence are known": known, "default fleet": {}}.items():
         plain = study.setting(8)
         setting = dataclasses.replace(plain, fleet=dataclasses.replace(plain.fleet, **changes))  # type: ignore[arg-type]
-        policy = learned(study.trained(f"8 {name}", [setting]))
+        policy = learned(study.trained(f"8 {name}", [setting], times=3))
         players = rules(setting.levels) | {"learned": policy, "oracle": best_plan}
         rows = compare(setting, players, study.fleets)
         pd.DataFrame(rows).to_csv(study.settings.out / f"oracle {name}.csv", index=False)

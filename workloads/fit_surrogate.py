@@ -149,23 +149,26 @@ def steps_of(directory: Path, zero_shot: float) -> Steps:
 def after(response: Response, perplexity: float, devices: tuple[np.ndarray, ...]) -> float:
     """Perplexity after a round of a run."""
     tokens, levels, ages = devices
-    return float(response.after(perplexity, tokens, levels.astype(int), ages, np.full(len(tokens), True)))
+    effort = response.effort(tokens, levels.astype(int), ages, np.full(len(tokens), True))
+    return float(response.after(perplexity, effort))
 
 
 def fitted(runs: list[Steps], num_levels: int) -> Response:
     """Least squares of ln perplexity over whole runs, each predicted from its first perplexity alone."""
     start = float(np.mean([run.perplexities[0] for run in runs]))
-    lowest = min(float(run.perplexities.min()) for run in runs)
 
     def of(parameters: np.ndarray) -> Response:
-        below, fresh, power, *gains = parameters
-        return Response(start, lowest * np.exp(-np.exp(below)), tuple(np.exp(gains)), 1 / (1 + np.exp(-fresh)), power)
+        exponent, power, freshness, *gains = parameters
+        gain_L = tuple(float(gain) for gain in np.exp(gains))
+        return Response(
+            start, float(np.exp(exponent)), gain_L, float(1 / (1 + np.exp(-freshness))), float(np.exp(power))
+        )
 
     def residuals(parameters: np.ndarray) -> np.ndarray:
         return np.concatenate([whole_run(of(parameters), run)[1] for run in runs])
 
-    found = least_squares(residuals, np.array([-2.0, 1.0, 0.7, *([np.log(1e-6)] * num_levels)]), x_scale="jac")
-    return of(found.x)
+    first = [np.log(0.05), np.log(0.5), 1.0, *([np.log(1e-3)] * num_levels)]
+    return of(least_squares(residuals, np.array(first), x_scale="jac").x)
 
 
 def one_round(response: Response, run: Steps) -> float:
@@ -200,8 +203,9 @@ def draw(response: Response, runs: dict[str, Steps], path: Path) -> None:
 def markdown(response: Response, errors: Sequence[tuple[str, bool, float, float]]) -> str:
     """The fit and its errors."""
     gains = ", ".join(f"{gain:.3g}" for gain in response.gain_L)
+    fit = f"exponent {response.exponent:.4f}, power {response.power:.2f}, freshness {response.freshness:.2f}"
     lines = [
-        f"floor {response.floor:.2f}, power {response.power:.2f}, freshness {response.freshness:.2f}, gain {gains}",
+        f"{fit}, gain {gains}",
         "",
         "| run | fitted | error a round | error of the whole run |",
         "|---|---|---|---|",

@@ -329,7 +329,7 @@ class Training:
         assert isinstance(module, BranchingModule)
 
         def decide(episode: Episode) -> Plan:
-            rows = torch.from_numpy(observe(episode.seen, masked=self.ppo.penalty is None))[None]
+            rows = torch.from_numpy(observe(episode.round, episode.seen, masked=self.ppo.penalty is None))[None]
             with torch.no_grad():
                 branches = module.action_dist_cls.from_logits(module.masked_logits(rows))
             return plan_of(branches.to_deterministic().sample()[0].numpy(), episode.seen)

@@ -38,24 +38,24 @@ TERMS = ("quality", "delay", "bytes", "memory", "energy")
 
 @dataclass(frozen=True)
 class Response:
-    """How perplexity answers to what was trained on.
+    """How perplexity answers to what was trained on: a power law of the effort of all rounds so far,
 
-        ln p' = ln floor + (ln p - ln floor) exp(-(sum_i gain_{level of i} freshness^{age of i} tokens_i)^power)
+        p = start (1 + effort_1 + effort_2 + ...)^-exponent
+        effort = (sum_i gain_{level of i} freshness^{age of i} tokens_i)^power
 
-    over the devices i that complete the round: what is left to learn decays, twice the devices bring less than twice
-    as much (their updates are averaged), and an emulator that is behind is worth less.
+    over the devices i that complete a round: ever more effort for the same step, as in laws of scaling; twice the
+    devices bring less than twice as much (their updates are averaged), and an emulator that is behind is worth less.
     """
 
     start: float
     """Perplexity before the first round."""
-    floor: float
-    """What no amount of tokens goes below."""
+    exponent: float
     gain_L: tuple[float, ...]
     """A token, by level."""
     freshness: float = 0.8
     """Share of a token's gain that is left for each re-alignment that an emulator is behind."""
     power: float = 1.0
-    """Above: of the sum over devices."""
+    """Of the sum over devices."""
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -67,13 +67,17 @@ class Response:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not a response model ({type(error).__name__}: {error})") from error
 
-    def after(
-        self, perplexity: float, tokens_N: np.ndarray, levels_N: np.ndarray, ages_N: np.ndarray, completed_N: np.ndarray
+    def effort(
+        self, tokens_N: np.ndarray, levels_N: np.ndarray, ages_N: np.ndarray, completed_N: np.ndarray
     ) -> np.ndarray:
-        """Perplexity after a round; (P,) for P cases of shape (P, N)."""
+        """Of a round in which these devices trained; (P,) for P cases of shape (P, N)."""
         gain_N = np.array([0.0, *self.gain_L])[levels_N] * self.freshness**ages_N * tokens_N
-        gained = (gain_N * completed_N).sum(axis=-1) ** self.power
-        return self.floor * np.exp(math.log(perplexity / self.floor) * np.exp(-gained))
+        return (gain_N * completed_N).sum(axis=-1) ** self.power
+
+    def after(self, perplexity: float, effort: np.ndarray) -> np.ndarray:
+        """Perplexity after a round of that effort."""
+        before = (self.start / perplexity) ** (1 / self.exponent)
+        return perplexity * (before / (before + effort)) ** self.exponent
 
 
 @dataclass(frozen=True)
@@ -208,8 +212,8 @@ class Episode:
         self, costs: Costs, admission: Admission, tokens_N: np.ndarray, levels_N: np.ndarray, ages_N: np.ndarray
     ) -> dict[str, np.ndarray]:
         """In their units; (P,) for P cases."""
-        before = self.perplexities[-1]
-        after = self.setting.response.after(before, tokens_N, levels_N, ages_N, admission.completed)
+        before, response = self.perplexities[-1], self.setting.response
+        after = response.after(before, response.effort(tokens_N, levels_N, ages_N, admission.completed))
         paid = {"quality": np.log(after / before), **paid_by(costs, admission)}
         return {name: paid[name] / self._units[name] for name in TERMS}
 
@@ -219,10 +223,11 @@ class Episode:
 
     def _paid_by_chance(self, num_rounds: int = 8) -> dict[str, float]:
         """In a round by a cohort drawn by chance, on the middle level where it fits, whose devices hold nothing yet: a
-        mean of some rounds, as the slowest of a cohort is a matter of luck."""
-        setting, start = self.setting, self.setting.response.start
+        mean of some rounds, as the slowest of a cohort is a matter of luck. Quality: a round's part of what an episode
+        of such rounds brings."""
+        setting, response = self.setting, self.setting.response
         middle = setting.levels[len(setting.levels) // 2]
-        paid = []
+        paid, efforts = [], []
         for round in range(1, num_rounds + 1):
             device_ids = self.conditions.sample(round)
             tokens = self.num_tokens_F[device_ids]
@@ -230,10 +235,12 @@ class Episode:
             seen = prospects(*where, round, device_ids, tokens, realigns=False)
             levels = np.where(seen.fits_NL[:, setting.levels.index(middle)], middle, setting.levels[0])
             settled = settle(setting.emulators, self.conditions, 0.0, decision(round, device_ids, seen, levels))
-            after = setting.response.after(start, tokens, levels, np.zeros(()), settled.admission.completed)
-            gained = {"quality": np.log(start / after)}
-            paid.append(gained | paid_by(settled.costs, settled.admission))
-        return {name: max(float(np.mean([each[name] for each in paid])), 1e-12) for name in TERMS}
+            efforts.append(response.effort(tokens, levels, np.zeros(()), settled.admission.completed))
+            paid.append(paid_by(settled.costs, settled.admission))
+        means = {name: float(np.mean([each[name] for each in paid])) for name in TERMS[1:]}
+        in_the_end = float(response.after(response.start, setting.num_rounds * np.mean(efforts)))
+        means["quality"] = math.log(response.start / in_the_end) / setting.num_rounds
+        return {name: max(means[name], 1e-12) for name in TERMS}
 
 
 def paid_by(costs: Costs, admission: Admission) -> dict[str, np.ndarray]:

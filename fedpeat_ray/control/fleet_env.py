@@ -45,4 +45,4 @@ class FleetEnv(gymnasium.Env):
         return self._rows(), reward, False, self.episode.is_over, terms
 
     def _rows(self) -> np.ndarray:
-        return observe(self.episode.seen, masked=self.penalty is None)
+        return observe(self.episode.round, self.episode.seen, masked=self.penalty is None)

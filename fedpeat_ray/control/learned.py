@@ -48,4 +48,4 @@ class Learned(Controller):
 
     def act(self, round: int, device_ids: np.ndarray, prospects: Prospects, memory: Memory) -> Plan:
         """See Controller."""
-        return plan_of(self.policy.choose(observe(prospects)), prospects)
+        return plan_of(self.policy.choose(observe(round, prospects)), prospects)

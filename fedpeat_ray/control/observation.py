@@ -17,7 +17,7 @@ from fedpeat_ray.control.plan import SKIP, Plan, Prospects
 
 OF_LEVELS = ("seconds", "fits", "in_time", "holds")
 OF_DEVICE = ("tokens", "memory", "downlink", "uplink", "rounds_since", "stale_level", "stale_age", "stale_seconds")
-OF_ROUND = ("candidates_per_place", "perplexity_change")
+OF_ROUND = ("candidates_per_place", "rounds_so_far", "perplexity_change")
 GO_ON = 1
 """The choice of the exchange branch: to go on with a stale emulator; 0: to download what is current."""
 
@@ -46,7 +46,7 @@ class Columns:
         return 1 + self.num_levels, 2
 
 
-def observe(prospects: Prospects, masked: bool = True) -> np.ndarray:
+def observe(round: int, prospects: Prospects, masked: bool = True) -> np.ndarray:
     """(N, D) float32. Without `masked`, a level beyond a device's memory may be chosen (it then drops out)."""
     fits_NL, history, stale = prospects.fits_NL, prospects.history, prospects.stale
     num_candidates, num_levels = fits_NL.shape
@@ -71,7 +71,7 @@ def observe(prospects: Prospects, masked: bool = True) -> np.ndarray:
         np.log1p(stale.age_N) if stale else zeros,
         np.where(stay_N, np.log(stale.total_s_N / second), 0.0) if stale else zeros,
     )
-    of_round = (np.log(num_candidates / prospects.num_places), 10 * change)
+    of_round = (np.log(num_candidates / prospects.num_places), np.log(round), 10 * change)
     return np.concatenate(
         [
             np.log(prospects.total_s_NL / second),

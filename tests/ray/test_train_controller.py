@@ -30,12 +30,13 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 def config(deep_gpt2_dir: Path, text_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """Three iterations with twelve candidates."""
     directory = tmp_path_factory.mktemp("controller")
-    response = {"start": 160.0, "floor": 100.0, "gain_L": [1e-4, 2e-4], "freshness": 0.8, "power": 0.7}
+    response = {"start": 160.0, "exponent": 0.2, "gain_L": [1e-3, 2e-3], "freshness": 0.8, "power": 0.7}
     (directory / "response.json").write_text(json.dumps(response))
     return TrainConfig(
         iterations=3,
         candidates=12,
         cohort_size=4,
+        smallest_cohort=None,
         rounds=5,
         realign_every=(0, 2),
         fleet=FleetConfig(num_devices=14),
@@ -118,6 +119,7 @@ def test_independent_heads_train_and_are_not_exported(config):
     [
         ({"candidates": 15}, "candidates"),
         ({"cohort_size": 13}, "cohort_size"),
+        ({"smallest_cohort": 5}, "smallest_cohort"),
         ({"realign_every": ()}, "realign_every"),
         ({"ppo": dataclasses.replace(PPO, minibatch_rounds=21)}, "ppo.minibatch_rounds"),
         ({"response": Path("nowhere.json")}, "nowhere.json"),

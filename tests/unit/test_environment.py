@@ -32,7 +32,7 @@ EMULATORS = EmulatorCosts(
     server_tuning=ServerCosts(),
     realignment=ServerCosts(),
 )
-RESPONSE = Response(start=40.0, floor=25.0, gain_L=(2e-6, 3e-6, 4e-6))
+RESPONSE = Response(start=40.0, exponent=0.05, gain_L=(2e-4, 3e-4, 4e-4))
 
 
 def setting(**changes: object) -> Setting:
@@ -71,7 +71,7 @@ def test_the_same_plans_cost_the_same_as_in_a_simulation(deep_gpt2_dir: Path, te
     costs = prepare(changed(config, algorithm="fed-peat"), tmp_path).algorithm.emulators.costs  # type: ignore[attr-defined]
 
     same = Setting(
-        costs, (1, 2), Response(40.0, 25.0, (1e-6, 1e-6)), config.fleet, 4, 12, num_rounds=5, deadline_s=0.8,
+        costs, (1, 2), Response(40.0, 0.2, (1e-4, 1e-4)), config.fleet, 4, 12, num_rounds=5, deadline_s=0.8,
         over_sample=config.over_sample, realign_every=2,
     )  # fmt: skip
     tokens = np.zeros(14, int)
@@ -103,7 +103,7 @@ def test_our_controllers_play_and_chance_pays_about_one_of_each_unit(kind):
         episode = Episode(setting(realign_every=0), seed)
         while not episode.is_over:
             played.append(episode.step(controller.act(episode.round, episode.device_ids, episode.seen, memory)))
-        assert episode.perplexities[0] == 40.0 and 25.0 < episode.perplexities[-1] < 40.0
+        assert episode.perplexities[0] == 40.0 and 20.0 < episode.perplexities[-1] < 40.0
     for name in ("bytes", "memory", "energy"):
         assert 0.05 < np.mean([terms[name] for terms in played]) < 5, name
 
@@ -150,18 +150,18 @@ def test_a_shift_slows_devices_and_links_from_its_round_on():
     assert (episode.seen.total_s_NL > still.seen.total_s_NL).all()
 
 
-def test_the_response_falls_towards_its_floor_and_less_on_stale_emulators():
-    tokens, level, new, yes = np.array([10_000.0]), np.array([2]), np.array([0]), np.array([True])
-    once = RESPONSE.after(40.0, tokens, level, new, yes)
-    assert 25 < once < 40 and RESPONSE.after(40.0, tokens * 1e6, level, new, yes) == pytest.approx(25.0)
-    assert once < RESPONSE.after(40.0, tokens, level, new + 2, yes) < 40
-    assert RESPONSE.after(40.0, tokens, np.array([3]), new, yes) < once
-    assert RESPONSE.after(40.0, tokens, level, new, ~yes) == RESPONSE.after(40.0, tokens, np.array([0]), new, yes) == 40
-    one = dataclasses.replace(RESPONSE, power=0.5)
-    gains = [
-        np.log(40 / one.after(40.0, np.full(n, 100.0), np.full(n, 2), np.zeros(n), np.full(n, True))) for n in (1, 4)
-    ]
-    assert gains[1] == pytest.approx(2 * gains[0], rel=0.05)  # the square root of four times as much
+def test_the_response_is_a_power_law_of_all_effort_and_less_on_stale_emulators():
+    tokens, level, new, yes = np.array([1000.0]), np.array([2]), np.array([0]), np.array([True])
+    effort = RESPONSE.effort(tokens, level, new, yes)
+    once = RESPONSE.after(40.0, effort)
+    assert once == pytest.approx(40 * (1 + 0.3) ** -0.05) and effort == pytest.approx(0.3)
+    assert RESPONSE.after(float(once), effort) == pytest.approx(40 * 1.6**-0.05)
+    assert RESPONSE.effort(tokens, level, new + 2, yes) == pytest.approx(0.64 * effort)
+    assert RESPONSE.effort(tokens, np.array([3]), new, yes) > effort
+    assert not RESPONSE.effort(tokens, level, new, ~yes) and not RESPONSE.effort(tokens, np.array([0]), new, yes)
+    rooted = dataclasses.replace(RESPONSE, power=0.5)
+    one, four = (rooted.effort(np.full(n, 9.0), np.full(n, 2), np.zeros(n), np.full(n, True)) for n in (1, 4))
+    assert four == pytest.approx(2 * one)
 
 
 def test_many_plans_judged_at_once_bring_what_each_brings_alone():

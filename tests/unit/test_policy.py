@@ -38,34 +38,37 @@ def untrained(shares: tuple[float, ...], seed: int = 0, width: int = 16) -> Poli
 
 
 @pytest.fixture(scope="module")
-def states() -> list[Prospects]:
+def states() -> list[tuple[int, Prospects]]:
     """What there is to decide on, in rounds of several fleets."""
     found = []
     for seed in range(4):
         episode = Episode(setting(realign_every=2, deadline_s=30.0), seed)
         for _ in range(10):
-            found.append(episode.seen)
+            found.append((episode.round, episode.seen))
             episode.step(chance(episode.seen, np.random.default_rng(seed)))
     return found
 
 
 def test_the_columns_are_what_the_rows_hold(states):
-    names, rows = Columns(3).names, observe(states[-1])
+    round, seen = states[-1]
+    names, rows = Columns(3).names, observe(round, seen)
     assert rows.shape == (40, len(names)) and rows.dtype == np.float32 and np.isfinite(rows).all()
     of = {name: rows[:, names.index(name)] for name in names}
-    seen = states[-1]
     assert (of["may take 3"] == seen.fits_NL[:, 2]).all() and (of["holds 1"] == (seen.held_level_N == 1)).all()
     assert (of["may stay"] == may_stay(seen)).all() and of["may stay"].any() and not of["may stay"].all()
     assert (of["stale_age"] > 0).any() and (of["in_time 3"] <= of["in_time 1"]).all()
-    assert of["candidates_per_place"][0] == pytest.approx(np.log(4)) and of["perplexity_change"][0] > 0
+    assert of["candidates_per_place"][0] == pytest.approx(np.log(4)) and of["rounds_so_far"][0] == pytest.approx(
+        np.log(10)
+    )
+    assert of["perplexity_change"][0] > 0
     assert np.median(of["tokens"]) == pytest.approx(0.0, abs=1e-6)
-    assert (observe(seen, masked=False)[:, names.index("may take 1") :][:, :3] == 1).all()
+    assert (observe(round, seen, masked=False)[:, names.index("may take 1") :][:, :3] == 1).all()
 
 
 def test_permuted_candidates_get_permuted_choices(states):
     policy, rng = untrained((0.2, 0.5, 0.9)), np.random.default_rng(0)
-    for seen in states:
-        rows = observe(seen)
+    for round, seen in states:
+        rows = observe(round, seen)
         order = rng.permutation(len(rows))
         assert (policy.choose(rows[order]) == policy.choose(rows)[order]).all()
 
@@ -88,13 +91,13 @@ def test_as_many_take_part_as_there_are_places_before_anything_is_learned(states
     even = {name: np.zeros_like(value) for name, value in policy.weights.items()}
     even["choice.bias"] = np.log(np.array([3, 1, 1, 1, 1, 1], np.float32))  # one level or none: even odds
     policy = dataclasses.replace(policy, weights=even)
-    for seen in states[:10]:
+    for round, seen in states[:10]:
         everything = dataclasses.replace(seen, memory_bytes_L=np.ones(3, int), num_places=10)
-        assert (policy.choose(observe(everything))[:, 0] > SKIP).sum() == 10
+        assert (policy.choose(observe(round, everything))[:, 0] > SKIP).sum() == 10
 
 
 def test_a_device_that_stays_keeps_its_stale_level(states):
-    seen = next(each for each in states if may_stay(each).any())
+    _, seen = next(each for each in states if may_stay(each[1]).any())
     stays = may_stay(seen)
     plan = plan_of(np.tile([1, 1], (40, 1)), seen)
     assert seen.stale is not None and np.array_equal(plan.stale_N, stays)
@@ -108,8 +111,8 @@ def test_a_policy_is_read_back_as_it_was_written(states, tmp_path):
     policy.save(tmp_path)
     again = Policy.load(tmp_path)
     assert again.about == policy.about
-    for seen in states[:3]:
-        assert (again.logits(observe(seen)) == policy.logits(observe(seen))).all()
+    for state in states[:3]:
+        assert (again.logits(observe(*state)) == policy.logits(observe(*state))).all()
 
 
 @pytest.mark.parametrize("damage", ["weights", "cut", "json", "format", "columns", "shapes", "nothing there"])

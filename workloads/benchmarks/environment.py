@@ -95,7 +95,7 @@ def setting(size: int, rounds: int) -> Setting:
     fleet = FleetConfig(
         size, memory_scale=0.045, availability=AvailabilityConfig("always"), channel=ChannelConfig("nominal")
     )
-    response = Response(40.0, 25.0, (1e-7, 2e-7, 3e-7))
+    response = Response(40.0, 0.2, (1e-4, 2e-4, 3e-4))
     return Setting(EMULATORS, (1, 2, 3), response, fleet, size, size, rounds, over_sample=1.0)
 
 
