@@ -10,6 +10,9 @@ PYTHON ?= python3
 VENV = .venv/bin
 SETUP = .venv/installed
 
+# Compiled modules are kept, whatever the environment says: a hundred processes would each compile ours.
+unexport PYTHONDONTWRITEBYTECODE
+
 # A worker a core, no more than there is work for: what needs Ray is one's (tests/conftest.py).
 PYTEST = $(VENV)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
