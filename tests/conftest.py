@@ -47,6 +47,14 @@ def _caches_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_survives_a_loss_of_power() -> Iterator[None]:
+    """A run of a second would wait for the disk for a tenth of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 def _model(tmp_path_factory: pytest.TempPathFactory, name: str, family: str, **changes: Any) -> Path:
     from tiny_models import write_family  # not at the top: who only hands out tests needs no torch
 
