@@ -114,7 +114,7 @@ def test_fed_peft_with_one_client_that_has_everything_is_centralised_lora(model_
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_the_mean_over_clients_that_are_alike_is_each_of_them(gpt2_dir, text_dir, algorithm, optimizer):
     local = LocalConfig(  # every step is the whole data, so the order in which a device takes it does not matter
-        96, sequence_length=64, epochs=2, optimizer=optimizer, learning_rate={"adamw": 2e-3, "sgd": 0.1}[optimizer]
+        64, sequence_length=64, epochs=2, optimizer=optimizer, learning_rate={"adamw": 2e-3, "sgd": 0.1}[optimizer]
     )
     fleet = FleetConfig(num_devices=3, availability=AvailabilityConfig(kind="always"))
     one, many = (
