@@ -55,6 +55,17 @@ def _nothing_survives_a_loss_of_power() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports have small figures, not laid out either: half of the work."""
+    from matplotlib.figure import Figure
+
+    from analysis import figures
+
+    monkeypatch.setitem(figures.STYLE, "savefig.dpi", 20)
+    monkeypatch.setattr(Figure, "get_layout_engine", lambda figure: None)
+
+
 def _model(tmp_path_factory: pytest.TempPathFactory, name: str, family: str, **changes: Any) -> Path:
     from tiny_models import write_family  # not at the top: who only hands out tests needs no torch
 

@@ -129,13 +129,7 @@ LOGGED = {"Logged by the algorithm"}
 
 
 LAYOUT_ENGINE = Figure.get_layout_engine
-
-
-@pytest.fixture(autouse=True)
-def small_images(monkeypatch):
-    """Small, and not laid out either: two thirds of the work."""
-    monkeypatch.setitem(figures.STYLE, "savefig.dpi", 20)
-    monkeypatch.setattr(Figure, "get_layout_engine", lambda figure: None)
+pytestmark = pytest.mark.usefixtures("small_images")
 
 
 def page_without_figures(*directories: Path) -> str:
