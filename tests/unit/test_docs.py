@@ -63,8 +63,9 @@ def test_python_in_the_documentation_runs(page, tiny_run, tmp_path, monkeypatch)
     monkeypatch.setenv("FEDPEAT_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    roots = python_docs._roots()  # of the embedded text a small part
-    monkeypatch.setattr(python_docs, "_roots", lambda: {name: roots[name] for name in ("stdlib", "networkx", "numpy")})
+    roots = python_docs._roots()
+    small = {"stdlib": roots["stdlib"] / "asyncio", "networkx": roots["networkx"] / "algorithms"}
+    monkeypatch.setattr(python_docs, "_roots", lambda: small)
     namespace: dict[str, Any] = {}
     for code in blocks(page, "python"):
         exec(compile(re.sub(r"runs/(NAME|fed-peat-…)", str(tiny_run), code), page, "exec"), namespace)
