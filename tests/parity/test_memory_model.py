@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sweeps import sweep
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BloomConfig
 
@@ -81,7 +82,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("setting", SETTINGS + EMULATORS, ids=str)
+@pytest.mark.parametrize(
+    "setting", sweep(SETTINGS + EMULATORS, quick=[*SETTINGS[:2], SETTINGS[12], EMULATORS[0]]), ids=str
+)
 def test_peak_is_within_10_percent_on_cpu(setting: Setting) -> None:
     modelled, model, step, optimizer = build(setting, "cpu")
     measured = measured_peak_bytes(model, step, optimizer)
@@ -90,6 +93,7 @@ def test_peak_is_within_10_percent_on_cpu(setting: Setting) -> None:
     assert modelled.step_bytes == pytest.approx(measured - resident, rel=0.1)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("number", range(NUM_RANDOM))
 @pytest.mark.parametrize("family", TESTED_FAMILIES)
 def test_peak_of_random_models_is_within_10_percent(family: str, number: int) -> None:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sweeps import sweep
 
 from analysis import __main__ as command_line
 from analysis import figures, report
@@ -248,6 +249,7 @@ def test_report_is_one_self_contained_page(tmp_path, monkeypatch):
     assert "nan" not in re.sub("<[^>]*>", " ", page).lower().split()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("run", "missing"),
     [
@@ -397,8 +399,8 @@ SHAPES: dict[str, Callable[[int, int], float]] = {
 }
 
 
-@pytest.mark.parametrize("rounds", [1, 3, 60])
-@pytest.mark.parametrize("num_names", [1, 2, 4, 5, 12])
+@pytest.mark.parametrize("rounds", sweep([1, 3, 60], quick=[3]))
+@pytest.mark.parametrize("num_names", sweep([1, 2, 4, 5, 12], quick=[1, 5]))
 def test_the_figure_of_what_was_logged_has_a_panel_a_name(tmp_path, num_names, rounds):
     def logged(round: int) -> dict[str, float]:
         kinds = list(SHAPES)[:3]
@@ -442,6 +444,7 @@ NOT_FINITE = {"zero_shot": 60.0, "tuned": 50.0, "emulator_zero_shot": {"1": 90.0
 NOT_FINITE |= {"emulator_tuned": {"1": math.nan, "2": math.nan}}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("run", "missing"),
     [

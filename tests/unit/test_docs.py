@@ -21,6 +21,7 @@ import pytest
 import tyro
 import whole_runs
 from ray.scripts.scripts import cli as ray_command
+from sweeps import sweep
 
 from fedpeat_ray import Simulation
 from fedpeat_ray import __main__ as commands
@@ -40,6 +41,9 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
 
 
+WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
+
+
 @pytest.fixture(scope="module")
 def tiny_run(text_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on the embedded foundation, which the pages name, as small as can be."""
@@ -57,7 +61,7 @@ def tiny_run(text_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers will rename
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+@pytest.mark.parametrize("page", sweep(WITH_PYTHON, quick=[page for page in WITH_PYTHON if page != "README.md"]))
 def test_python_in_the_documentation_runs(page, tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FEDPEAT_RUNS", str(tmp_path / "runs"))
