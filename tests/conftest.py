@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sweeps import sweep
 
 # Read when the libraries are imported. Tests run beside one another: threads that wait for one another are no help.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -84,7 +85,7 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _model(tmp_path_factory, "llama", "Llama")
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(params=sweep(["gpt2", "llama"], quick=["gpt2"]))
 def model_dir(request: pytest.FixtureRequest) -> Path:
     """Each of the two."""
     return request.getfixturevalue(f"{request.param}_dir")
@@ -102,7 +103,7 @@ def deep_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _model(tmp_path_factory, "deep_llama", "Llama", num_hidden_layers=7, tie_word_embeddings=True)
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(params=sweep(["gpt2", "llama"], quick=["gpt2"]))
 def deep_dir(request: pytest.FixtureRequest) -> Path:
     """Each of these two."""
     return request.getfixturevalue(f"deep_{request.param}_dir")
