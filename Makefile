@@ -1,5 +1,5 @@
 # make run    the main job: FedPEAT over 2,000 devices on real text, a report at the end
-# make quick  lint, layers, and all tests that need no Ray and are no sweeps, within a minute: while you work
+# make quick  lint, layers, and all tests that need no Ray and are no sweeps, some two minutes: while you work
 # make test   lint, layers, types, all tests, and those that compare numbers once more as a plainer processor computes
 # make full   the same, once more as another one does, more cases of what starts processes, and the memory model on
 #             many more random settings
