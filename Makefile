@@ -1,5 +1,5 @@
 # make run    the main job: FedPEAT over 2,000 devices on real text, a report at the end
-# make quick  lint, layers, and all tests that need no Ray and are no sweeps, within a minute: while you work
+# make quick  lint, layers, and all tests that need no Ray and are no sweeps, some two minutes: while you work
 # make test   lint, layers, types, all tests, and those that compare numbers once more as a plainer processor computes
 # make full   the same, once more as another one does, more cases of what starts processes, and the memory model on
 #             many more random settings
@@ -9,6 +9,9 @@
 PYTHON ?= python3
 VENV = .venv/bin
 SETUP = .venv/installed
+
+# Compiled modules are kept, whatever the environment says: a hundred processes would each compile ours.
+unexport PYTHONDONTWRITEBYTECODE
 
 # A worker a core, no more than there is work for: what needs Ray is one's (tests/conftest.py).
 PYTEST = $(VENV)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
@@ -58,5 +61,6 @@ bench: $(SETUP)
 
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(VENV)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(VENV)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(VENV)/python -m compileall -qq --workers 0 .venv/lib || true  # pip would do it on one core
 	touch $@

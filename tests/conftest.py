@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sweeps import sweep
 
 # Read when the libraries are imported. Tests run beside one another: threads that wait for one another are no help.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -47,6 +48,25 @@ def _caches_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_survives_a_loss_of_power() -> Iterator[None]:
+    """A run of a second would wait for the disk for a tenth of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture
+def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports have small figures, not laid out either: half of the work."""
+    from matplotlib.figure import Figure
+
+    from analysis import figures
+
+    monkeypatch.setitem(figures.STYLE, "savefig.dpi", 20)
+    monkeypatch.setattr(Figure, "get_layout_engine", lambda figure: None)
+
+
 def _model(tmp_path_factory: pytest.TempPathFactory, name: str, family: str, **changes: Any) -> Path:
     from tiny_models import write_family  # not at the top: who only hands out tests needs no torch
 
@@ -65,7 +85,7 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _model(tmp_path_factory, "llama", "Llama")
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(params=sweep(["gpt2", "llama"], quick=["gpt2"]))
 def model_dir(request: pytest.FixtureRequest) -> Path:
     """Each of the two."""
     return request.getfixturevalue(f"{request.param}_dir")
@@ -83,7 +103,7 @@ def deep_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _model(tmp_path_factory, "deep_llama", "Llama", num_hidden_layers=7, tie_word_embeddings=True)
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(params=sweep(["gpt2", "llama"], quick=["gpt2"]))
 def deep_dir(request: pytest.FixtureRequest) -> Path:
     """Each of these two."""
     return request.getfixturevalue(f"deep_{request.param}_dir")

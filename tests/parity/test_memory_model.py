@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sweeps import sweep
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BloomConfig
 
@@ -81,7 +82,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("setting", SETTINGS + EMULATORS, ids=str)
+@pytest.mark.parametrize(
+    "setting", sweep(SETTINGS + EMULATORS, quick=[*SETTINGS[:2], SETTINGS[12], EMULATORS[0]]), ids=str
+)
 def test_peak_is_within_10_percent_on_cpu(setting: Setting) -> None:
     modelled, model, step, optimizer = build(setting, "cpu")
     measured = measured_peak_bytes(model, step, optimizer)
@@ -90,6 +93,7 @@ def test_peak_is_within_10_percent_on_cpu(setting: Setting) -> None:
     assert modelled.step_bytes == pytest.approx(measured - resident, rel=0.1)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("number", range(NUM_RANDOM))
 @pytest.mark.parametrize("family", TESTED_FAMILIES)
 def test_peak_of_random_models_is_within_10_percent(family: str, number: int) -> None:
@@ -105,7 +109,10 @@ def test_peak_is_within_10_percent_on_gpu(setting: Setting) -> None:
     assert modelled.peak_bytes == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize("setting", [SETTINGS[2], SETTINGS[9], SETTINGS[13], *EMULATORS[::6], *EMULATORS[-3:]], ids=str)
+EXACT = [SETTINGS[2], SETTINGS[9], SETTINGS[13], *EMULATORS[::6], *EMULATORS[-3:]]
+
+
+@pytest.mark.parametrize("setting", sweep(EXACT, quick=[SETTINGS[2], EMULATORS[-1]]), ids=str)
 def test_resident_terms_are_exact(setting: Setting) -> None:
     modelled, model, step, optimizer = build(setting, "cpu")
     step()
@@ -124,7 +131,7 @@ def test_fewer_blocks_are_the_smaller_model() -> None:
     assert lora_parameters(full, 4, num_blocks=2) == lora_parameters(smaller, 4)
 
 
-@pytest.mark.parametrize("family", TESTED_FAMILIES)
+@pytest.mark.parametrize("family", sweep(TESTED_FAMILIES, quick=["gpt2"]))
 def test_arrays_give_what_single_devices_give(family: str) -> None:
     shape = shape_of(Setting(family, 4, 64, 256, 1, 16, "lora", num_heads=4))
     batch_size, length, rank, depth = np.array([1, 2, 8]), np.array([16, 64, 32]), np.array([2, 8, 64]), np.arange(2, 5)
@@ -143,7 +150,7 @@ def test_arrays_give_what_single_devices_give(family: str) -> None:
         assert np.asarray(together.peak_bytes)[i] == alone.peak_bytes
 
 
-@pytest.mark.parametrize("family", TESTED_FAMILIES)
+@pytest.mark.parametrize("family", sweep(TESTED_FAMILIES, quick=["gpt2"]))
 def test_flops_are_what_pytorch_counts(family: str) -> None:
     setting = Setting(family, 3, 128, 500, 2, 48, "all", num_heads=4, head_dim=48, mlp_width=320, experts=(4, 1))
     shape, config = shape_of(setting), model_config(setting)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import whole_runs
 from plain_loops import train_lora
+from sweeps import sweep
 from tiny_models import FAMILIES, VOCABULARY, write_family
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,6 +36,7 @@ from fedpeat_ray.training.stacking import check_stacking
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers will rename
 
 SUPPORTED = [family for family in FAMILIES if family != "Mamba"]
+QUICK = ["GPT2", "Llama", "FalconH1"]
 NOT_FOR_PEFT = {"FalconH1": ("gate_proj", "up_proj", "down_proj", "in_proj", "q_proj", "k_proj", "v_proj", "o_proj")}
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 
@@ -54,7 +56,7 @@ def tasks() -> list[ClientTask]:
     ]
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", sweep(SUPPORTED, quick=QUICK))
 def test_each_client_of_a_batch_gets_what_plain_peft_gives_it_alone(family_dir, family):
     foundation = prepare(str(family_dir(family)), "float64")
     backbone = load_backbone(foundation)
@@ -82,7 +84,7 @@ def test_each_client_of_a_batch_gets_what_plain_peft_gives_it_alone(family_dir, 
     assert all(update.delta_P.abs().max() > 1e-4 for update in updates)
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", sweep(SUPPORTED, quick=QUICK))
 def test_evaluation_gives_the_models_own_loss(family_dir, family):
     foundation = prepare(str(family_dir(family)), "float64")
     backbone = load_backbone(foundation)

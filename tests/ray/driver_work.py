@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from patience import OutOfPatience
 from torch import Tensor, distributed, nn
 
 from fedpeat_ray.models.foundation import Backbone
@@ -92,10 +93,6 @@ def by_hand(backbone: Backbone, shared: None, tasks: Sequence[Tensor]) -> list[R
         logits.sum().backward()
         results.append(Result([logits.detach(), start.grad], len(tokens)))
     return results
-
-
-class OutOfPatience(Exception):
-    """An error of the training code's own."""
 
 
 def lose_patience(backbone: Backbone, shared: str, tasks: Sequence[Tensor]) -> list[Result]:

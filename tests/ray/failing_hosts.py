@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from patience import OutOfPatience
 from torch import Tensor
 
 from fedpeat_ray.models.foundation import Backbone
@@ -33,10 +34,6 @@ class KillsItsHost(TrainClientBatch):
                 self.once.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return updates
-
-
-class OutOfPatience(Exception):
-    """An error of the training code's own."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 from processes import forked, living, naming
-from tiny_runs import REPOSITORY
+from tiny_runs import REPOSITORY, main_at
 
 from fedpeat_ray.config import HostsConfig
 from fedpeat_ray.runtime import host_pool, ray_hosts
@@ -172,19 +171,13 @@ def test_a_name_that_the_hub_does_not_give_ends_all_processes(
 ):
     places = {"RAY_TMPDIR": str(short_folder), "FEDPEAT_RUNS": str(tmp_path / "runs")}
     out, error = tmp_path / "out", tmp_path / "error"
-    arguments = tiny_arguments(f"--{field}", name, "--hosts.backend", backend)
-    assert forked(out, error, _main_at, tmp_path, places, arguments) == 2
+    hosts = ("--hosts.num-hosts", 1) if backend == "ray" else ()
+    arguments = tiny_arguments(f"--{field}", name, "--hosts.backend", backend, *hosts)
+    assert forked(out, error, main_at, tmp_path, places, arguments) == 2
     assert f"{field} = '{name}'" in _one_line(error.read_text())
     assert not (tmp_path / "runs").exists()
     assert bool(list(short_folder.iterdir())) == (backend == "ray"), "whether Ray was started"
     assert not living(naming(short_folder)), "what was started has ended"
-
-
-def _main_at(folder: Path, environment: dict[str, str], arguments: list[str]) -> int:
-    """The status of a command line in a process of its own."""
-    os.chdir(folder)
-    os.environ.update(environment)
-    return main(arguments)
 
 
 def test_a_good_run_ends_with_its_directory_and_a_report(runs, tiny_arguments, capfd):

@@ -15,6 +15,7 @@ import pytest
 import ray
 import torch
 from driver_work import Values
+from patience import OutOfPatience
 from processes import Known, below, living
 from safetensors.torch import load_file, save_file
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -145,7 +146,7 @@ def test_each_rank_holds_its_share_and_no_more(case):
 def test_an_error_in_training_code_is_raised_as_it_is_and_the_driver_goes_on(case, plain):
     name, _, sharded = case
     block = {"gpt2": "transformer.h.1", "llama": "model.layers.1"}[name]
-    with pytest.raises(driver_work.OutOfPatience, match=r"^this took too long$") as caught:
+    with pytest.raises(OutOfPatience, match=r"^this took too long$") as caught:
         sharded(driver_work.lose_patience, block, TASKS, Values(), 2)
     assert "in lose_patience" in "".join(traceback.format_exception(caught.value))
     assert sum(sharded.shares()) == pytest.approx(1, abs=0.01)

@@ -13,6 +13,7 @@ from whole_runs import assert_same_bits, events
 
 from workloads.large_scale import main
 
+pytestmark = pytest.mark.usefixtures("small_images")
 PATIENT = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # Ray's own: without the rest they end after a minute
 
 

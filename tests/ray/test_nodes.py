@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from pathlib import Path
 import pytest
 import tiny_runs
 from clusters import environment_with_token, head, node
-from tiny_runs import parse
+from processes import forked
+from tiny_runs import main_at, parse
 from whole_runs import events, summary, table
 
 from fedpeat_ray import Simulation
@@ -30,9 +30,10 @@ class Cluster:
 
     def run(self, arguments: list[str], out: Path) -> None:
         """Run large_scale.py on the first node."""
-        command = [sys.executable, tiny_runs.REPOSITORY / "workloads/large_scale.py", *arguments, "--out", out]
-        ended = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300)
-        assert ended.returncode == 0, ended.stdout + ended.stderr
+        folder, said = out.parent, out.with_name("said")
+        arguments = [*arguments, "--out", str(out)]
+        status = forked(said, said, main_at, folder, self.environment, arguments, timeout_s=300)
+        assert status == 0, said.read_text()
 
     def files(self, directory: Path) -> dict[str, bytes]:
         """Of a directory on the second node."""
@@ -51,7 +52,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         hidden = tmp_path_factory.getbasetemp()
         # shards take memory, and only the second node says that it has some
         with (
-            head(environment, folder, "--num-cpus=1", "--memory=1") as (address, _),
+            head(environment, folder, "--num-cpus=1", "--memory=1", "--include-dashboard=false") as (address, _),
             node(environment, address, folder, hidden, "--num-cpus=1", f"--memory={2**30}") as second,
         ):
             yield Cluster(environment | {"RAY_ADDRESS": address}, second)

@@ -18,6 +18,8 @@ from fedpeat_ray.runtime.host_pool import HostPool
 from fedpeat_ray.runtime.run_log import read_config
 from workloads import large_scale
 
+pytestmark = pytest.mark.usefixtures("small_images")
+
 
 @pytest.fixture(autouse=True)
 def _hosts_of_the_session(pool: HostPool, monkeypatch: pytest.MonkeyPatch) -> None:

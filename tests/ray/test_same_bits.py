@@ -12,6 +12,7 @@ from typing import Any
 import failing_hosts
 import pytest
 import ray
+from patience import OutOfPatience
 from processes import below, living
 from tiny_runs import batches, parse
 from whole_runs import assert_same_bits, events
@@ -130,7 +131,7 @@ def test_an_error_in_training_code_is_raised_as_it_is_and_no_host_is_lost(
 ):
     device_id = batches(uninterrupted, round=1)[0][0]
     train_with(failing_hosts.Raises, device_id=device_id)
-    with pytest.raises(failing_hosts.OutOfPatience, match=f"device {device_id} took too long") as caught:
+    with pytest.raises(OutOfPatience, match=f"device {device_id} took too long") as caught:
         run_on_hosts(1)
     shown = "".join(traceback.format_exception(caught.value))
     assert "failing_hosts.py" in shown and "in lose_patience" in shown

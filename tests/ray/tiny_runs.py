@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import tyro
 from whole_runs import table
 
 from fedpeat_ray import SimulationConfig
+from workloads.large_scale import main
 
 REPOSITORY = Path(__file__).parents[2]
 CLIENT_BATCH_SIZE = 2
@@ -40,6 +42,13 @@ def arguments(model: Path, text: Path, *more: object) -> list[str]:
 def parse(command_line: list[str]) -> SimulationConfig:
     """The configuration of a command line."""
     return tyro.cli(SimulationConfig, args=command_line)
+
+
+def main_at(folder: Path, environment: dict[str, str], arguments: list[str]) -> int:
+    """The status of large_scale.py in a process of its own."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    return main(arguments)
 
 
 def batches(directory: Path, round: int) -> list[list[int]]:

@@ -21,6 +21,7 @@ import pytest
 import tyro
 import whole_runs
 from ray.scripts.scripts import cli as ray_command
+from sweeps import sweep
 
 from fedpeat_ray import Simulation
 from fedpeat_ray import __main__ as commands
@@ -40,6 +41,9 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
 
 
+WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
+
+
 @pytest.fixture(scope="module")
 def tiny_run(text_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on the embedded foundation, which the pages name, as small as can be."""
@@ -57,14 +61,15 @@ def tiny_run(text_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers will rename
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+@pytest.mark.parametrize("page", sweep(WITH_PYTHON, quick=[page for page in WITH_PYTHON if page != "README.md"]))
 def test_python_in_the_documentation_runs(page, tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FEDPEAT_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    roots = python_docs._roots()  # of the embedded text a small part
-    monkeypatch.setattr(python_docs, "_roots", lambda: {name: roots[name] for name in ("stdlib", "networkx", "numpy")})
+    roots = python_docs._roots()
+    small = {"stdlib": roots["stdlib"] / "asyncio", "networkx": roots["networkx"] / "algorithms"}
+    monkeypatch.setattr(python_docs, "_roots", lambda: small)
     namespace: dict[str, Any] = {}
     for code in blocks(page, "python"):
         exec(compile(re.sub(r"runs/(NAME|fed-peat-…)", str(tiny_run), code), page, "exec"), namespace)

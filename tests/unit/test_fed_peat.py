@@ -15,6 +15,7 @@ import torch
 import whole_runs
 from peft import PeftModel
 from safetensors.torch import load_file, save, save_file
+from sweeps import sweep
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -361,7 +362,10 @@ def test_the_server_makes_a_difference_and_without_public_text_there_is_one_clea
 # Emulators with weights of their own
 
 
-@pytest.mark.parametrize(("family", "weights"), [("gpt2", "elastic"), ("gpt2", "per_level"), ("llama", "elastic")])
+DISTILLED = [("gpt2", "elastic"), ("gpt2", "per_level"), ("llama", "elastic")]
+
+
+@pytest.mark.parametrize(("family", "weights"), sweep(DISTILLED, quick=[("gpt2", "elastic")]))
 def test_distilled_emulators_are_made_once_and_devices_train_on_them(run, tiny, request, monkeypatch, family, weights):
     model_dir = request.getfixturevalue(f"deep_{family}_dir")
     changes = {

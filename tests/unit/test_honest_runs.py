@@ -123,6 +123,7 @@ def test_a_run_that_ends_with_no_number_fails_and_its_summary_stays(tiny, tmp_pa
     assert summary(tmp_path / "run")["perplexity"]["tuned"] is None
 
 
+@pytest.mark.usefixtures("small_images")
 def test_the_command_line_of_a_run_without_a_result_says_so_in_one_line_and_leaves_all_the_rest(
     gpt2_dir, text_dir, tmp_path, capsys
 ):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from sweeps import sweep
 from transformers import AutoConfig, BloomConfig, GPT2Config, LlamaConfig, MixtralConfig
 
 from fedpeat_ray.fleet.memory import POWERS, ModelShape, Trainable, training_memory
@@ -88,7 +89,7 @@ def test_other_families_are_run_too(model_type, monkeypatch):
     assert memory(shape) > 4 * shape.num_parameters
 
 
-@pytest.mark.parametrize("failing", ["all", "lora"])
+@pytest.mark.parametrize("failing", sweep(["all", "lora"], quick=["lora"]))
 def test_a_step_that_cannot_be_run_counts_as_that_of_a_llama(monkeypatch, failing):
     note_step = shapes._note_step
 

@@ -15,6 +15,7 @@ import torch
 import whole_runs
 from peft import PeftModel
 from safetensors.torch import load_file
+from sweeps import sweep
 from transformers import AutoModelForCausalLM
 from whole_runs import assert_same_bits, events, summary, table
 
@@ -182,8 +183,11 @@ def stop_in_round(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunLog, "write_round", write_or_stop)
 
 
+STOPS = [(1, 2), (3, 2), (4, 2), (4, 1), (4, 10)]
+
+
 @pytest.mark.parametrize("algorithm", ["fed-peft", "fed-avg"])
-@pytest.mark.parametrize(("stopped_in", "checkpoint_every"), [(1, 2), (3, 2), (4, 2), (4, 1), (4, 10)])
+@pytest.mark.parametrize(("stopped_in", "checkpoint_every"), sweep(STOPS, quick=[(3, 2)]))
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
     run, tiny, tmp_path, monkeypatch, algorithm, stopped_in, checkpoint_every
 ):
