@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    iterations: PositiveInt = 60
+    iterations: PositiveInt = 120
     """Of PPO; with --resume in all, those before included."""
     candidates: PositiveInt = 1000
     """Devices that the controller chooses from in a round."""

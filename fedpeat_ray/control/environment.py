@@ -86,13 +86,13 @@ class Weights:
 
     quality: NonNegative = 1.0
     """How much ln perplexity fell."""
-    delay: NonNegative = 0.2
+    delay: NonNegative = 0.5
     """Virtual seconds of the round."""
-    bytes: NonNegative = 0.1
+    bytes: NonNegative = 0.5
     """Both ways, of all devices."""
-    memory: NonNegative = 0.1
+    memory: NonNegative = 0.25
     """Share of their memory that the devices of a round need, their mean."""
-    energy: NonNegative = 0.1
+    energy: NonNegative = 0.25
     """Joules of all devices."""
 
 

@@ -20,20 +20,21 @@ class PPOSettings:
     """Of the layers."""
     rounds_per_iteration: PositiveInt = 400
     """Played before each update."""
-    epochs: PositiveInt = 6
+    epochs: PositiveInt = 4
     """Passes over them."""
     minibatch_rounds: PositiveInt = 100
     """Rounds a step of the optimizer."""
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive = 3e-3
     """Of Adam."""
-    discount: Decay = 0.9
+    discount: Decay = 0.7
     """Gamma, a round."""
     gae_lambda: Share = 0.9
     """Of generalised advantage estimation (Schulman et al. 2016)."""
     clip: Positive = 0.2
     """Epsilon."""
-    entropy: NonNegative = 0.002
-    """Weight of the mean entropy of a branch."""
+    entropy: NonNegative = 0.0
+    """Weight of the mean entropy of a branch. What one of a thousand branches changes is small: even 0.002 outweighs it,
+    and more and more devices are asked."""
     penalty: NonNegative | None = None
     """For choices beyond a device's memory (times the share of candidates that get one); unset: they are masked."""
     num_env_runners: NonNegativeInt = 0
