@@ -3,7 +3,7 @@
 config.json       what it was begun with
 progress.csv      a row an iteration: the reward of a round, its terms, PPO's own figures, seconds
 curves.png        the same, drawn
-policy/           the policy as runs use it (control.kind = learned)
+policy/           the policy as runs use it (control.kind = learned), the best so far on fleets for validation
 checkpoint/       RLlib's, to go on with; contains pickles, so resume only what is your own
 tensorboard/      the same figures as progress.csv
 """
@@ -36,6 +36,7 @@ from fedpeat_ray.control.environment import TERMS, Response, Setting, Shift, Wei
 from fedpeat_ray.control.learned import SHIPPED
 from fedpeat_ray.control.policy import About
 from fedpeat_ray.control.ppo import PPOSettings
+from fedpeat_ray.control.trial import VALIDATION, Player, compare
 from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.files import written_whole
 from fedpeat_ray.settings import NonNegativeInt, Positive, PositiveInt, check, from_plain, to_plain
@@ -78,7 +79,9 @@ class TrainConfig:
     ppo: PPOSettings = field(default_factory=PPOSettings)
     seed: NonNegativeInt = 0
     checkpoint_every: PositiveInt = 10
-    """Iterations between checkpoints."""
+    """Iterations between checkpoints, at each of which the policy is tried on fleets that training does not draw."""
+    validation_fleets: PositiveInt = 8
+    """So many; the policy that is kept is the best of these trials."""
     out: Path | None = None
     """Directory; unset: a new one under runs."""
     resume: Path | None = None
@@ -175,7 +178,9 @@ def train(config: TrainConfig, settings: Sequence[Setting], directory: Path) -> 
     start_ray(1 + config.ppo.num_env_runners)
     checkpoint, table = directory / "checkpoint", directory / "progress.csv"
     rows = pd.read_csv(table).to_dict("records") if checkpoint.exists() else []
-    training = Training(settings, config.ppo, config.seed, checkpoint if checkpoint.exists() else None)
+    training = Training(
+        settings, config.ppo, config.iterations, config.seed, checkpoint if checkpoint.exists() else None
+    )
     rows = rows[: training.iteration]  # what came after the checkpoint is played anew
     shutil.rmtree(directory / "tensorboard", ignore_errors=True)
     console, writer = Console(soft_wrap=True), SummaryWriter(str(directory / "tensorboard"))
@@ -188,16 +193,25 @@ def train(config: TrainConfig, settings: Sequence[Setting], directory: Path) -> 
                 started, number = time.perf_counter(), len(rows) + 1
                 place = {"iteration": number, "rounds": number * config.ppo.rounds_per_iteration}
                 rows.append(place | training.iterate() | {"wall_s": time.perf_counter() - started})
+                due = number % config.checkpoint_every == 0 or number == config.iterations
+                if due:
+                    rows[-1]["validation"] = validated(training.player(), settings, config.validation_fleets)
                 _show(writer, rows[-1])
                 progress.console.print(_line(rows, config.iterations), highlight=False)
                 console.file.flush()
                 progress.update(bar, completed=number)
-                if number % config.checkpoint_every == 0 or number == config.iterations:
+                if due:
                     training.save(checkpoint)
                     _save(config, training, pd.DataFrame(rows), directory)
     finally:
         writer.close()
         training.close()
+
+
+def validated(decide: Player, settings: Sequence[Setting], num_fleets: int) -> float:
+    """Mean reward of a round, in every setting on fleets that neither training nor comparisons draw."""
+    seeds = range(VALIDATION, VALIDATION + num_fleets)
+    return float(np.mean([each["reward"] for setting in settings for each in compare(setting, {"": decide}, seeds)]))
 
 
 def start_ray(num_cpus: int) -> None:
@@ -225,7 +239,9 @@ def _line(rows: list[dict[str, Any]], iterations: int) -> str:
     row, terms = rows[-1], "  ".join(f"{name} {rows[-1][name]:.2f}" for name in TERMS)
     left_s = (iterations - len(rows)) * sum(each["wall_s"] for each in rows) / len(rows)
     place = f"{row['iteration']:>{len(str(iterations))}}/{iterations}"
-    return f"iteration {place}  reward {row['reward']:6.3f}  {terms}  {row['wall_s']:.1f} s  {left_s / 60:.1f} min left"
+    tried = f"  validation {row['validation']:.3f}" if "validation" in row else ""
+    done = f"iteration {place}  reward {row['reward']:6.3f}  {terms}{tried}"
+    return f"{done}  {row['wall_s']:.1f} s  {left_s / 60:.1f} min left"
 
 
 def _save(config: TrainConfig, training: Training, frame: pd.DataFrame, directory: Path) -> None:
@@ -233,7 +249,7 @@ def _save(config: TrainConfig, training: Training, frame: pd.DataFrame, director
         frame.to_csv(path, index=False)
     with written_whole(directory / "curves.png") as path:
         draw_curves(frame, path)
-    if config.ppo.network == "shared":
+    if config.ppo.network == "shared" and frame["validation"].iloc[-1] == frame["validation"].max():
         emulator = config.emulator
         said = {name: value for name, value in to_plain(config).items() if name not in ("out", "resume", "response")}
         about = About(tuple(emulator.shares), emulator.give_foundation, said | {"iterations": len(frame)})
@@ -248,6 +264,10 @@ def draw_curves(frame: pd.DataFrame, path: Path) -> None:
     for axes, name in zip(figure.subplots(2, 3).flat, ("reward", *TERMS), strict=True):
         axes.plot(frame["rounds"], frame[name], color="0.8")
         axes.plot(frame["rounds"], frame[name].rolling(10, min_periods=1).mean(), color="C0")
+        if name == "reward":
+            tried = frame.dropna(subset="validation")
+            axes.plot(tried["rounds"], tried["validation"], "o-", color="C1", label="likeliest choices, other fleets")
+            axes.legend()
         axes.set(title=name, xlabel="rounds played")
     figure.suptitle("a round's reward and its terms, each in units of what a cohort drawn by chance pays")
     figure.savefig(path, dpi=100, format="png")

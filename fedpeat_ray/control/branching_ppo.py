@@ -58,8 +58,9 @@ FORBIDDEN = -1e9
 """The logit of a choice that may not be made."""
 
 
-def rllib_config(settings: Sequence[Setting], ppo: PPOSettings, seed: int) -> PPOConfig:
-    """RLlib's configuration."""
+def rllib_config(settings: Sequence[Setting], ppo: PPOSettings, iterations: int, seed: int) -> PPOConfig:
+    """RLlib's configuration; the learning rate falls to a tenth over so many iterations."""
+    falling = [[0, ppo.learning_rate], [iterations * ppo.rounds_per_iteration, ppo.learning_rate / 10]]
     model = {"num_levels": len(settings[0].levels), "width": ppo.width, "network": ppo.network}
     return (
         PPOConfig()
@@ -79,7 +80,7 @@ def rllib_config(settings: Sequence[Setting], ppo: PPOSettings, seed: int) -> PP
             train_batch_size_per_learner=ppo.rounds_per_iteration,
             minibatch_size=ppo.minibatch_rounds,
             num_epochs=ppo.epochs,
-            lr=ppo.learning_rate,
+            lr=falling,
             gamma=ppo.discount,
             lambda_=ppo.gae_lambda,
             clip_param=ppo.clip,
@@ -290,12 +291,14 @@ class LogTerms(RLlibCallback):
 class Training:
     """Iterations of PPO, one by one."""
 
-    def __init__(self, settings: Sequence[Setting], ppo: PPOSettings, seed: int, checkpoint: Path | None = None):
+    def __init__(
+        self, settings: Sequence[Setting], ppo: PPOSettings, iterations: int, seed: int, checkpoint: Path | None = None
+    ):
         """`settings`: of episodes, see FleetEnv; `checkpoint`: where an earlier one was saved, to go on with. Needs a
         running Ray."""
         self.ppo = ppo
         torch.set_num_threads(ppo.num_threads)
-        self.algorithm = rllib_config(settings, ppo, seed).build_algo()
+        self.algorithm = rllib_config(settings, ppo, iterations, seed).build_algo()
         if checkpoint:
             self.algorithm.restore_from_path(checkpoint.resolve())
 

@@ -25,7 +25,7 @@ class PPOSettings:
     minibatch_rounds: PositiveInt = 100
     """Rounds a step of the optimizer."""
     learning_rate: Positive = 3e-3
-    """Of Adam."""
+    """Of Adam, at first; it falls to a tenth."""
     discount: Decay = 0.7
     """Gamma, a round."""
     gae_lambda: Share = 0.9
@@ -33,8 +33,8 @@ class PPOSettings:
     clip: Positive = 0.2
     """Epsilon."""
     entropy: NonNegative = 0.0
-    """Weight of the mean entropy of a branch. What one of a thousand branches changes is small: even 0.002 outweighs it,
-    and more and more devices are asked."""
+    """Weight of the mean entropy of a branch. What one of a thousand branches changes is small: even 0.002 outweighs
+    it, and more and more devices are asked."""
     penalty: NonNegative | None = None
     """For choices beyond a device's memory (times the share of candidates that get one); unset: they are masked."""
     num_env_runners: NonNegativeInt = 0

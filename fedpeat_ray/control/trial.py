@@ -13,8 +13,8 @@ from fedpeat_ray.control.plan import Controller, Plan
 Player = Callable[[Episode], Plan | np.ndarray]
 """Decides a round of an episode."""
 
-HELD_OUT = 2**31
-"""Seeds from here on are of fleets that no training draws."""
+HELD_OUT, VALIDATION = 2**31, 2**32
+"""Seeds from here on are of fleets that no training draws: to compare controllers on, and to pick policies by."""
 
 
 def player(controller: Controller) -> Player:

@@ -66,9 +66,10 @@ def test_it_leaves_figures_curves_and_a_policy(trained, config):
     weights = dataclasses.asdict(config.weights)
     summed = -sum(weights[name] * progress[name] for name in TERMS)
     assert np.allclose(progress["reward"], summed)
+    assert progress["validation"].notna().tolist() == [False, True, True]
     assert (trained / "curves.png").stat().st_size > 10_000 and any((trained / "tensorboard").iterdir())
     about = Policy.load(trained / "policy").about
-    assert about.shares == ENDS.shares and about.trained["iterations"] == 3 and about.trained["candidates"] == 12
+    assert about.shares == ENDS.shares and about.trained["iterations"] in (2, 3) and about.trained["candidates"] == 12
 
 
 def test_it_goes_on_from_its_last_checkpoint(trained, config):
@@ -87,7 +88,7 @@ def test_it_goes_on_from_its_last_checkpoint(trained, config):
 @pytest.mark.parametrize("ppo", [PPO, dataclasses.replace(PPO, ratio="joint", penalty=1.0)], ids=["branch", "joint"])
 def test_an_exported_policy_decides_exactly_as_the_module_does(ppo, config):
     settings = settings_for(config)
-    training = Training(settings, dataclasses.replace(ppo, learning_rate=0.05), seed=1)
+    training = Training(settings, dataclasses.replace(ppo, learning_rate=0.05), iterations=2, seed=1)
     figures = [training.iterate() for _ in range(2)]
     assert figures[0]["policy_loss"] != figures[1]["policy_loss"]
     module, exported = training.player(), player(Learned(training.policy(About(ENDS.shares, False, {}))))
@@ -105,7 +106,7 @@ def test_an_exported_policy_decides_exactly_as_the_module_does(ppo, config):
 
 
 def test_independent_heads_train_and_are_not_exported(config):
-    training = Training(settings_for(config)[:1], dataclasses.replace(PPO, network="independent"), seed=1)
+    training = Training(settings_for(config)[:1], dataclasses.replace(PPO, network="independent"), iterations=1, seed=1)
     training.iterate()
     episode = Episode(settings_for(config)[0], 0)
     assert len(training.player()(episode).levels_N) == 12  # type: ignore[union-attr]

@@ -84,7 +84,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def seconds_of_ppo(size: int, rounds: int) -> tuple[float, float]:
     """Of the second iteration, with one thread: playing and learning."""
     ppo = PPOSettings(rounds_per_iteration=rounds, minibatch_rounds=max(1, rounds // 4))
-    training = Training([setting(size, rounds=20)], ppo, seed=0)
+    training = Training([setting(size, rounds=20)], ppo, iterations=2, seed=0)
     _, figures = training.iterate(), training.iterate()
     training.close()
     return figures["sampling_s"], figures["learning_s"]
