@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -49,7 +48,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    iterations: PositiveInt = 120
+    """What a controller is trained on, and how."""
+
+    iterations: PositiveInt = 50
     """Of PPO; with --resume in all, those before included."""
     candidates: PositiveInt = 1000
     """Devices that the controller chooses from in a round."""
@@ -167,7 +168,8 @@ def settings_for(config: TrainConfig) -> list[Setting]:
 
 
 def train(config: TrainConfig, settings: Sequence[Setting], directory: Path) -> None:
-    """Iterations from where the directory's checkpoint is; checkpoint, policy and curves every so many."""
+    """Iterations from where the directory's checkpoint is; checkpoint, policy and curves every so many. Needs a running
+    Ray (`runtime.host_pool.some_ray`)."""
     import pandas as pd
     from rich.console import Console
     from rich.progress import Progress
@@ -175,7 +177,6 @@ def train(config: TrainConfig, settings: Sequence[Setting], directory: Path) -> 
 
     from fedpeat_ray.control.branching_ppo import Training
 
-    start_ray(1 + config.ppo.num_env_runners)
     checkpoint, table = directory / "checkpoint", directory / "progress.csv"
     rows = pd.read_csv(table).to_dict("records") if checkpoint.exists() else []
     training = Training(
@@ -212,20 +213,6 @@ def validated(decide: Player, settings: Sequence[Setting], num_fleets: int) -> f
     """Mean reward of a round, in every setting on fleets that neither training nor comparisons draw."""
     seeds = range(VALIDATION, VALIDATION + num_fleets)
     return float(np.mean([each["reward"] for setting in settings for each in compare(setting, {"": decide}, seeds)]))
-
-
-def start_ray(num_cpus: int) -> None:
-    """Join the cluster there is, or start one of this machine; RLlib's own words stay out of the way."""
-    import gymnasium
-    import ray
-
-    from fedpeat_ray.runtime.host_pool import start_or_join
-
-    gymnasium.logger.min_level = gymnasium.logger.ERROR
-    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    if not ray.is_initialized():
-        start_or_join(num_cpus)
 
 
 def _show(writer: Any, row: dict[str, Any]) -> None:

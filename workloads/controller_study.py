@@ -31,14 +31,15 @@ from fedpeat_ray.control.ppo import PPOSettings
 from fedpeat_ray.control.trial import HELD_OUT, Player, compare, mean_rewards, play, player
 from fedpeat_ray.control_training import TrainConfig, begun, settings_for, train
 from fedpeat_ray.errors import FedPeatError
+from fedpeat_ray.runtime.host_pool import some_ray
 from fedpeat_ray.settings import PositiveInt
 
 RULES = ("random", "greedy", "greedy-by-time", "greedy-by-holding")
 SIZES = {  # candidates: (cohort, iterations, PPO's rounds an iteration)
     8: (4, 60, 1000),
-    100: (10, 60, 400),
-    1000: (100, 40, 200),
-    5000: (500, 25, 100),
+    100: (10, 50, 800),
+    1000: (100, 40, 400),
+    5000: (500, 20, 200),
 }
 Part = Literal["table", "oracle", "sizes", "ratios", "shift"]
 
@@ -81,7 +82,7 @@ class Study:
         _, iterations, rounds = SIZES[settings[0].num_candidates]
         iterations = max(1, times * iterations // self.settings.shrink)
         directory = self.settings.out / "trainings" / name
-        ppo_settings = PPOSettings(rounds_per_iteration=rounds, minibatch_rounds=rounds // 4, num_envs=min(20, rounds))
+        ppo_settings = PPOSettings(rounds_per_iteration=rounds, minibatch_rounds=rounds // 2, num_envs=min(20, rounds))
         config = dataclasses.replace(
             self.settings.train,
             iterations=iterations,
@@ -110,11 +111,12 @@ def main(settings: Settings) -> int:
     """Write all tables and pictures; returns the exit status."""
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
-        study, texts = Study(settings, settings_for(settings.train)[0]), []
-        for part in settings.parts:
-            texts.append(PARTS[part](study))
-            (settings.out / f"{part}.md").write_text(texts[-1])
-            print(f"\n{texts[-1]}", flush=True)
+        study = Study(settings, settings_for(settings.train)[0])
+        with some_ray(1):
+            for part in settings.parts:
+                text = PARTS[part](study)
+                (settings.out / f"{part}.md").write_text(text)
+                print(f"\n{text}", flush=True)
     except FedPeatError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,6 +15,7 @@ import tyro
 
 from fedpeat_ray.control_training import TrainConfig, begun, settings_for, train
 from fedpeat_ray.errors import FedPeatError
+from fedpeat_ray.runtime.host_pool import some_ray
 
 
 def main(config: TrainConfig) -> int:
@@ -25,7 +26,9 @@ def main(config: TrainConfig) -> int:
         return failed(error)
     try:
         print(f"{config.candidates:,} candidates, {config.iterations} iterations: {directory}", flush=True)
-        train(config, settings_for(config), directory)
+        settings = settings_for(config)
+        with some_ray(1 + config.ppo.num_env_runners):
+            train(config, settings, directory)
     except FedPeatError as error:
         return failed(error)
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ Legend: B rounds, N candidates, D columns, K = 1 + L + 2 choices of both branche
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def rllib_config(settings: Sequence[Setting], ppo: PPOSettings, iterations: int,
         .callbacks(LogTerms)
         .training(
             learner_class=BranchingLearner,
-            learner_config_dict={"ratio": ppo.ratio},
+            learner_config_dict={"ratio": ppo.ratio, "advantage_clip": ppo.advantage_clip},
             train_batch_size_per_learner=ppo.rounds_per_iteration,
             minibatch_size=ppo.minibatch_rounds,
             num_epochs=ppo.epochs,
@@ -259,7 +260,8 @@ class BranchingLearner(PPOTorchLearner):
         log_ratio = branches.logp(batch[Names.ACTIONS][real_B]) - batch[Names.ACTION_LOGP][real_B]
         if config.learner_config_dict["ratio"] == "joint":
             log_ratio = log_ratio.sum(dim=(1, 2), keepdim=True)
-        ratio, advantage = log_ratio.exp(), batch[Postprocessing.ADVANTAGES][real_B][:, None, None]
+        most, ratio = config.learner_config_dict["advantage_clip"], log_ratio.exp()
+        advantage = batch[Postprocessing.ADVANTAGES][real_B].clamp(-most, most)[:, None, None]
         clipped = ratio.clamp(1 - config.clip_param, 1 + config.clip_param)
         gain = torch.minimum(ratio * advantage, clipped * advantage).mean()
         entropy = branches.entropy().mean()
@@ -296,6 +298,9 @@ class Training:
     ):
         """`settings`: of episodes, see FleetEnv; `checkpoint`: where an earlier one was saved, to go on with. Needs a
         running Ray."""
+        for name in ("ray.rllib", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        gymnasium.logger.min_level = gymnasium.logger.ERROR
         self.ppo = ppo
         torch.set_num_threads(ppo.num_threads)
         self.algorithm = rllib_config(settings, ppo, iterations, seed).build_algo()

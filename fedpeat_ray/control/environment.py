@@ -238,7 +238,7 @@ class Episode:
             efforts.append(response.effort(tokens, levels, np.zeros(()), settled.admission.completed))
             paid.append(paid_by(settled.costs, settled.admission))
         means = {name: float(np.mean([each[name] for each in paid])) for name in TERMS[1:]}
-        in_the_end = float(response.after(response.start, setting.num_rounds * np.mean(efforts)))
+        in_the_end = float(response.after(response.start, np.mean(efforts, keepdims=True) * setting.num_rounds)[0])
         means["quality"] = math.log(response.start / in_the_end) / setting.num_rounds
         return {name: max(means[name], 1e-12) for name in TERMS}
 

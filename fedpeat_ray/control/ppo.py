@@ -18,20 +18,23 @@ class PPOSettings:
     """One network for all devices, or a common trunk and a head for each."""
     width: PositiveInt = 32
     """Of the layers."""
-    rounds_per_iteration: PositiveInt = 400
+    rounds_per_iteration: PositiveInt = 800
     """Played before each update."""
     epochs: PositiveInt = 4
     """Passes over them."""
-    minibatch_rounds: PositiveInt = 100
+    minibatch_rounds: PositiveInt = 400
     """Rounds a step of the optimizer."""
     learning_rate: Positive = 3e-3
     """Of Adam, at first; it falls to a tenth."""
-    discount: Decay = 0.7
+    discount: Decay = 0.5
     """Gamma, a round."""
     gae_lambda: Share = 0.9
     """Of generalised advantage estimation (Schulman et al. 2016)."""
     clip: Positive = 0.2
     """Epsilon."""
+    advantage_clip: Positive = 1.0
+    """Most that an advantage counts, in standard deviations: a round that one deep fade held up says little of any
+    branch."""
     entropy: NonNegative = 0.0
     """Weight of the mean entropy of a branch. What one of a thousand branches changes is small: even 0.002 outweighs
     it, and more and more devices are asked."""

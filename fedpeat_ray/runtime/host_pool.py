@@ -6,9 +6,11 @@ that started them.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -140,6 +142,19 @@ def new_host(share: Share) -> Any:
     """A process that begins to load what hosts compute with."""
     kind = ray.remote(num_cpus=share.num_cpus, num_gpus=share.num_gpus, memory=share.memory_bytes, max_restarts=0)
     return kind(Host).remote(share.num_threads)
+
+
+@contextlib.contextmanager
+def some_ray(num_cpus: int) -> Iterator[None]:
+    """The Ray that is running, or one that is joined or started and left at the end."""
+    owns_ray = not ray.is_initialized()
+    if owns_ray:
+        start_or_join(num_cpus)
+    try:
+        yield
+    finally:
+        if owns_ray:
+            ray.shutdown()
 
 
 def start_or_join(num_cpus: int) -> None:

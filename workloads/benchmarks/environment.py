@@ -24,9 +24,9 @@ from fedpeat_ray.control.branching_ppo import Training
 from fedpeat_ray.control.environment import Episode, Response, Setting
 from fedpeat_ray.control.plan import SKIP, Prospects
 from fedpeat_ray.control.ppo import PPOSettings
-from fedpeat_ray.control_training import start_ray
 from fedpeat_ray.fleet.costs import ServerCosts
 from fedpeat_ray.fleet.levels import EmulatorCosts
+from fedpeat_ray.runtime.host_pool import some_ray
 
 EMULATORS = EmulatorCosts(  # of pydoc-base, rounded
     emulator_bytes_L=np.array([25_000_000, 29_700_000, 36_100_000]),
@@ -64,10 +64,10 @@ def main(config: BenchmarkConfig) -> int:
         decisions.append((f"{size:,}", f"{best:,.0f}", f"{loop:,.0f}", f"{best / loop:.0f}"))
     tables = [table(("candidates", "decisions/s", "plain loop", "times as fast"), decisions)]
     if config.ppo_rounds:
-        start_ray(1)
-        for size in config.sizes:
-            sampling_s, learning_s = seconds_of_ppo(size, config.ppo_rounds)
-            ppo.append((f"{size:,}", f"{sampling_s:.2f}", f"{learning_s:.2f}"))
+        with some_ray(1):
+            for size in config.sizes:
+                sampling_s, learning_s = seconds_of_ppo(size, config.ppo_rounds)
+                ppo.append((f"{size:,}", f"{sampling_s:.2f}", f"{learning_s:.2f}"))
         tables.append(table((f"PPO, {config.ppo_rounds} rounds", "s of playing", "s of learning"), ppo))
     text = "\n".join(tables)
     print(text)
