@@ -115,7 +115,8 @@ def begun(config: TrainConfig) -> tuple[Path, TrainConfig]:
         if not path.exists():
             raise ConfigError.of("resume", str(config.resume), "a directory of train_controller.py, with config.json")
         before = from_plain(TrainConfig, json.loads(path.read_text(encoding="utf-8")))
-        return config.resume, dataclasses.replace(before, iterations=max(before.iterations, config.iterations))
+        more = 0 if config.iterations == TrainConfig.iterations else config.iterations  # the default asks for nothing
+        return config.resume, dataclasses.replace(before, iterations=max(before.iterations, more))
     directory = config.out or Path("runs") / f"controller-{time.strftime('%Y%m%d-%H%M%S')}"
     if (directory / "config.json").exists():
         raise ConfigError.of("out", str(directory), "a directory without a training; or go on with it: --resume")

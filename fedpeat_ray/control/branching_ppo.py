@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import gymnasium
-import numpy as np
 import torch
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
@@ -281,13 +280,13 @@ _TIMERS = {"sampling_s": ENV_RUNNER_SAMPLING_TIMER, "learning_s": LEARNER_UPDATE
 
 
 class LogTerms(RLlibCallback):
-    """Each term of the reward, the mean of an episode."""
+    """The reward and each of its terms, means of the last rounds played."""
 
-    def on_episode_end(self, *, episode: Any, metrics_logger: Any, **kwargs: Any) -> None:
-        """Called by RLlib."""
-        infos = [info for info in episode.get_infos() if "reward" in info]
+    def on_episode_step(self, *, episode: Any, metrics_logger: Any, **kwargs: Any) -> None:
+        """Called by RLlib after each round of each episode."""
+        info = episode.get_infos(-1)
         for name in LOGGED:
-            metrics_logger.log_value(f"term_{name}", float(np.mean([info[name] for info in infos])), window=40)
+            metrics_logger.log_value(f"term_{name}", info[name], window=400)
 
 
 class Training:
