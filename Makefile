@@ -62,5 +62,5 @@ bench: $(SETUP)
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(VENV)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
-	$(VENV)/python -m compileall -qq --workers 0 .venv/lib || true  # pip would do it on one core
+	$(VENV)/python -m compileall -qq --workers 0 .venv/lib || true  # not on one core as pip; some files are of no Python
 	touch $@

@@ -38,7 +38,7 @@ from fedpeat_ray.control.ppo import PPOSettings
 from fedpeat_ray.control.trial import VALIDATION, Player, compare
 from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.files import written_whole
-from fedpeat_ray.settings import NonNegativeInt, Positive, PositiveInt, check, from_plain, to_plain
+from fedpeat_ray.settings import NonNegativeInt, Positive, PositiveInt, check, differences, from_plain, to_plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -106,24 +106,34 @@ class TrainConfig:
             raise ConfigError.of("ppo.minibatch_rounds", self.ppo.minibatch_rounds, allowed)
 
 
-def begun(config: TrainConfig) -> tuple[Path, TrainConfig]:
-    """The directory, with config.json in it; what a resumed training was begun with, for more iterations if asked.
-    Raises ConfigError."""
+def stored(directory: Path) -> TrainConfig:
+    """What the training there was begun with. Raises ConfigError."""
+    path = directory / "config.json"
+    if not path.exists():
+        raise ConfigError.of("resume", str(directory), "a directory of train_controller.py, with config.json")
+    return dataclasses.replace(from_plain(TrainConfig, json.loads(path.read_text(encoding="utf-8"))), out=None)
+
+
+def begun(config: TrainConfig) -> Path:
+    """The directory, with config.json in it. A training that is resumed may get more iterations; nothing else of it may
+    differ. Raises ConfigError."""
     config.validate()
     if config.resume:
-        path = config.resume / "config.json"
-        if not path.exists():
-            raise ConfigError.of("resume", str(config.resume), "a directory of train_controller.py, with config.json")
-        before = from_plain(TrainConfig, json.loads(path.read_text(encoding="utf-8")))
-        more = 0 if config.iterations == TrainConfig.iterations else config.iterations  # the default asks for nothing
-        return config.resume, dataclasses.replace(before, iterations=max(before.iterations, more))
+        before = stored(config.resume)
+        for path, was, now in differences(before, config):
+            if path not in ("iterations", "out", "resume"):
+                raise ConfigError.of(path, now, f"{was!r}, as in the training that is resumed, {config.resume}")
+        if config.iterations < before.iterations:
+            allowed = f"at least {before.iterations}, as many as {config.resume} has"
+            raise ConfigError.of("iterations", config.iterations, allowed)
+        return config.resume
     directory = config.out or Path("runs") / f"controller-{time.strftime('%Y%m%d-%H%M%S')}"
     if (directory / "config.json").exists():
         raise ConfigError.of("out", str(directory), "a directory without a training; or go on with it: --resume")
     directory.mkdir(parents=True, exist_ok=True)
     with written_whole(directory / "config.json") as path:
         path.write_text(json.dumps(to_plain(config), indent=1) + "\n")
-    return directory, config
+    return directory
 
 
 def settings_for(config: TrainConfig) -> list[Setting]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import builtins
 import dataclasses
 import math
@@ -92,6 +93,13 @@ def differences(one: Any, other: Any, prefix: str = "") -> Iterator[tuple[str, A
             yield from differences(a, b, f"{prefix}{item.name}.")
         elif a != b:
             yield f"{prefix}{item.name}", a, b
+
+
+def directory_to_resume(arguments: list[str]) -> Path | None:
+    """What --resume says in a command line that is not parsed yet: the defaults of all other options are that run's."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    return parser.parse_known_args(arguments)[0].resume
 
 
 def to_plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
     python workloads/controller_study.py                        all parts in simulated fleets
     python workloads/controller_study.py --parts oracle ratios  some of them
+    python workloads/controller_study.py --parts shipped        the policy that comes with the package; trains nothing
 
 Trainings and runs that are finished are not repeated, interrupted ones go on.
 """
@@ -41,12 +42,12 @@ SIZES = {  # candidates: (cohort, iterations, PPO's rounds an iteration)
     1000: (100, 40, 400),
     5000: (500, 20, 200),
 }
-Part = Literal["table", "oracle", "sizes", "ratios", "shift"]
+Part = Literal["shipped", "table", "oracle", "sizes", "ratios", "shift"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    parts: tuple[Part, ...] = ("table", "oracle", "sizes", "ratios", "shift")
+    parts: tuple[Part, ...] = ("shipped", "table", "oracle", "sizes", "ratios", "shift")
     fleets: PositiveInt = 20
     """Held-out ones, on which controllers are compared."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -82,7 +83,9 @@ class Study:
         _, iterations, rounds = SIZES[settings[0].num_candidates]
         iterations = max(1, times * iterations // self.settings.shrink)
         directory = self.settings.out / "trainings" / name
-        ppo_settings = PPOSettings(rounds_per_iteration=rounds, minibatch_rounds=rounds // 2, num_envs=min(20, rounds))
+        ppo_settings = PPOSettings(
+            rounds_per_iteration=rounds, minibatch_rounds=rounds // 2, num_envs=max(1, rounds // self.of_run.num_rounds)
+        )
         config = dataclasses.replace(
             self.settings.train,
             iterations=iterations,
@@ -94,7 +97,7 @@ class Study:
             fleet=settings[0].fleet,
         )
         place = {"resume": directory} if (directory / "config.json").exists() else {"out": directory}
-        directory, config = begun(dataclasses.replace(config, **place))
+        directory = begun(dataclasses.replace(config, **place))
         done = directory / "progress.csv"
         if not done.exists() or len(pd.read_csv(done)) < iterations:
             print(f"training {name}", flush=True)
@@ -137,6 +140,25 @@ def rules(levels: Sequence[int]) -> dict[str, Player]:
 def learned(directory: Path) -> Player:
     """What was trained there."""
     return player(Learned(Policy.load(directory / "policy")))
+
+
+def shipped(study: Study) -> str:
+    """The policy that comes with the package: on fleets of several sizes, with many places and few."""
+    whole, small = study.of_run.fleet, dataclasses.replace(study.of_run.fleet, num_devices=60)
+    plain = dataclasses.replace(study.of_run, smallest_cohort=None, realign_every=0, fleet=whole)
+    of_1000 = dataclasses.replace(plain, num_candidates=1000, cohort_size=100)
+    settings = {
+        "1,000 candidates, 100 places": of_1000,
+        "the same, emulators re-aligned every 5 rounds": dataclasses.replace(of_1000, realign_every=5),
+        "100 candidates, 10 places": dataclasses.replace(plain, num_candidates=100, cohort_size=10),
+        "60 candidates, 12 places": dataclasses.replace(plain, num_candidates=60, cohort_size=12, fleet=small),
+        "40 candidates, 32 places": dataclasses.replace(plain, num_candidates=40, cohort_size=32),
+    }
+    text = []
+    for name, setting in settings.items():
+        players = rules(setting.levels) | {"learned": player(Learned(Policy.load(SHIPPED)))}
+        text.append(f"{name}:\n\n{paired(compare(setting, players, study.fleets))}")
+    return "\n".join(text)
 
 
 def table(study: Study) -> str:
@@ -274,6 +296,7 @@ def shift(study: Study) -> str:
 
 
 PARTS: dict[str, Callable[[Study], str]] = {
+    "shipped": shipped,
     "table": table,
     "oracle": oracle,
     "sizes": sizes,

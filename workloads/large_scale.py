@@ -7,12 +7,10 @@ Go on with an interrupted run: python workloads/large_scale.py --resume DIR [--r
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import shlex
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
@@ -20,6 +18,7 @@ import tyro
 from fedpeat_ray import SimulationConfig
 from fedpeat_ray.errors import FedPeatError, RunFailedError
 from fedpeat_ray.runtime.signals import Terminated, raised_on_sigterm
+from fedpeat_ray.settings import directory_to_resume
 
 if TYPE_CHECKING:
     from fedpeat_ray import Simulation
@@ -90,9 +89,7 @@ def where_it_stopped(simulation: Simulation | None) -> str:
 
 def defaults(arguments: list[str]) -> SimulationConfig:
     """The defaults of this workload; those of the run itself if one is resumed."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", type=Path)
-    directory = parser.parse_known_args(arguments)[0].resume
+    directory = directory_to_resume(arguments)
     if directory is None:
         return SimulationConfig()
     from fedpeat_ray.runtime.run_log import read_settings

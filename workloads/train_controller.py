@@ -13,24 +13,29 @@ import sys
 
 import tyro
 
-from fedpeat_ray.control_training import TrainConfig, begun, settings_for, train
+from fedpeat_ray.control_training import TrainConfig, begun, settings_for, stored, train
 from fedpeat_ray.errors import FedPeatError
 from fedpeat_ray.runtime.host_pool import some_ray
+from fedpeat_ray.settings import directory_to_resume
 
 
-def main(config: TrainConfig) -> int:
-    """Train; returns the exit status."""
+def main(arguments: list[str]) -> int:
+    """Train what the command line describes; returns the exit status."""
     try:
-        directory, config = begun(config)
+        return run(tyro.cli(TrainConfig, args=arguments, description=__doc__, default=defaults(arguments)))
     except FedPeatError as error:
-        return failed(error)
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(config: TrainConfig) -> int:
+    """Train; returns the exit status."""
+    directory = begun(config)
     try:
         print(f"{config.candidates:,} candidates, {config.iterations} iterations: {directory}", flush=True)
         settings = settings_for(config)
         with some_ray(1 + config.ppo.num_env_runners):
             train(config, settings, directory)
-    except FedPeatError as error:
-        return failed(error)
     except KeyboardInterrupt:
         print(f"\nstopped; go on from the last checkpoint with --resume {directory}", file=sys.stderr)
         return 130
@@ -38,11 +43,11 @@ def main(config: TrainConfig) -> int:
     return 0
 
 
-def failed(error: FedPeatError) -> int:
-    """One line; returns the exit status."""
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+def defaults(arguments: list[str]) -> TrainConfig:
+    """The defaults of this workload; those of the training itself if one is resumed."""
+    directory = directory_to_resume(arguments)
+    return stored(directory) if directory else TrainConfig()
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(TrainConfig, description=__doc__)))
+    sys.exit(main(sys.argv[1:]))

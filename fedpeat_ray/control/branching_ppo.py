@@ -71,12 +71,15 @@ def rllib_config(settings: Sequence[Setting], ppo: PPOSettings, iterations: int,
             rollout_fragment_length="auto",
         )
         .fault_tolerance(restart_failed_env_runners=False)
-        .learners(num_learners=1 if ppo.num_gpus else 0, num_gpus_per_learner=ppo.num_gpus)
+        .learners(
+            num_learners=1 if ppo.num_gpus else 0,
+            num_gpus_per_learner=ppo.num_gpus,
+            learner_class=BranchingLearner,
+            learner_config_dict={"ratio": ppo.ratio, "advantage_clip": ppo.advantage_clip},
+        )
         .rl_module(rl_module_spec=RLModuleSpec(module_class=BranchingModule, model_config=model))
         .callbacks(LogTerms)
         .training(
-            learner_class=BranchingLearner,
-            learner_config_dict={"ratio": ppo.ratio, "advantage_clip": ppo.advantage_clip},
             train_batch_size_per_learner=ppo.rounds_per_iteration,
             minibatch_size=ppo.minibatch_rounds,
             num_epochs=ppo.epochs,
@@ -280,13 +283,13 @@ _TIMERS = {"sampling_s": ENV_RUNNER_SAMPLING_TIMER, "learning_s": LEARNER_UPDATE
 
 
 class LogTerms(RLlibCallback):
-    """The reward and each of its terms, means of the last rounds played."""
+    """The reward and each of its terms, means of the rounds of an iteration."""
 
-    def on_episode_step(self, *, episode: Any, metrics_logger: Any, **kwargs: Any) -> None:
+    def on_episode_step(self, *, episode: Any, env_runner: Any, metrics_logger: Any, **kwargs: Any) -> None:
         """Called by RLlib after each round of each episode."""
-        info = episode.get_infos(-1)
+        info, window = episode.get_infos(-1), env_runner.config.train_batch_size_per_learner
         for name in LOGGED:
-            metrics_logger.log_value(f"term_{name}", info[name], window=400)
+            metrics_logger.log_value(f"term_{name}", info[name], window=window)
 
 
 class Training:

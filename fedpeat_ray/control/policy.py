@@ -1,9 +1,9 @@
 """The policy of the learned controller: one small network for every device, in numpy.
 
-    h_n = relu(W2 relu(W1 x_n))           each candidate by itself
-    c   = relu(Wc [mean h, max h])        all of them together
-    z_n = relu(Wz [h_n, c])               each in view of all
-    logits_n = Wo z_n                     skip, level 1 … L; renew, stay
+    h_n = relu(W2 relu(W1 x_n))           each candidate by itself: device_1, device_2
+    c   = relu(Wc [mean h, max h])        all of them together: context
+    z_n = relu(Wz [h_n, c])               each in view of all: joint
+    logits_n = Wo z_n                     skip, level 1 … L; renew, stay: choice
 
 The same parameters serve 10 candidates and 10,000, and permuted candidates get permuted choices (deep sets, Zaheer et
 al. 2017). To skip starts at the log-odds that as many take part as there are places. It is trained in branching_ppo.py
@@ -30,7 +30,6 @@ from fedpeat_ray.control.observation import Columns
 from fedpeat_ray.control.plan import SKIP
 from fedpeat_ray.errors import DataError
 
-LAYERS = ("device_1", "device_2", "context", "joint", "choice")
 _WEIGHTS, _ABOUT, _FORMAT = "policy.safetensors", "policy.json", 1
 
 
@@ -57,7 +56,7 @@ class Policy:
 
     about: About
     weights: Mapping[str, np.ndarray]
-    """float32: "<layer>.weight" (out, in) and "<layer>.bias" (out,) for each of LAYERS."""
+    """float32: "<layer>.weight" (out, in) and "<layer>.bias" (out,) for each of the layers above."""
 
     def logits(self, rows: np.ndarray) -> np.ndarray:
         """(N, D) -> (N, 1 + L + 2); what may not be chosen has -inf."""

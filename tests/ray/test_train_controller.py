@@ -19,8 +19,8 @@ from fedpeat_ray.control.policy import About, Policy
 from fedpeat_ray.control.ppo import PPOSettings
 from fedpeat_ray.control.trial import player
 from fedpeat_ray.control_training import TrainConfig, begun, settings_for
-from fedpeat_ray.errors import ConfigError
-from workloads.train_controller import main
+from fedpeat_ray.errors import ConfigError, FedPeatError
+from workloads.train_controller import main, run
 
 PPO = PPOSettings(width=8, rounds_per_iteration=20, epochs=1, minibatch_rounds=20, num_envs=2)
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -54,7 +54,7 @@ def config(deep_gpt2_dir: Path, text_dir: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def trained(config: TrainConfig) -> Path:
-    assert main(config) == 0
+    assert run(config) == 0
     assert config.out is not None
     return config.out
 
@@ -77,12 +77,16 @@ def test_it_goes_on_from_its_last_checkpoint(trained, config):
     longer = before.copy()
     longer.loc[3] = longer.loc[2]  # as if it had been killed after an iteration without a checkpoint
     longer.to_csv(trained / "progress.csv", index=False)
-    assert main(TrainConfig(resume=trained, iterations=5)) == 0
+    assert main(["--resume", str(trained), "--iterations", "5"]) == 0
     after = pd.read_csv(trained / "progress.csv")
     assert after["iteration"].tolist() == [1, 2, 3, 4, 5]
     pd.testing.assert_frame_equal(after.iloc[:3], before)
     with pytest.raises(ConfigError, match=r"out = .* go on with it"):
         begun(config)
+    again = dataclasses.replace(config, resume=trained)
+    for name, value, allowed in (("seed", 7, "0"), ("iterations", 2, "at least 3")):
+        with pytest.raises(ConfigError, match=f"{name} = {value} .*{allowed}, as"):
+            begun(dataclasses.replace(again, **{name: value}))
 
 
 @pytest.mark.parametrize("ppo", [PPO, dataclasses.replace(PPO, ratio="joint", penalty=1.0)], ids=["branch", "joint"])
@@ -127,7 +131,13 @@ def test_independent_heads_train_and_are_not_exported(config):
         ({"resume": Path("nowhere")}, "resume"),
     ],
 )
-def test_bad_settings_are_one_line_before_anything_starts(changes, field, config, tmp_path, capsys):
-    assert main(dataclasses.replace(config, out=tmp_path / "run", **changes)) == 2
+def test_bad_settings_are_told_before_anything_starts(changes, field, config, tmp_path):
+    with pytest.raises(FedPeatError, match=field) as raised:
+        run(dataclasses.replace(config, out=tmp_path / "run", **changes))
+    assert "\n" not in str(raised.value)
+
+
+def test_an_error_is_one_line(capsys):
+    assert main(["--resume", "nowhere"]) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and field in error and "\n" not in error
+    assert error.startswith("error: resume = 'nowhere'") and "\n" not in error

@@ -20,7 +20,7 @@ from fedpeat_ray.control.learned import SHIPPED, Learned
 from fedpeat_ray.control.observation import Columns, may_stay, observe, plan_of
 from fedpeat_ray.control.oracle import best_plan
 from fedpeat_ray.control.plan import SKIP, Plan, Prospects
-from fedpeat_ray.control.policy import LAYERS, About, Policy
+from fedpeat_ray.control.policy import About, Policy
 from fedpeat_ray.control.trial import compare, mean_rewards, play, player
 from fedpeat_ray.errors import ConfigError, DataError
 
@@ -31,7 +31,7 @@ def untrained(shares: tuple[float, ...], seed: int = 0, width: int = 16) -> Poli
     sizes = [columns.num_features, width, 2 * width, 2 * width, width, sum(columns.num_choices)]
     pairs = [(sizes[0], width), (width, width), (2 * width, width), (2 * width, width), (width, sizes[-1])]
     weights = {}
-    for name, (num_in, num_out) in zip(LAYERS, pairs, strict=True):
+    for name, (num_in, num_out) in zip(("device_1", "device_2", "context", "joint", "choice"), pairs, strict=True):
         weights[f"{name}.weight"] = (rng.normal(size=(num_out, num_in)) / np.sqrt(num_in)).astype(np.float32)
         weights[f"{name}.bias"] = rng.normal(size=num_out).astype(np.float32)
     return Policy(About(shares, False, {}), weights)
