@@ -149,7 +149,7 @@ def steps_of(directory: Path, zero_shot: float) -> Steps:
 def after(response: Response, perplexity: float, devices: tuple[np.ndarray, ...]) -> float:
     """Perplexity after a round of a run."""
     tokens, levels, ages = devices
-    effort = response.effort(tokens, levels.astype(int), ages, np.full(len(tokens), True))
+    effort = response.effort(tokens, levels.astype(int), ages.astype(int), np.full(len(tokens), True))
     return float(response.after(perplexity, effort))
 
 

@@ -58,17 +58,18 @@ class FedPEAT(Emulated):
         foreseen = self.prospects(state, conditions, round, candidates, num_tokens)
         plan = self.controller.act(round, candidates, foreseen, self.control_memory(state))
         decided = decision(round, candidates, foreseen, plan)
-        settled = settle(self.emulators.costs, conditions, now_s, decided)
-        completed, levels = settled.admission.completed, settled.levels_M
+        part = np.flatnonzero(decided.levels_N != SKIP)
+        settled = settle(self.emulators.costs, conditions, now_s, decided).of(part)
+        completed, levels = settled.admission.completed, settled.levels_N
         skipped = [assignments[i] for i in np.flatnonzero(decided.levels_N == SKIP)]
         tasks = [
             dataclasses.replace(assignments[i], level=int(level), age=int(age))
-            for i, level, age in zip(settled.part, levels, settled.ages_M, strict=True)
+            for i, level, age in zip(part, levels, settled.ages_N, strict=True)
         ]
 
         chosen = [task for task, completes in zip(tasks, completed, strict=True) if completes]
         chosen.sort(key=lambda task: (task.level, task.age, -task.num_steps))  # batches of like work waste nothing
-        train, zero = self.trainer(state, settled.ages_M), self.aggregator(self.emulators.trained())
+        train, zero = self.trainer(state, settled.ages_N), self.aggregator(self.emulators.trained())
         mean, reports = map_clients(WithData(train, data), state.model_P, chosen, zero, self.client_batch_size)
         if steps := self.emulators.config.server_steps:
             rng = generator(self.seed, "server order", round)
@@ -83,7 +84,7 @@ class FedPEAT(Emulated):
             state = self._realign(state, map_clients)
             server = server.then(self.emulators.costs.realignment)
         facts = (settled.device_ids, tasks, settled.costs, settled.admission, reports, self.adapter.rank)
-        return state, RoundResult(*facts, levels, settled.emulator_bytes_M, server, refused, skipped, decided)
+        return state, RoundResult(*facts, levels, settled.emulator_bytes_N, server, refused, skipped, decided)
 
     def prospects(
         self, state: ServerState, conditions: Conditions, round: int, device_ids: np.ndarray, num_tokens: np.ndarray

@@ -47,7 +47,7 @@ from ray.rllib.utils.metrics import (
 from torch import Tensor, nn
 
 from fedpeat_ray.control.environment import TERMS, Episode, Setting
-from fedpeat_ray.control.fleet_env import FleetEnv
+from fedpeat_ray.control.fleet_env import FleetVectorEnv
 from fedpeat_ray.control.observation import Columns, observe, plan_of
 from fedpeat_ray.control.plan import SKIP, Plan
 from fedpeat_ray.control.policy import About, Policy
@@ -64,10 +64,11 @@ def rllib_config(settings: Sequence[Setting], ppo: PPOSettings, iterations: int,
     model = {"num_levels": len(settings[0].levels), "width": ppo.width, "network": ppo.network}
     return (
         PPOConfig()
-        .environment(FleetEnv, env_config={"settings": tuple(settings), "penalty": ppo.penalty})
+        .environment(FleetVectorEnv, env_config={"settings": tuple(settings), "penalty": ppo.penalty})
         .env_runners(
             num_env_runners=ppo.num_env_runners,
             num_envs_per_env_runner=ppo.num_envs,
+            gym_env_vectorize_mode=gymnasium.VectorizeMode.VECTOR_ENTRY_POINT,
             rollout_fragment_length="auto",
         )
         .fault_tolerance(restart_failed_env_runners=False)
@@ -298,8 +299,8 @@ class Training:
     def __init__(
         self, settings: Sequence[Setting], ppo: PPOSettings, iterations: int, seed: int, checkpoint: Path | None = None
     ):
-        """`settings`: of episodes, see FleetEnv; `checkpoint`: where an earlier one was saved, to go on with. Needs a
-        running Ray."""
+        """`settings`: see FleetVectorEnv; `checkpoint`: where an earlier one was saved, to go on with. Needs a running
+        Ray."""
         for name in ("ray.rllib", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
         gymnasium.logger.min_level = gymnasium.logger.ERROR

@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -28,12 +28,13 @@ from fedpeat_ray.control.plan import SKIP, Plan, Prospects
 from fedpeat_ray.control.rounds import Held, Seen, Settled, decision, prospects, settle
 from fedpeat_ray.errors import DataError
 from fedpeat_ray.fleet.conditions import Conditions, build_conditions
-from fedpeat_ray.fleet.costs import NOT_ASKED, Admission, Costs
 from fedpeat_ray.fleet.levels import EmulatorCosts
+from fedpeat_ray.fleet.side_by_side import SideBySide, side_by_side
 from fedpeat_ray.seeding import derive_seed, generator, normals
 from fedpeat_ray.settings import NonNegative, Positive, PositiveInt, Share
 
 TERMS = ("quality", "delay", "bytes", "memory", "energy")
+_ROUNDS_BY_CHANCE = 8
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,11 @@ class Response:
         self, tokens_N: np.ndarray, levels_N: np.ndarray, ages_N: np.ndarray, completed_N: np.ndarray
     ) -> np.ndarray:
         """Of a round in which these devices trained; (P,) for P cases of shape (P, N)."""
-        gain_N = np.array([0.0, *self.gain_L])[levels_N] * self.freshness**ages_N * tokens_N
+        fresh = self.freshness ** np.arange(1 + ages_N.max(initial=0))
+        gain_N = np.array([0.0, *self.gain_L])[levels_N] * fresh[ages_N] * tokens_N
         return (gain_N * completed_N).sum(axis=-1) ** self.power
 
-    def after(self, perplexity: float, effort: np.ndarray) -> np.ndarray:
+    def after(self, perplexity: float | np.ndarray, effort: np.ndarray) -> np.ndarray:
         """Perplexity after a round of that effort."""
         before = (self.start / perplexity) ** (1 / self.exponent)
         return perplexity * (before / (before + effort)) ** self.exponent
@@ -133,32 +135,29 @@ class Setting:
 
 
 class Episode:
-    """One fleet, round by round.
+    """A fleet, round by round; or E of them side by side, each with its own seed.
 
     episode = Episode(setting, seed)
     while not episode.is_over:
         terms = episode.step(controller.act(episode.round, episode.device_ids, episode.seen, memory))
+
+    With several seeds every array has a leading axis E, plans and what `step` returns as well.
     """
 
-    def __init__(self, setting: Setting, seed: int, num_tokens_F: np.ndarray | None = None):
-        """`num_tokens_F`: of each device's data in a round, instead of drawn ones."""
-        self.setting, self.seed = setting, seed
-        smallest, cohort_size = setting.smallest_cohort or setting.cohort_size, setting.cohort_size
-        if smallest < cohort_size:
-            drawn = generator(seed, "cohort size").uniform(math.log(smallest), math.log(cohort_size + 1))
-            cohort_size = int(math.exp(drawn))
-        self.conditions: Conditions = build_conditions(
-            setting.fleet, seed, cohort_size, setting.over_sample, setting.deadline_s
-        )
-        num_devices = setting.fleet.num_devices
-        if num_tokens_F is None:
-            drawn = generator(seed, "tokens").integers(len(setting.num_tokens), size=num_devices)
-            num_tokens_F = np.array(setting.num_tokens)[drawn]
-        self.num_tokens_F = num_tokens_F
-        self.held, self.device_seen = Held.nothing(num_devices), Seen.nothing(num_devices)
-        self.round, self.version, self.now_s = 1, 0, 0.0
-        self.perplexities = [setting.response.start]
-        self._units = self._paid_by_chance()
+    def __init__(self, setting: Setting, seed: int | Sequence[int], num_tokens_F: np.ndarray | None = None):
+        """`num_tokens_F`: of each device's data in a round, instead of drawn ones; for one fleet."""
+        self.setting, alone = setting, isinstance(seed, int)
+        seeds: Sequence[int] = [seed] if isinstance(seed, int) else seed
+        each = [surroundings(setting, one) for one in seeds]
+        tokens = [drawn_tokens(setting, one) if num_tokens_F is None else num_tokens_F for one in seeds]
+        units = [paid_by_chance(setting, *fleet) for fleet in zip(each, tokens, strict=True)]
+        self.conditions = each[0] if alone else side_by_side(each)
+        self.num_tokens_F = tokens[0] if alone else np.concatenate(tokens)
+        self._units: dict[str, Any] = units[0] if alone else {of: np.array([one[of] for one in units]) for of in TERMS}
+        nothing: Any = 0.0 if alone else np.zeros(len(seeds))
+        self.now_s, self.perplexities = nothing, [setting.response.start + nothing]
+        self.held, self.device_seen = Held.nothing(len(self.num_tokens_F)), Seen.nothing(len(self.num_tokens_F))
+        self.round, self.version = 1, 0
         self.last: Settled
         """What came of the round before."""
         self.look()
@@ -168,16 +167,14 @@ class Episode:
         """Whether all rounds were played."""
         return self.round > self.setting.num_rounds
 
-    def step(self, answer: Plan | np.ndarray) -> dict[str, float]:
+    def step(self, answer: Plan | np.ndarray) -> dict[str, Any]:
         """Play a round; returns the reward and its terms, each by its name and not yet weighted."""
-        setting, decided = self.setting, decision(self.round, self.device_ids, self.seen, answer)
-        settled = settle(setting.emulators, self.conditions, self.now_s, decided)
-        tokens_M = self.num_tokens_F[settled.device_ids]
-        terms = self._terms(settled.costs, settled.admission, tokens_M, settled.levels_M, settled.ages_M)
-        self.perplexities.append(self.perplexities[-1] * math.exp(terms["quality"] * self._units["quality"]))
+        setting, settled = self.setting, self._settled(answer)
+        terms = self._terms(settled)
+        self.perplexities.append(self.perplexities[-1] * np.exp(terms["quality"] * self._units["quality"]))
         self.held = self.held.after(settled, self.version)
         self.device_seen = self.device_seen.after(settled, self.round)
-        self.now_s += float(settled.admission.round_s)
+        self.now_s = self.now_s + settled.admission.round_s
         if setting.realign_every and self.round % setting.realign_every == 0:
             self.version += 1
         self.last = settled
@@ -185,18 +182,11 @@ class Episode:
         if setting.shift and self.round == setting.shift.round:
             self.conditions = shifted(self.conditions, setting.shift)
         self.look()
-        return {"reward": float(self._reward(terms)), **{name: float(term) for name, term in terms.items()}}
+        return {"reward": self._reward(terms), **terms}
 
     def rewards(self, levels_PN: np.ndarray, stale_PN: np.ndarray) -> np.ndarray:
         """(P,) what each of P plans would bring in this round, its true links and who is there included."""
-        seen, zeros = self.seen, np.zeros(len(self.device_ids), int)
-        stale = (seen.stale.level_N, seen.stale.age_N) if seen.stale else (zeros, zeros)
-        ages_PN = np.where(stale_PN & (levels_PN == stale[0]), stale[1], 0)
-        held_PN = np.where(ages_PN > 0, levels_PN, seen.held_level_N)
-        demand = self.setting.emulators.task(np.maximum(1, levels_PN), held_PN, np.asarray(seen.num_tokens_N))
-        asked_PN = levels_PN != SKIP
-        costs, admission = self.conditions.settle(self.round, self.now_s, self.device_ids, demand, asked_PN)
-        return self._reward(self._terms(costs, admission, np.asarray(seen.num_tokens_N), levels_PN, ages_PN))
+        return self._reward(self._terms(self._settled(Plan(levels_PN, stale_PN))))
 
     def look(self) -> None:
         """What the next decision is about: `device_ids` and `seen`."""
@@ -208,56 +198,81 @@ class Episode:
         realigns = setting.realign_every > 0
         self.seen: Prospects = prospects(*where, self.round, self.device_ids, num_tokens, realigns, history)
 
-    def _terms(
-        self, costs: Costs, admission: Admission, tokens_N: np.ndarray, levels_N: np.ndarray, ages_N: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        """In their units; (P,) for P cases."""
-        before, response = self.perplexities[-1], self.setting.response
-        after = response.after(before, response.effort(tokens_N, levels_N, ages_N, admission.completed))
-        paid = {"quality": np.log(after / before), **paid_by(costs, admission)}
+    def _settled(self, answer: Plan | np.ndarray) -> Settled:
+        decided = decision(self.round, self.device_ids, self.seen, answer)
+        return settle(self.setting.emulators, self.conditions, self.now_s, decided)
+
+    def _terms(self, settled: Settled) -> dict[str, Any]:
+        """In their units."""
+        before = self.perplexities[-1]
+        tokens_N = self.num_tokens_F[self.device_ids]
+        after = self.setting.response.after(before, effort_of(self.setting.response, tokens_N, settled))
+        paid = {"quality": np.log(after / before), **paid_by(settled)}
         return {name: paid[name] / self._units[name] for name in TERMS}
 
-    def _reward(self, terms: dict[str, np.ndarray]) -> np.ndarray:
-        weights = dataclasses.asdict(self.setting.weights)
-        return -sum((weights[name] * terms[name] for name in TERMS), start=np.zeros(()))
-
-    def _paid_by_chance(self, num_rounds: int = 8) -> dict[str, float]:
-        """In a round by a cohort drawn by chance, on the middle level where it fits, whose devices hold nothing yet: a
-        mean of some rounds, as the slowest of a cohort is a matter of luck. Quality: a round's part of what an episode
-        of such rounds brings."""
-        setting, response = self.setting, self.setting.response
-        middle = setting.levels[len(setting.levels) // 2]
-        paid, efforts = [], []
-        for round in range(1, num_rounds + 1):
-            device_ids = self.conditions.sample(round)
-            tokens = self.num_tokens_F[device_ids]
-            where = (setting.emulators, setting.levels, self.conditions, self.held, 0)
-            seen = prospects(*where, round, device_ids, tokens, realigns=False)
-            levels = np.where(seen.fits_NL[:, setting.levels.index(middle)], middle, setting.levels[0])
-            settled = settle(setting.emulators, self.conditions, 0.0, decision(round, device_ids, seen, levels))
-            efforts.append(response.effort(tokens, levels, np.zeros(()), settled.admission.completed))
-            paid.append(paid_by(settled.costs, settled.admission))
-        means = {name: float(np.mean([each[name] for each in paid])) for name in TERMS[1:]}
-        in_the_end = float(response.after(response.start, np.mean(efforts, keepdims=True) * setting.num_rounds)[0])
-        means["quality"] = math.log(response.start / in_the_end) / setting.num_rounds
-        return {name: max(means[name], 1e-12) for name in TERMS}
+    def _reward(self, terms: dict[str, Any]) -> Any:
+        weights = self.setting.weights
+        return -sum(getattr(weights, name) * terms[name] for name in TERMS)
 
 
-def paid_by(costs: Costs, admission: Admission) -> dict[str, np.ndarray]:
+def surroundings(setting: Setting, seed: int) -> Conditions:
+    """Of one fleet."""
+    smallest, cohort_size = setting.smallest_cohort or setting.cohort_size, setting.cohort_size
+    if smallest < cohort_size:
+        drawn = generator(seed, "cohort size").uniform(math.log(smallest), math.log(cohort_size + 1))
+        cohort_size = int(math.exp(drawn))
+    return build_conditions(setting.fleet, seed, cohort_size, setting.over_sample, setting.deadline_s)
+
+
+def drawn_tokens(setting: Setting, seed: int) -> np.ndarray:
+    """(F,) of each device's data in a round."""
+    drawn = generator(seed, "tokens").integers(len(setting.num_tokens), size=setting.fleet.num_devices)
+    return np.array(setting.num_tokens)[drawn]
+
+
+def paid_by_chance(setting: Setting, conditions: Conditions, num_tokens_F: np.ndarray) -> dict[str, float]:
+    """In a round by a cohort drawn by chance, on the middle level where it fits, whose devices hold nothing yet: a mean
+    of some rounds, as the slowest of a cohort is a matter of luck. Quality: a round's part of what an episode of such
+    rounds brings."""
+    response, middle = setting.response, setting.levels[len(setting.levels) // 2]
+    held, paid, efforts = Held.nothing(setting.fleet.num_devices), [], []
+    for round in range(1, _ROUNDS_BY_CHANCE + 1):
+        device_ids = conditions.sample(round)
+        tokens = num_tokens_F[device_ids]
+        where = (setting.emulators, setting.levels, conditions, held, 0)
+        seen = prospects(*where, round, device_ids, tokens, realigns=False)
+        levels = np.where(seen.fits_NL[:, setting.levels.index(middle)], middle, setting.levels[0])
+        settled = settle(setting.emulators, conditions, 0.0, decision(round, device_ids, seen, levels))
+        efforts.append(effort_of(setting.response, tokens, settled))
+        paid.append(paid_by(settled))
+    means = {name: float(np.mean([each[name] for each in paid])) for name in TERMS[1:]}
+    in_the_end = float(response.after(response.start, np.mean(efforts, keepdims=True) * setting.num_rounds)[0])
+    means["quality"] = math.log(response.start / in_the_end) / setting.num_rounds
+    return {name: max(means[name], 1e-12) for name in TERMS}
+
+
+def effort_of(response: Response, num_tokens_N: np.ndarray, settled: Settled) -> np.ndarray:
+    """Of a round; (P,) for P cases."""
+    return response.effort(num_tokens_N, settled.levels_N, settled.ages_N, settled.admission.completed)
+
+
+def paid_by(settled: Settled) -> dict[str, np.ndarray]:
     """What a round takes of devices: seconds, bytes both ways, share of their memory (a mean), joules. (P,) each for P
     cases."""
-    asked = admission.reason != NOT_ASKED
-    share = costs.memory_bytes / costs.memory_cap_bytes
+    costs, asked_N = settled.costs, settled.levels_N != SKIP
+    share_N = costs.memory_bytes / costs.memory_cap_bytes
     return {
-        "delay": np.asarray(admission.round_s),
+        "delay": np.asarray(settled.admission.round_s),
         "bytes": (costs.download_bytes + costs.upload_bytes).sum(axis=-1),
-        "memory": (share * asked).sum(axis=-1) / np.maximum(1, asked.sum(axis=-1)),
-        "energy": (costs.energy_j * asked).sum(axis=-1),
+        "memory": (share_N * asked_N).sum(axis=-1) / np.maximum(1, asked_N.sum(axis=-1)),
+        "energy": costs.energy_j.sum(axis=-1),
     }
 
 
 def shifted(conditions: Conditions, shift: Shift) -> Conditions:
     """The surroundings after a shift."""
+    if isinstance(conditions, SideBySide):
+        return side_by_side([shifted(each, shift) for each in conditions.of])
     fleet = conditions.fleet
     chance_F = normals(derive_seed(conditions.seed, "slowed"), np.arange(fleet.num_devices))
     slowed_F = np.argsort(np.argsort(chance_F)) < shift.slowed_share * fleet.num_devices

@@ -47,20 +47,21 @@ class Columns:
 
 
 def observe(round: int, prospects: Prospects, masked: bool = True) -> np.ndarray:
-    """(N, D) float32. Without `masked`, a level beyond a device's memory may be chosen (it then drops out)."""
+    """(N, D) float32; (E, N, D) of E fleets. Without `masked`, a level beyond a device's memory may be chosen (it then
+    drops out)."""
     fits_NL, history, stale = prospects.fits_NL, prospects.history, prospects.stale
-    num_candidates, num_levels = fits_NL.shape
+    *shape, num_levels = fits_NL.shape
     levels = np.arange(1, num_levels + 1)
-    second = float(np.median(prospects.total_s_NL[:, 0]))
-    zeros = np.zeros(num_candidates)
+    second = np.median(prospects.total_s_NL[..., 0], axis=-1, keepdims=True)
+    zeros, change = np.zeros(shape), np.zeros(1)
 
     def relative(figures_N: np.ndarray | int) -> np.ndarray:
-        figures_N = np.maximum(1e-9, np.broadcast_to(figures_N, num_candidates))
-        return np.log(figures_N / np.median(figures_N))
+        figures_N = np.maximum(1e-9, np.broadcast_to(figures_N, shape))
+        return np.log(figures_N / np.median(figures_N, axis=-1, keepdims=True))
 
-    stay_N, change = may_stay(prospects), 0.0
-    if history and history.perplexity and history.perplexity_before:
-        change = np.log(history.perplexity_before / history.perplexity)
+    stay_N = may_stay(prospects)
+    if history and history.perplexity is not None and history.perplexity_before is not None:
+        change = np.log(np.asarray(history.perplexity_before) / history.perplexity)[..., None]
     of_device = (
         relative(prospects.num_tokens_N),
         np.log(np.maximum(1.0, prospects.memory_cap_bytes_N) / prospects.memory_bytes_L[0]),
@@ -71,27 +72,28 @@ def observe(round: int, prospects: Prospects, masked: bool = True) -> np.ndarray
         np.log1p(stale.age_N) if stale else zeros,
         np.where(stay_N, np.log(stale.total_s_N / second), 0.0) if stale else zeros,
     )
-    of_round = (np.log(num_candidates / prospects.num_places), np.log(round), 10 * change)
+    of_round = (np.log(shape[-1] / np.asarray(prospects.num_places)), np.log(round), 10 * change)
     return np.concatenate(
         [
-            np.log(prospects.total_s_NL / second),
+            np.log(prospects.total_s_NL / second[..., None]),
             fits_NL,
             prospects.in_time_NL,
-            prospects.held_level_N[:, None] == levels,
-            np.stack([*of_device, *(np.full(num_candidates, figure) for figure in of_round)], axis=1),
-            np.full((num_candidates, 1), True),
+            prospects.held_level_N[..., None] == levels,
+            np.stack([*of_device, *(np.broadcast_to(figure, shape) for figure in of_round)], axis=-1),
+            np.full((*shape, 1), True),
             fits_NL if masked else np.full(fits_NL.shape, True),
-            np.full((num_candidates, 1), True),
-            stay_N[:, None],
+            np.full((*shape, 1), True),
+            stay_N[..., None],
         ],
-        axis=1,
+        axis=-1,
         dtype=np.float32,
     )
 
 
 def plan_of(choices: np.ndarray, prospects: Prospects) -> Plan:
-    """(N, 2) choices of the two branches -> who takes part, and how. A device that stays keeps its stale level."""
-    levels_N, exchange_N = choices.T
+    """(N, 2) choices of the two branches -> who takes part, and how; (E, N, 2) for E fleets. A device that stays keeps
+    its stale level."""
+    levels_N, exchange_N = choices[..., 0], choices[..., 1]
     stale_N = (levels_N != SKIP) & (exchange_N == GO_ON) & may_stay(prospects)
     if prospects.stale is None:
         return Plan(levels_N, stale_N)
@@ -102,5 +104,6 @@ def may_stay(prospects: Prospects) -> np.ndarray:
     """(N,) bool: whether the device could go on with a stale emulator."""
     fits_NL, stale = prospects.fits_NL, prospects.stale
     if stale is None:
-        return np.zeros(len(fits_NL), bool)
-    return (stale.level_N != SKIP) & fits_NL[np.arange(len(fits_NL)), np.maximum(stale.level_N, 1) - 1]
+        return np.zeros(fits_NL.shape[:-1], bool)
+    of_level = np.maximum(stale.level_N, 1)[..., None] - 1
+    return (stale.level_N != SKIP) & np.take_along_axis(fits_NL, of_level, axis=-1)[..., 0]

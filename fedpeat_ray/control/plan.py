@@ -42,15 +42,16 @@ class History:
     uplink_bytes_per_s_N: np.ndarray
     rounds_since_N: np.ndarray
     """Since the device last took part; the number of the round if it never did."""
-    perplexity: float | None
-    """When it was last evaluated."""
-    perplexity_before: float | None
+    perplexity: float | np.ndarray | None
+    """When it was last evaluated; (E,) of E fleets side by side."""
+    perplexity_before: float | np.ndarray | None
     """The time before."""
 
 
 @dataclass(frozen=True)
 class Prospects:
-    """What each level would ask of each candidate, as far as the server can know before the round."""
+    """What each level would ask of each candidate, as far as the server can know before the round. Of E fleets side by
+    side, where controllers are trained, all arrays have a leading axis E."""
 
     memory_bytes_L: np.ndarray
     """Peak training memory on the emulator of level 1, 2, …"""
@@ -62,8 +63,8 @@ class Prospects:
     deadline_s: float | None
     asked_N: np.ndarray | bool = True
     """Whether the device would be asked if a cohort were drawn from the candidates at random."""
-    num_places: int = 1
-    """Devices that can complete the round: the fastest so many of those that take part."""
+    num_places: int | np.ndarray = 1
+    """Devices that can complete the round: the fastest so many of those that take part; (E, 1) of E fleets."""
     num_tokens_N: np.ndarray | int = 0
     """That the device would train on."""
     stale: Stale | None = None
@@ -74,7 +75,7 @@ class Prospects:
     @property
     def fits_NL(self) -> np.ndarray:
         """Whether the device has the memory."""
-        return self.memory_bytes_L <= self.memory_cap_bytes_N[:, None]
+        return self.memory_bytes_L <= self.memory_cap_bytes_N[..., None]
 
     @property
     def in_time_NL(self) -> np.ndarray:

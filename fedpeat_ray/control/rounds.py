@@ -35,14 +35,14 @@ class Held:
     def at(self, version: int, device_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(N,) level of the emulator that each of these devices has, and how many versions it is behind."""
         level_N = self.level_F[device_ids]
-        version_N = np.zeros(len(level_N), int) if self.version_F is None else self.version_F[device_ids].astype(int)
+        version_N = 0 if self.version_F is None else self.version_F[device_ids].astype(int)
         return level_N, np.where(level_N > 0, version - version_N, 0)
 
     def after(self, settled: Settled, version: int) -> Self:
         """What is held after a round in which emulators of this version were sent."""
-        received = settled.device_ids[settled.received_M]
+        received = settled.device_ids[settled.received_N]
         level_F, version_F = self.level_F.copy(), self.version_F
-        level_F[received] = settled.levels_M[settled.received_M]
+        level_F[received] = settled.levels_N[settled.received_N]
         if version or version_F is not None:
             version_F = np.zeros(len(level_F), np.int16) if version_F is None else version_F.copy()
             version_F[received] = version
@@ -69,9 +69,10 @@ class Seen:
         costs, device_ids, last_round_F = settled.costs, settled.device_ids, self.last_round_F.copy()
         last_round_F[device_ids[costs.download_s > 0]] = round
 
-        def measured(before_F: np.ndarray, num_bytes_M: np.ndarray, seconds_M: np.ndarray) -> np.ndarray:
-            after_F, known = before_F.copy(), (seconds_M > 0) & (num_bytes_M > 0)
-            after_F[device_ids[known]] = num_bytes_M[known] / seconds_M[known]
+        def measured(before_F: np.ndarray, num_bytes_N: np.ndarray, seconds_N: np.ndarray) -> np.ndarray:
+            after_F, known_N = before_F.copy(), (seconds_N > 0) & (num_bytes_N > 0)
+            rates_N = np.divide(num_bytes_N, seconds_N, out=np.zeros(seconds_N.shape), where=known_N)
+            after_F[device_ids] = np.where(known_N, rates_N, after_F[device_ids])
             return after_F
 
         downlink_F = measured(self.downlink_F, costs.download_bytes, costs.download_s)
@@ -83,7 +84,7 @@ class Seen:
         )
 
     def history(
-        self, conditions: Conditions, round: int, device_ids: np.ndarray, perplexities: Sequence[float]
+        self, conditions: Conditions, round: int, device_ids: np.ndarray, perplexities: Sequence[float | np.ndarray]
     ) -> History:
         """What a controller is told of it; `perplexities` are those of the evaluations so far."""
         fleet = conditions.fleet
@@ -100,19 +101,29 @@ class Seen:
 
 @dataclass(frozen=True)
 class Settled:
-    """What a decision costs those who take part, and who completes the round."""
+    """What a decision costs, and who completes the round. Of a candidate that is left out, memory alone is not 0."""
 
-    part: np.ndarray
-    """Their positions among the candidates."""
     device_ids: np.ndarray
-    levels_M: np.ndarray
-    ages_M: np.ndarray
+    levels_N: np.ndarray
+    ages_N: np.ndarray
     costs: Costs
     admission: Admission
-    emulator_bytes_M: np.ndarray
+    emulator_bytes_N: np.ndarray
     """Of emulators that were sent, as far as they got."""
-    received_M: np.ndarray
+    received_N: np.ndarray
     """bool: whether all of a new emulator arrived."""
+
+    def of(self, chosen_N: np.ndarray) -> Settled:
+        """For some of the devices."""
+        return Settled(
+            self.device_ids[chosen_N],
+            self.levels_N[chosen_N],
+            self.ages_N[chosen_N],
+            self.costs.of(chosen_N),
+            replace(self.admission, reason=self.admission.reason[chosen_N]),
+            self.emulator_bytes_N[chosen_N],
+            self.received_N[chosen_N],
+        )
 
 
 def prospects(
@@ -131,17 +142,19 @@ def prospects(
     level_N, age_N = held.at(version, device_ids)
     current_N, stale_N = np.where(age_N == 0, level_N, 0), np.where(age_N > 0, level_N, 0)
 
+    levels_L = np.array(levels).reshape(-1, *[1] * device_ids.ndim)
+
     def total_s(levels: np.ndarray, held_N: np.ndarray) -> np.ndarray:
         return conditions.nominal_s(device_ids, emulators.task(levels, held_N, num_tokens))
 
     return Prospects(
         emulators.memory_bytes_L[: len(levels)],
         conditions.fleet.memory_cap_bytes[device_ids],
-        total_s(np.array(levels)[:, None], current_N).T,
+        np.moveaxis(total_s(levels_L, current_N), 0, -1),
         current_N,
         conditions.deadline_s,
-        conditions.cohort_of(round, len(device_ids)),
-        conditions.cohort_size,
+        conditions.cohort_of(round, device_ids.shape[-1]),
+        conditions.num_places,
         num_tokens,
         Stale(stale_N, age_N, total_s(np.maximum(1, stale_N), stale_N)) if realigns else None,
         history,
@@ -149,24 +162,22 @@ def prospects(
 
 
 def decision(round: int, device_ids: np.ndarray, seen: Prospects, answer: Plan | np.ndarray) -> Decision:
-    """A controller's answer to its prospects. To go on with a stale emulator, a device must have one of that level."""
+    """A controller's answer to its prospects. To go on with a stale emulator, a device must have one of that level.
+    For P answers at a time, (P, N) levels, so is the decision."""
     plan = answer if isinstance(answer, Plan) else Plan(answer)
-    ages_N = np.zeros(len(device_ids), int)
+    ages_N = np.zeros(plan.levels_N.shape, int)
     if seen.stale:
         goes_on = plan.stale_N & (plan.levels_N == seen.stale.level_N)
         ages_N = np.where(goes_on, seen.stale.age_N, 0)
     return Decision(round, device_ids, seen, plan.levels_N, ages_N)
 
 
-def settle(emulators: EmulatorCosts, conditions: Conditions, now_s: float, decided: Decision) -> Settled:
+def settle(emulators: EmulatorCosts, conditions: Conditions, now_s: float | np.ndarray, decided: Decision) -> Settled:
     """What comes of a decision, training apart."""
-    seen, part = decided.prospects, np.flatnonzero(decided.levels_N != SKIP)
-    device_ids, levels_M = decided.device_ids[part], decided.levels_N[part]
-    ages_M = np.broadcast_to(decided.ages_N, decided.device_ids.shape)[part]
-    num_tokens_M = np.broadcast_to(seen.num_tokens_N, decided.device_ids.shape)[part]
-    held_M = np.where(ages_M > 0, levels_M, seen.held_level_N[part])
-    demand = emulators.task(levels_M, held_M, num_tokens_M)
-    costs, admission = conditions.settle(decided.round, now_s, device_ids, demand)
-    emulator_bytes_M = np.minimum(costs.download_bytes, emulators.exchange_bytes(levels_M, held_M))
-    received_M = (costs.download_bytes == demand.download_bytes) & (ages_M == 0)
-    return Settled(part, device_ids, levels_M, ages_M, costs, admission, emulator_bytes_M, received_M)
+    seen, levels_N, ages_N = decided.prospects, decided.levels_N, np.asarray(decided.ages_N)
+    asked_N, held_N = levels_N != SKIP, np.where(ages_N > 0, levels_N, seen.held_level_N)
+    demand = emulators.task(np.maximum(1, levels_N), held_N, np.asarray(seen.num_tokens_N))
+    costs, admission = conditions.settle(decided.round, now_s, decided.device_ids, demand, asked_N)
+    emulator_bytes_N = np.minimum(costs.download_bytes, np.asarray(demand.download_bytes) - demand.upload_bytes)
+    received_N = asked_N & (costs.download_bytes == demand.download_bytes) & (ages_N == 0)
+    return Settled(decided.device_ids, levels_N, ages_N, costs, admission, emulator_bytes_N, received_N)

@@ -23,35 +23,32 @@ def link_rates(
     fleet: Fleet,
     config: ChannelConfig,
     device_ids: np.ndarray,
-    round: int,
-    seed: int,
+    fading: tuple[np.ndarray, np.ndarray],
     num_sharing: int | np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What each device of a round can receive and send, in bytes per second.
 
     `nominal`: the device's own link figures. Otherwise the Shannon rate over an equal share of the band
-    (and, downlink, of the server's power), capped by the device's own figures. Fading is drawn anew for
-    each (round, device), independently for down and up; it stays as it is for the length of the round.
+    (and, downlink, of the server's power), capped by the device's own figures.
 
-    `num_sharing`: devices that share the band, by default all of these.
+    `fading`: down and up, see `both_fadings`; `num_sharing`: devices that share the band, by default all of these.
 
     Shapes: device_ids (N,) -> downlink (N,), uplink (N,), float64; num_sharing (P, 1), for P cases -> (P, N).
     """
     own_downlink = fleet.downlink_bytes_per_s[device_ids].astype(np.float64)
     own_uplink = fleet.uplink_bytes_per_s[device_ids].astype(np.float64)
-    if config.kind == "nominal" or not len(device_ids):
+    if config.kind == "nominal" or not device_ids.size:
         return own_downlink, own_uplink
-    num_sharing = len(device_ids) if num_sharing is None else num_sharing
-    share_hz = config.bandwidth_hz / num_sharing
+    sharing = device_ids.shape[-1] if num_sharing is None else num_sharing
+    share_hz = config.bandwidth_hz / sharing
     noise_w = 10 ** ((config.noise_dbm_per_hz - 30) / 10) * share_hz
     gain = path_gain(config, fleet.distance_m[device_ids])
 
-    def rate_bytes_per_s(power_w: float | np.ndarray, direction: str) -> np.ndarray:
-        fading = fading_power(config, derive_seed(seed, f"fading {direction}", round), device_ids)
-        return share_hz * np.log1p(power_w * gain * fading / noise_w) / math.log(2) / 8
+    def rate_bytes_per_s(power_w: float | np.ndarray, fading_N: np.ndarray) -> np.ndarray:
+        return share_hz * np.log1p(power_w * gain * fading_N / noise_w) / math.log(2) / 8
 
-    downlink = rate_bytes_per_s(config.server_power_w / num_sharing, "downlink")
-    uplink = rate_bytes_per_s(config.device_power_w, "uplink")
+    downlink = rate_bytes_per_s(config.server_power_w / sharing, fading[0])
+    uplink = rate_bytes_per_s(config.device_power_w, fading[1])
     return np.minimum(downlink, own_downlink), np.minimum(uplink, own_uplink)
 
 
@@ -61,13 +58,24 @@ def path_gain(config: ChannelConfig, distance_m: np.ndarray) -> np.ndarray:
     return 10 ** (-loss_db / 10)
 
 
-def fading_power(config: ChannelConfig, seed: int, device_ids: np.ndarray) -> np.ndarray:
+def both_fadings(
+    config: ChannelConfig, seed: int | np.ndarray, round: int, device_ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """|h|^2 down and up, drawn anew for each (round, device), independently for both; it stays as it is for the length
+    of the round. Shapes: as for `seeding.uniforms`."""
+    if config.kind == "nominal":
+        return np.ones(device_ids.shape), np.ones(device_ids.shape)
+    down, up = (derive_seed(seed, f"fading {direction}", round) for direction in ("downlink", "uplink"))
+    return fading_power(config, down, device_ids), fading_power(config, up, device_ids)
+
+
+def fading_power(config: ChannelConfig, seed: int | np.ndarray, device_ids: np.ndarray) -> np.ndarray:
     """|h|^2, of mean 1, one draw a device.
 
     Rayleigh: h ~ CN(0, 1), so |h|^2 is exponential.
     Rician, with K = rician_k: h = sqrt(K / (K + 1)) + sqrt(1 / (K + 1)) CN(0, 1).
 
-    Shapes: device_ids (N,) -> (N,).
+    Shapes: as for `seeding.uniforms`.
     """
     if config.kind == "rayleigh":
         return exponentials(seed, device_ids)

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedpeat_ray.config import FleetConfig
 from fedpeat_ray.fleet.availability import Availability, build_availability
-from fedpeat_ray.fleet.channel import link_ok, link_rates
+from fedpeat_ray.fleet.channel import both_fadings, link_ok, link_rates
 from fedpeat_ray.fleet.costs import Admission, Costs, Task, admit, spent, task_costs, task_s
 from fedpeat_ray.fleet.population import Fleet, build_fleet
 from fedpeat_ray.seeding import generator
@@ -26,6 +26,11 @@ class Conditions:
     cohort_size: int
     over_sample: float
     deadline_s: float | None
+
+    @property
+    def num_places(self) -> int | np.ndarray:
+        """Devices that can complete a round."""
+        return self.cohort_size
 
     @property
     def num_asked(self) -> int:
@@ -52,7 +57,7 @@ class Conditions:
         return download_s + compute_s + upload_s
 
     def settle(
-        self, round: int, now_s: float, device_ids: np.ndarray, task: Task, asked: np.ndarray | None = None
+        self, round: int, now_s: float | np.ndarray, device_ids: np.ndarray, task: Task, asked: np.ndarray | None = None
     ) -> tuple[Costs, Admission]:
         """What the round costs these devices, and who completes it. Unavailable devices take no bandwidth.
 
@@ -62,17 +67,25 @@ class Conditions:
         the task and all arrays of the answer.
         """
         asked = np.full(device_ids.shape, True) if asked is None else asked
-        available = self.availability.available(device_ids, now_s)
+        available = self.available(device_ids, now_s)
         num_sharing = np.maximum(1, (asked & available).sum(axis=-1, keepdims=True))
         own, channel = self._nominal_rates(device_ids), self.config.channel
-        rates = link_rates(self.fleet, channel, device_ids, round, self.seed, num_sharing)
+        rates = link_rates(self.fleet, channel, device_ids, self.fading(round, device_ids), num_sharing)
         downlink, uplink = (np.where(available, rate, nominal) for rate, nominal in zip(rates, own, strict=True))
         costs = task_costs(self.fleet, device_ids, task, downlink, uplink)
         in_reach = link_ok(channel, downlink, uplink)
-        admission = admit(costs, available, in_reach, self.cohort_size, self.deadline_s, asked)
+        admission = admit(costs, available, in_reach, self.num_places, self.deadline_s, asked)
         slot_s, round_s = self.config.availability.slot_s, admission.round_s
         admission = replace(admission, round_s=np.where(round_s == 0.0, slot_s, round_s)[()])
         return spent(costs, admission), admission
+
+    def available(self, device_ids: np.ndarray, now_s: float | np.ndarray) -> np.ndarray:
+        """(N,) bool: who can be asked at that time."""
+        return self.availability.available(device_ids, float(now_s))
+
+    def fading(self, round: int, device_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) down and up, of the channel in that round."""
+        return both_fadings(self.config.channel, self.seed, round, device_ids)
 
     def _nominal_rates(self, device_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         downlink, uplink = self.fleet.downlink_bytes_per_s[device_ids], self.fleet.uplink_bytes_per_s[device_ids]

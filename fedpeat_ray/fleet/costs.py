@@ -61,6 +61,10 @@ class Costs:
         """Computing and radio."""
         return self.compute_power_w * self.compute_s + self.radio_power_w * (self.download_s + self.upload_s)
 
+    def of(self, chosen_N: np.ndarray) -> Costs:
+        """Those of some of the devices."""
+        return Costs(**{name: figures[chosen_N] for name, figures in vars(self).items()})
+
 
 @dataclass(frozen=True)
 class ServerCosts:
@@ -137,7 +141,7 @@ def admit(
     costs: Costs,
     available: np.ndarray,
     link_ok: np.ndarray,
-    cohort_size: int,
+    cohort_size: int | np.ndarray,
     deadline_s: float | None,
     asked: np.ndarray | bool = True,
 ) -> Admission:
@@ -152,7 +156,8 @@ def admit(
     `deadline_s`. Without a deadline, a round that nobody completes takes 0 s: when to try again is the
     caller's choice.
 
-    Shapes: available (N,) bool, link_ok (N,) bool; asked (P, N) for P cases at a time.
+    Shapes: available (N,) bool, link_ok (N,) bool; asked (P, N) for P cases at a time, with cohort_size one number or
+    (P, 1).
     """
     total_s = costs.total_s
     late = total_s > (math.inf if deadline_s is None else deadline_s)
@@ -163,20 +168,20 @@ def admit(
         reason[np.broadcast_to(failed, reason.shape)] = DROP_REASONS.index(name)
     reason[np.broadcast_to(~np.asarray(asked), reason.shape)] = NOT_ASKED
     able = reason == COMPLETES
-    if (able.sum(axis=-1) > cohort_size).any():
+    if (able.sum(axis=-1, keepdims=True) > cohort_size).any():
         by_speed = np.argsort(np.where(able, total_s, np.inf), axis=-1, kind="stable")
-        too_slow = np.take_along_axis(able, by_speed, axis=-1)
-        too_slow[..., :cohort_size] = False
-        np.put_along_axis(too_slow, by_speed, too_slow.copy(), axis=-1)
+        able_by_speed = np.take_along_axis(able, by_speed, axis=-1)
+        too_slow = np.zeros_like(able)
+        np.put_along_axis(too_slow, by_speed, able_by_speed & (np.arange(able.shape[-1]) >= cohort_size), axis=-1)
         reason[too_slow] = DROP_REASONS.index(NOT_NEEDED)
 
     completed = reason == COMPLETES
-    num_completed = completed.sum(axis=-1)
     round_s: Any = np.where(completed, total_s, 0.0).max(axis=-1, initial=0.0)
     if deadline_s is not None:
-        some_late = (reason == DROP_REASONS.index(DEADLINE)).any(axis=-1)
+        num_completed = completed.sum(axis=-1, keepdims=True)
+        some_late = (reason == DROP_REASONS.index(DEADLINE)).any(axis=-1, keepdims=True)
         missed = (num_completed == 0) | ((num_completed < cohort_size) & some_late)
-        round_s = np.where(missed, deadline_s, round_s)[()]
+        round_s = np.where(missed.any(axis=-1), deadline_s, round_s)[()]
     return Admission(reason, round_s)
 
 
@@ -190,7 +195,8 @@ def spent(costs: Costs, admission: Admission) -> Costs:
     completed = admission.completed
     if completed.all():
         return costs
-    worked = completed | np.isin(admission.reason, [DROP_REASONS.index(DEADLINE), DROP_REASONS.index(NOT_NEEDED)])
+    late, not_needed = (admission.reason == DROP_REASONS.index(name) for name in (DEADLINE, NOT_NEEDED))
+    worked = completed | late | not_needed
     left_s = np.where(worked, np.where(completed, np.inf, np.expand_dims(admission.round_s, -1)), 0.0)
     download_s = np.minimum(costs.download_s, left_s)
     compute_s = np.minimum(costs.compute_s, left_s - download_s)

@@ -13,7 +13,7 @@ from transformers import GPT2Config, LlamaConfig
 from fedpeat_ray.config import AvailabilityConfig, ChannelConfig, FleetConfig
 from fedpeat_ray.errors import ConfigError, DataError
 from fedpeat_ray.fleet.availability import Availability, build_availability
-from fedpeat_ray.fleet.channel import fading_power, link_ok, link_rates
+from fedpeat_ray.fleet.channel import both_fadings, fading_power, link_ok, link_rates
 from fedpeat_ray.fleet.costs import Admission, Costs, Task, admit, spent, task_costs, training_flops
 from fedpeat_ray.fleet.fits import WHOLE_FLEET, check_fits, fits
 from fedpeat_ray.fleet.memory import Figure, Memory, ModelShape, bias_parameters, training_memory
@@ -109,7 +109,7 @@ def test_a_round_of_a_million_devices():
     assert sum(getattr(fleet, name).nbytes for name in ARRAYS) < 50e6
     ids = fleet.sample(round=1, size=64)
     availability = availability_of(fleet.num_devices, kind="markov")
-    downlink, uplink = link_rates(fleet, ChannelConfig(), ids, round=1, seed=7)
+    downlink, uplink = links(fleet, ChannelConfig(), ids, 1)
     costs = task_costs(fleet, ids, Task(1e6, 1e6, 1e12, 1e9), downlink, uplink)
     available = availability.available(ids, now_s=1e6)
     admission = admit(costs, available, link_ok(ChannelConfig(), downlink, uplink), cohort_size=32, deadline_s=None)
@@ -192,7 +192,7 @@ def test_a_trace_that_is_not_there_is_a_wrong_setting(tmp_path):
 
 def test_the_nominal_link_is_the_device_s_own():
     fleet = fleet_of(100)
-    downlink, uplink = link_rates(fleet, ChannelConfig(kind="nominal"), np.array([5, 50]), round=1, seed=7)
+    downlink, uplink = links(fleet, ChannelConfig(kind="nominal"), np.array([5, 50]), 1)
     np.testing.assert_array_equal(downlink, fleet.downlink_bytes_per_s[[5, 50]])
     np.testing.assert_array_equal(uplink, fleet.uplink_bytes_per_s[[5, 50]])
 
@@ -210,20 +210,20 @@ def test_shannon_rate_by_hand():
         path_loss_db_at_1km=120.0,
     )
     fleet = unlimited_links(fleet_of(2), distance_m=1000.0)
-    downlink, uplink = link_rates(fleet, config, np.arange(2), round=1, seed=7)
+    downlink, uplink = links(fleet, config, np.arange(2), 1)
     by_hand = 1e6 * math.log2(1001) / 8
     np.testing.assert_allclose(downlink, by_hand, rtol=1e-4)
     np.testing.assert_allclose(uplink, by_hand, rtol=1e-4)
-    _, alone = link_rates(fleet, config, np.arange(1), round=1, seed=7)
+    _, alone = links(fleet, config, np.arange(1), 1)
     np.testing.assert_allclose(alone, 2e6 * math.log2(501) / 8, rtol=1e-4)  # twice the band, twice the noise
 
 
 def test_links_are_capped_and_fade_anew_each_round():
     fleet, ids = fleet_of(1000), np.arange(40)
-    downlink, uplink = link_rates(fleet, ChannelConfig(), ids, round=1, seed=7)
+    downlink, uplink = links(fleet, ChannelConfig(), ids, 1)
     assert (downlink <= fleet.downlink_bytes_per_s[ids]).all() and (uplink <= fleet.uplink_bytes_per_s[ids]).all()
     free = unlimited_links(fleet, distance_m=300.0)
-    rates = [link_rates(free, ChannelConfig(), ids, round, seed=7) for round in (1, 1, 2)]
+    rates = [links(free, ChannelConfig(), ids, round) for round in (1, 1, 2)]
     np.testing.assert_array_equal(rates[0], rates[1])
     assert (rates[0][0] != rates[2][0]).all()
     assert abs(np.corrcoef(rates[0])[0, 1]) < 0.5
@@ -239,6 +239,10 @@ def test_fading_has_unit_mean_power(kind, variance: float):
 def test_an_outage_is_a_link_below_the_least_rate():
     config = ChannelConfig(min_bytes_per_s=10.0)
     assert link_ok(config, np.array([10.0, 9.0, 99.0]), np.array([10.0, 99.0, 9.0])).tolist() == [True, False, False]
+
+
+def links(fleet: Fleet, config: ChannelConfig, ids: np.ndarray, round: int) -> tuple[np.ndarray, np.ndarray]:
+    return link_rates(fleet, config, ids, both_fadings(config, 7, round, ids))
 
 
 def unlimited_links(fleet: Fleet, distance_m: float) -> Fleet:

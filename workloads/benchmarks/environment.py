@@ -1,10 +1,11 @@
 """Decisions a second in the environment in which controllers are trained, beside a plain loop over devices; and what
 an iteration of PPO spends on playing and on learning.
 
-    python workloads/benchmarks/environment.py [--times 3] [--sizes 100 1000 10000]
+    python workloads/benchmarks/environment.py [--times 3] [--sizes 100 1000 10000] [--fleets 10]
 
-A step is a round: what each level would cost each candidate, a plan, what it costs. The loop works out the same
-figures of the same formulas, device by device; both are checked against one another before they are timed.
+A step is a round: what each level would cost each candidate, a plan, what it costs; of one fleet, and of several side by
+side, as PPO plays them. The loop works out the same figures of the same formulas, device by device; both are checked
+against one another before they are timed.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class BenchmarkConfig:
     """Episodes of each size."""
     sizes: tuple[int, ...] = (100, 1000, 10_000)
     """Candidates: all of a fleet of as many."""
+    fleets: int = 10
+    """Side by side."""
     rounds: int = 20
     ppo_rounds: int = 200
     """Of an iteration of PPO; 0: only the environment."""
@@ -56,13 +59,17 @@ def main(config: BenchmarkConfig) -> int:
     """Print the tables; returns the exit status."""
     decisions, ppo = [], []
     for size in config.sizes:
-        fast, slow = [], []
+        one, several, slow = [], [], []
         for seed in range(config.times):
-            fast.append(size * config.rounds / seconds_vectorised(size, config.rounds, seed))
+            one.append(size * config.rounds / seconds_vectorised(size, config.rounds, [seed]))
+            seeds = list(range(config.fleets))
+            several.append(size * config.fleets * config.rounds / seconds_vectorised(size, config.rounds, seeds))
             slow.append(size / seconds_in_a_loop(size, seed))
-        best, loop = max(fast), max(slow)
-        decisions.append((f"{size:,}", f"{best:,.0f}", f"{loop:,.0f}", f"{best / loop:.0f}"))
-    tables = [table(("candidates", "decisions/s", "plain loop", "times as fast"), decisions)]
+        loop = max(slow)
+        best = [f"{figure:,.0f}" for figure in (max(one), max(several), loop)]
+        decisions.append((f"{size:,}", *best, f"{max(several) / loop:.0f}"))
+    head = ("candidates", "decisions/s, one fleet", f"{config.fleets} side by side", "plain loop", "times as fast")
+    tables = [table(head, decisions)]
     if config.ppo_rounds:
         with some_ray(1):
             for size in config.sizes:
@@ -99,13 +106,13 @@ def setting(size: int, rounds: int) -> Setting:
     return Setting(EMULATORS, (1, 2, 3), response, fleet, size, size, rounds, over_sample=1.0)
 
 
-def seconds_vectorised(size: int, rounds: int, seed: int) -> float:
+def seconds_vectorised(size: int, rounds: int, seeds: Sequence[int]) -> float:
     """Of an episode in which every device gets a level by chance, without the time that drawing these takes."""
-    episode, rng = Episode(setting(size, rounds), seed), np.random.default_rng(seed)
-    plans = [rng.integers(SKIP, 4, size) for _ in range(rounds)]
+    episode, rng = Episode(setting(size, rounds), seeds), np.random.default_rng(seeds[0])
+    plans = [rng.integers(SKIP, 4, (len(seeds), size)) for _ in range(rounds)]
     started = time.perf_counter()
     for plan in plans:
-        episode.step(np.minimum(plan, 1 + episode.seen.fits_NL[:, 1:].sum(axis=1)))
+        episode.step(np.minimum(plan, 1 + episode.seen.fits_NL[..., 1:].sum(axis=-1)))
     return time.perf_counter() - started
 
 
