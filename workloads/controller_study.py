@@ -2,7 +2,7 @@
 
     python workloads/controller_study.py                        all parts in simulated fleets
     python workloads/controller_study.py --parts oracle ratios  some of them
-    python workloads/controller_study.py --parts shipped        the policy that comes with the package; trains nothing
+    python workloads/controller_study.py --parts table          the policy that comes with the package; trains nothing
 
 Trainings and runs that are finished are not repeated, interrupted ones go on.
 """
@@ -42,12 +42,13 @@ SIZES = {  # candidates: (cohort, iterations, PPO's rounds an iteration)
     1000: (100, 40, 400),
     5000: (500, 20, 200),
 }
-Part = Literal["shipped", "table", "oracle", "sizes", "ratios", "shift"]
+USUAL = "a ratio a branch"
+Part = Literal["table", "oracle", "sizes", "ratios", "shift"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    parts: tuple[Part, ...] = ("shipped", "table", "oracle", "sizes", "ratios", "shift")
+    parts: tuple[Part, ...] = ("table", "oracle", "sizes", "ratios", "shift")
     fleets: PositiveInt = 20
     """Held-out ones, on which controllers are compared."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -104,6 +105,10 @@ class Study:
             train(config, settings, directory)
         return directory
 
+    def trained_at(self, candidates: int) -> Player:
+        """What was trained in the usual way with so many."""
+        return learned(self.trained(f"{candidates} {USUAL} seed 0", [self.setting(candidates)]))
+
     @property
     def fleets(self) -> range:
         """Seeds of held-out fleets."""
@@ -142,40 +147,26 @@ def learned(directory: Path) -> Player:
     return player(Learned(Policy.load(directory / "policy")))
 
 
-def shipped(study: Study) -> str:
-    """The policy that comes with the package: on fleets of several sizes, with many places and few."""
-    whole, small = study.of_run.fleet, dataclasses.replace(study.of_run.fleet, num_devices=60)
-    plain = dataclasses.replace(study.of_run, smallest_cohort=None, realign_every=0, fleet=whole)
-    of_1000 = dataclasses.replace(plain, num_candidates=1000, cohort_size=100)
-    settings = {
-        "1,000 candidates, 100 places": of_1000,
-        "the same, emulators re-aligned every 5 rounds": dataclasses.replace(of_1000, realign_every=5),
-        "100 candidates, 10 places": dataclasses.replace(plain, num_candidates=100, cohort_size=10),
-        "60 candidates, 12 places": dataclasses.replace(plain, num_candidates=60, cohort_size=12, fleet=small),
-        "40 candidates, 32 places": dataclasses.replace(plain, num_candidates=40, cohort_size=32),
-    }
-    text = []
-    for name, setting in settings.items():
-        players = rules(setting.levels) | {"learned": player(Learned(Policy.load(SHIPPED)))}
-        text.append(f"{name}:\n\n{paired(compare(setting, players, study.fleets))}")
-    return "\n".join(text)
-
-
 def table(study: Study) -> str:
-    """A thousand candidates: learned against every rule, in each scenario."""
-    size = max(study.settings.sizes)
+    """The policy that comes with the package against every rule: a thousand candidates in several scenarios, and fleets
+    of other sizes."""
+    of_1000, of_100 = study.setting(1000), study.setting(100)
+    small = dataclasses.replace(study.of_run.fleet, num_devices=60)
+    of_60 = dataclasses.replace(of_100, fleet=small, num_candidates=60, cohort_size=12)
+    of_40 = dataclasses.replace(of_60, num_candidates=40, cohort_size=32)
     scenarios = {
-        "default fleet": study.setting(size),
-        "emulators re-aligned every 5 rounds": study.setting(size, realign_every=5),
-        "a deadline": study.setting(size, deadline_s=deadline_of(study.setting(size))),
+        "1,000 of 2,000 devices, 100 places": of_1000,
+        "the same, emulators re-aligned every 5 rounds": dataclasses.replace(of_1000, realign_every=5),
+        "the same, with a deadline": dataclasses.replace(of_1000, deadline_s=deadline_of(of_1000)),
+        "100 of 200 devices, 10 places": of_100,
+        "the same, emulators re-aligned every 5 rounds ": dataclasses.replace(of_100, realign_every=5),
+        "all 60 devices of a fleet, 12 places": of_60,
+        "40 of 60 devices, 32 places": of_40,
     }
-    policy = learned(study.trained(f"{size}", list(scenarios.values())))
     text = []
     for name, setting in scenarios.items():
-        others = rules(setting.levels) | {"shipped policy": player(Learned(Policy.load(SHIPPED)))}
-        rows = compare(setting, others | {"learned": policy}, study.fleets)
-        pd.DataFrame(rows).to_csv(study.settings.out / f"table {name}.csv", index=False)
-        text.append(f"{size:,} candidates, cohorts of {setting.cohort_size}, {name}:\n\n{paired(rows)}")
+        players = rules(setting.levels) | {"learned": player(Learned(Policy.load(SHIPPED)))}
+        text.append(f"{name.strip()}:\n\n{paired(compare(setting, players, study.fleets))}")
     return "\n".join(text)
 
 
@@ -219,29 +210,30 @@ def oracle(study: Study) -> str:
 
 
 def sizes(study: Study) -> str:
-    """A policy of 100 candidates where there are more, beside one that was trained there."""
+    """A policy of 100 candidates where there are more, beside one that was trained there, and the one that comes with
+    the package."""
     lines = [
-        "| candidates | random | trained at 100 | trained there | share of the advantage |",
-        "|---|---|---|---|---|",
+        "| candidates | random | trained at 100 | trained there | share of the advantage | shipped |",
+        "|---|---|---|---|---|---|",
     ]
-    of_100 = learned(study.trained("100", [study.setting(100)]))
+    of_100 = study.trained_at(100)
     for size in (1000, study.settings.largest):
         setting = study.setting(size)
-        there = learned(study.trained(f"{size} plain", [setting]))
-        players = {"random": rules(setting.levels)["random"], "of 100": of_100, "there": there}
+        players = {"random": rules(setting.levels)["random"], "of 100": of_100, "there": study.trained_at(size)}
+        players["shipped"] = player(Learned(Policy.load(SHIPPED)))
         rows = compare(setting, players, study.fleets)
         pd.DataFrame(rows).to_csv(study.settings.out / f"sizes {size}.csv", index=False)
         mean = mean_rewards(rows)
         share = (mean["of 100"] - mean["random"]) / (mean["there"] - mean["random"])
-        figures = " | ".join(f"{mean[name]:.3f}" for name in players)
-        lines.append(f"| {size:,} | {figures} | {share:.1%} |")
+        figures = " | ".join(f"{mean[name]:.3f}" for name in ("random", "of 100", "there"))
+        lines.append(f"| {size:,} | {figures} | {share:.1%} | {mean['shipped']:.3f} |")
     return "\n".join(lines) + "\n"
 
 
 def ratios(study: Study) -> str:
     """Learning curves: a ratio a branch, one for the whole action, and a head for each device."""
     kinds = {
-        "a ratio a branch": {},
+        USUAL: {},
         "joint ratio": {"ratio": "joint"},
         "independent heads": {"network": "independent"},
     }
@@ -273,8 +265,9 @@ def shift(study: Study) -> str:
     middle = plain.num_rounds // 2 + 1
     changing = dataclasses.replace(plain, shift=Shift(middle, slowed_share=1 / 3, slowdown=4.0, link_factor=0.5))
     policies = {
-        "learned": learned(study.trained(f"{size}", [plain])),
-        "learned, on changing fleets": learned(study.trained(f"{size} changing", [plain, changing])),
+        "learned, shipped": player(Learned(Policy.load(SHIPPED))),
+        "learned, here": study.trained_at(size),
+        "learned, here and on changing fleets": learned(study.trained(f"{size} changing", [plain, changing])),
     }
     players = rules(plain.levels) | policies
     lines = ["| controller | reward before | after | of it lost |", "|---|---|---|---|"]
@@ -286,7 +279,7 @@ def shift(study: Study) -> str:
         before, after = rewards[:, : middle - 1].mean(), rewards[:, middle - 1 :].mean()
         lost = still[:, middle - 1 :].mean() - after
         lines.append(f"| {name} | {before:.3f} | {after:.3f} | {lost:.3f} |")
-        if name in ("learned", "learned, on changing fleets", "greedy", "greedy-by-time", "fixed 1"):
+        if name in (*policies, "greedy", "greedy-by-time", "fixed 1"):
             axes.plot(range(1, plain.num_rounds + 1), rewards.mean(axis=0), label=name)
     axes.axvline(middle - 0.5, color="0.7", linestyle="--")
     axes.set(xlabel="round", ylabel="reward", title="devices and links change in the middle of the episode")
@@ -296,7 +289,6 @@ def shift(study: Study) -> str:
 
 
 PARTS: dict[str, Callable[[Study], str]] = {
-    "shipped": shipped,
     "table": table,
     "oracle": oracle,
     "sizes": sizes,

@@ -3,8 +3,8 @@ an iteration of PPO spends on playing and on learning.
 
     python workloads/benchmarks/environment.py [--times 3] [--sizes 100 1000 10000] [--fleets 10]
 
-A step is a round: what each level would cost each candidate, a plan, what it costs; of one fleet, and of several side by
-side, as PPO plays them. The loop works out the same figures of the same formulas, device by device; both are checked
+A step is a round: what each level would cost each candidate, a plan, what it costs; of one fleet, and of several side
+by side, as PPO plays them. The loop works out the same figures of the same formulas, device by device; both are checked
 against one another before they are timed.
 """
 
