@@ -259,13 +259,14 @@ def draw_curves(frame: pd.DataFrame, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6), layout="constrained")
+    frame = frame.assign(thousands=frame["rounds"] / 1000)
     for axes, name in zip(figure.subplots(2, 3).flat, ("reward", *TERMS), strict=True):
-        axes.plot(frame["rounds"], frame[name], color="0.8")
-        axes.plot(frame["rounds"], frame[name].rolling(10, min_periods=1).mean(), color="C0")
+        axes.plot(frame["thousands"], frame[name], color="0.8")
+        axes.plot(frame["thousands"], frame[name].rolling(10, min_periods=1).mean(), color="C0")
         if name == "reward":
             tried = frame.dropna(subset="validation")
-            axes.plot(tried["rounds"], tried["validation"], "o-", color="C1", label="likeliest choices, other fleets")
+            axes.plot(tried["thousands"], tried["validation"], "o-", color="C1", label="likeliest choices")
             axes.legend()
-        axes.set(title=name, xlabel="rounds played")
+        axes.set(title=name, xlabel="thousand rounds played")
     figure.suptitle("a round's reward and its terms, each in units of what a cohort drawn by chance pays")
     figure.savefig(path, dpi=100, format="png")

@@ -43,6 +43,7 @@ def test_every_module_says_what_it_is(path: Path):
 def test_everything_public_has_a_docstring(path: Path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     definitions = [node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    definitions = [node for node in definitions if "overload" not in map(ast.unparse, node.decorator_list)]
     missing = [node.name for node in definitions if node.name[0] != "_" and not ast.get_docstring(node)]
     assert not missing
 

@@ -189,7 +189,34 @@ def markdown(rounds: pd.DataFrame, runs: pd.DataFrame) -> str:
                 f"- {name} comes to {target:.2f} with {less:.1f} times fewer bytes, {faster:.1f} times faster and "
                 f"with {saved:.1f} times less energy than fed-avg."
             )
+    if full and len(to_target) > 1:
+        lines += ["", *against_fed_avg(rounds)]
     return "\n".join(lines) + "\n"
+
+
+def against_fed_avg(rounds: pd.DataFrame) -> list[str]:
+    """How many times fewer bytes and how many times faster the others came to the best perplexity that fed-avg had
+    after so many rounds."""
+    names, last = [str(name) for name in rounds["name"].unique()], int(rounds["round"].to_numpy().max())
+    runs = {(str(name), seed): run for (name, seed), run in rounds.groupby(["name", "seed"])}  # type: ignore[misc]
+    seeds, others = sorted({seed for _, seed in runs}), [name for name in names if name != "fed-avg"]
+    lines = [f"| fed-avg's best of rounds | perplexity | {' | '.join(others)} |", "|" + "---|" * (2 + len(others))]
+    for number in sorted({min(2**power, last) for power in range(last.bit_length() + 1)}):
+        targets = [runs["fed-avg", seed]["perplexity"].to_numpy(float)[: number + 1].min() for seed in seeds]
+        paid = {}
+        for name in names:
+            each = zip(seeds, targets, strict=True)
+            of_seeds = [[paid_at(runs[name, seed], of, best) for of in ("bytes", "virtual_s")] for seed, best in each]
+            paid[name] = [sum(column) / len(seeds) for column in zip(*of_seeds, strict=True)]
+        shown = [
+            " and ".join(_times(*pair) for pair in zip(paid["fed-avg"], paid[name], strict=True)) for name in others
+        ]
+        lines.append(f"| 1 to {number} | {sum(targets) / len(seeds):.2f} | {' | '.join(shown)} |")
+    return [*lines, "", "Times fewer bytes, and times faster, means over seeds; - where a seed never came that far."]
+
+
+def _times(full: float, own: float) -> str:
+    return f"{full / own:.1f}" if own < float("inf") else "-"
 
 
 def draw(rounds: pd.DataFrame, runs: pd.DataFrame, path: Path) -> None:

@@ -40,6 +40,8 @@ from fedpeat_ray.sweep import Sweep, report
 @dataclass(frozen=True)
 class Settings:
     rounds: int = 12
+    long_rounds: int = 30
+    """Of the runs that are to tell what text is worth that was trained on before."""
     num_devices: int = 60
     cohort_sizes: tuple[int, ...] = (4, 12, 24)
     num_sequences: int = 128
@@ -97,7 +99,8 @@ def main(settings: Settings) -> int:
 
 
 def configurations(settings: Settings) -> dict[str, SimulationConfig]:
-    """Runs of every level, of several cohort sizes, with and without re-alignment; all devices have the memory."""
+    """Runs of every level, of several cohort sizes, with and without re-alignment, with the same fast devices again and
+    again; all devices have the memory."""
     middle = sorted(settings.cohort_sizes)[len(settings.cohort_sizes) // 2]
 
     def config(kind: str, cohort_size: int, seed: int, realign_every: int = 0, level: int = 1) -> SimulationConfig:
@@ -114,14 +117,26 @@ def configurations(settings: Settings) -> dict[str, SimulationConfig]:
             evaluation=EvaluationConfig(num_sequences=settings.num_sequences, centralised=False),
         )
 
+    def of_same_devices(cohort_size: int, seed: int) -> SimulationConfig:
+        plain = config("greedy-by-time", cohort_size, seed)
+        control = dataclasses.replace(plain.control, candidates=settings.num_devices)
+        return dataclasses.replace(plain, rounds=settings.long_rounds, control=control)
+
+    def long(cohort_size: int, seed: int) -> SimulationConfig:
+        return dataclasses.replace(config(any_plan, cohort_size, seed), rounds=settings.long_rounds)
+
     any_plan, every = f"{Path(__file__).resolve()}:AnyPlan", settings.realign_every
     levels = range(1, 1 + len(EmulatorConfig().shares))
     return {
         **{f"level {level}": config("fixed", middle, 0, level=level) for level in levels},
         **{f"any level, cohort {size}": config(any_plan, size, 0) for size in settings.cohort_sizes},
         "stale emulators": config(any_plan, middle, 0, every),
+        "the same devices, long": of_same_devices(middle, 0),
+        "any level, long": long(middle, 3),
         **{f"unseen, any level, cohort {size}": config(any_plan, size, 1) for size in settings.cohort_sizes},
         "unseen, stale emulators": config(any_plan, middle, 2, every),
+        "unseen, the same devices, long": of_same_devices(middle, 1),
+        "unseen, any level, long": long(middle, 4),
     }
 
 
@@ -131,43 +146,45 @@ class Steps:
 
     perplexities: np.ndarray
     """(R + 1,), before the first round included."""
-    devices: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
-    """For each round tokens, levels and ages (M,)."""
+    devices: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
+    """For each round tokens, levels, ages and rounds completed before (M,)."""
 
 
 def steps_of(directory: Path, zero_shot: float) -> Steps:
     """From a run directory."""
     run = load_run(directory)
     done = run.clients.query("outcome == 'completed'")
+    done = done.assign(times=done.sort_values("round").groupby("device_id").cumcount())
+    columns = ("num_tokens", "level", "emulator_age", "times")
     devices = [
-        tuple(done[done["round"] == round][name].to_numpy(float) for name in ("num_tokens", "level", "emulator_age"))
-        for round in run.rounds["round"]
+        tuple(done[done["round"] == round][name].to_numpy(int) for name in columns) for round in run.rounds["round"]
     ]
     return Steps(np.array([zero_shot, *run.rounds["perplexity"].astype(float)]), devices)  # type: ignore[arg-type]
 
 
 def after(response: Response, perplexity: float, devices: tuple[np.ndarray, ...]) -> float:
     """Perplexity after a round of a run."""
-    tokens, levels, ages = devices
-    effort = response.effort(tokens, levels.astype(int), ages.astype(int), np.full(len(tokens), True))
-    return float(response.after(perplexity, effort))
+    tokens, levels, ages, times = devices
+    return float(response.after(perplexity, response.effort(tokens, levels, ages, times, np.full(len(tokens), True))))
 
 
 def fitted(runs: list[Steps], num_levels: int) -> Response:
-    """Least squares of ln perplexity over whole runs, each predicted from its first perplexity alone."""
+    """Least squares of ln perplexity over whole runs, each predicted from its first perplexity alone. What runs do not
+    tell of freshness and novelty stays near 1: one that is 0 costs as much as a round that is 5 % off."""
     start = float(np.mean([run.perplexities[0] for run in runs]))
 
     def of(parameters: np.ndarray) -> Response:
-        exponent, power, freshness, *gains = parameters
+        exponent, power, freshness, novelty, *gains = parameters
         gain_L = tuple(float(gain) for gain in np.exp(gains))
-        return Response(
-            start, float(np.exp(exponent)), gain_L, float(1 / (1 + np.exp(-freshness))), float(np.exp(power))
-        )
+        fresh, novel = (float(1 / (1 + np.exp(-logit))) for logit in (freshness, novelty))
+        return Response(start, float(np.exp(exponent)), gain_L, fresh, float(np.exp(power)), novel)
 
     def residuals(parameters: np.ndarray) -> np.ndarray:
-        return np.concatenate([whole_run(of(parameters), run)[1] for run in runs])
+        response = of(parameters)
+        pull = 0.05 * np.array([1 - response.freshness, 1 - response.novelty])
+        return np.concatenate([*(whole_run(response, run)[1] for run in runs), pull])
 
-    first = [np.log(0.05), np.log(0.5), 1.0, *([np.log(1e-3)] * num_levels)]
+    first = [np.log(0.05), np.log(0.5), 3.0, 3.0, *([np.log(1e-3)] * num_levels)]
     return of(least_squares(residuals, np.array(first), x_scale="jac").x)
 
 
@@ -203,7 +220,8 @@ def draw(response: Response, runs: dict[str, Steps], path: Path) -> None:
 def markdown(response: Response, errors: Sequence[tuple[str, bool, float, float]]) -> str:
     """The fit and its errors."""
     gains = ", ".join(f"{gain:.3g}" for gain in response.gain_L)
-    fit = f"exponent {response.exponent:.4f}, power {response.power:.2f}, freshness {response.freshness:.2f}"
+    fit = f"exponent {response.exponent:.4f}, power {response.power:.2f}, freshness {response.freshness:.2f}, "
+    fit += f"novelty {response.novelty:.3f}"
     lines = [
         f"{fit}, gain {gains}",
         "",

@@ -11,7 +11,7 @@ from fedpeat_ray.aggregation.server_optimizer import ServerState
 from fedpeat_ray.control.rounds import Held, Seen
 
 _LEVEL, _VERSION, _PERPLEXITIES = "held_level", "held_version", "perplexities"
-_SEEN = {"last_round_F": "last_round", "downlink_F": "seen_downlink", "uplink_F": "seen_uplink"}
+_SEEN = {"last_round_F": "last_round", "downlink_F": "seen_downlink", "uplink_F": "seen_uplink", "times_F": "times"}
 
 
 def held_by(state: ServerState, num_devices: int) -> Held:

@@ -64,7 +64,9 @@ def rllib_config(settings: Sequence[Setting], ppo: PPOSettings, iterations: int,
     model = {"num_levels": len(settings[0].levels), "width": ppo.width, "network": ppo.network}
     return (
         PPOConfig()
-        .environment(FleetVectorEnv, env_config={"settings": tuple(settings), "penalty": ppo.penalty})
+        .environment(
+            FleetVectorEnv, env_config={"settings": tuple(settings), "penalty": ppo.penalty, "draws": ppo.draws}
+        )
         .env_runners(
             num_env_runners=ppo.num_env_runners,
             num_envs_per_env_runner=ppo.num_envs,

@@ -35,6 +35,7 @@ from fedpeat_ray.settings import NonNegative, Positive, PositiveInt, Share
 
 TERMS = ("quality", "delay", "bytes", "memory", "energy")
 _ROUNDS_BY_CHANCE = 8
+_OTHER_ROUNDS = 10**5  # and days: beyond the end of any episode
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,12 @@ class Response:
     """How perplexity answers to what was trained on: a power law of the effort of all rounds so far,
 
         p = start (1 + effort_1 + effort_2 + ...)^-exponent
-        effort = (sum_i gain_{level of i} freshness^{age of i} tokens_i)^power
+        effort = (sum_i gain_{level of i} freshness^{age of i} novelty^{times of i} tokens_i)^power
 
     over the devices i that complete a round: ever more effort for the same step, as in laws of scaling; twice the
-    devices bring less than twice as much (their updates are averaged), and an emulator that is behind is worth less.
+    devices bring less than twice as much (their updates are averaged), an emulator that is behind is worth less, and so
+    is text that was trained on before (as epochs are in Muennighoff et al. 2023, Scaling data-constrained language
+    models).
     """
 
     start: float
@@ -57,6 +60,8 @@ class Response:
     """Share of a token's gain that is left for each re-alignment that an emulator is behind."""
     power: float = 1.0
     """Of the sum over devices."""
+    novelty: float = 1.0
+    """Share of a token's gain that is left for each round that its device completed before."""
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -69,11 +74,17 @@ class Response:
             raise DataError(f"{path}: not a response model ({type(error).__name__}: {error})") from error
 
     def effort(
-        self, tokens_N: np.ndarray, levels_N: np.ndarray, ages_N: np.ndarray, completed_N: np.ndarray
+        self,
+        tokens_N: np.ndarray,
+        levels_N: np.ndarray,
+        ages_N: np.ndarray,
+        times_N: np.ndarray,
+        completed_N: np.ndarray,
     ) -> np.ndarray:
         """Of a round in which these devices trained; (P,) for P cases of shape (P, N)."""
         fresh = self.freshness ** np.arange(1 + ages_N.max(initial=0))
-        gain_N = np.array([0.0, *self.gain_L])[levels_N] * fresh[ages_N] * tokens_N
+        novel = self.novelty ** np.arange(1 + times_N.max(initial=0))
+        gain_N = np.array([0.0, *self.gain_L])[levels_N] * fresh[ages_N] * novel[times_N] * tokens_N
         return (gain_N * completed_N).sum(axis=-1) ** self.power
 
     def after(self, perplexity: float | np.ndarray, effort: np.ndarray) -> np.ndarray:
@@ -188,6 +199,18 @@ class Episode:
         """(P,) what each of P plans would bring in this round, its true links and who is there included."""
         return self._reward(self._terms(self._settled(Plan(levels_PN, stale_PN))))
 
+    def expected_reward(self, answer: Plan | np.ndarray, draws: int) -> np.ndarray:
+        """Of this round with so many other draws of who is there and how channels fade, their mean: what a plan is
+        worth with less of its luck, for training. A number; (E,) of E fleets."""
+        decided, rewards = decision(self.round, self.device_ids, self.seen, answer), []
+        availability = self.setting.fleet.availability
+        apart_s = 0.0 if availability.kind == "trace" else _OTHER_ROUNDS * availability.day_s  # a trace is no luck
+        for draw in range(1, draws + 1):
+            other = dataclasses.replace(decided, round=self.round + draw * _OTHER_ROUNDS)
+            now_s = self.now_s + draw * apart_s
+            rewards.append(self._reward(self._terms(settle(self.setting.emulators, self.conditions, now_s, other))))
+        return np.mean(rewards, axis=0)
+
     def look(self) -> None:
         """What the next decision is about: `device_ids` and `seen`."""
         setting = self.setting
@@ -205,8 +228,8 @@ class Episode:
     def _terms(self, settled: Settled) -> dict[str, Any]:
         """In their units."""
         before = self.perplexities[-1]
-        tokens_N = self.num_tokens_F[self.device_ids]
-        after = self.setting.response.after(before, effort_of(self.setting.response, tokens_N, settled))
+        tokens_N, times_N = self.num_tokens_F[self.device_ids], self.device_seen.times_F[self.device_ids]
+        after = self.setting.response.after(before, effort_of(self.setting.response, tokens_N, times_N, settled))
         paid = {"quality": np.log(after / before), **paid_by(settled)}
         return {name: paid[name] / self._units[name] for name in TERMS}
 
@@ -236,6 +259,7 @@ def paid_by_chance(setting: Setting, conditions: Conditions, num_tokens_F: np.nd
     rounds brings."""
     response, middle = setting.response, setting.levels[len(setting.levels) // 2]
     held, paid, efforts = Held.nothing(setting.fleet.num_devices), [], []
+    times_F = np.zeros(setting.fleet.num_devices, int)
     for round in range(1, _ROUNDS_BY_CHANCE + 1):
         device_ids = conditions.sample(round)
         tokens = num_tokens_F[device_ids]
@@ -243,7 +267,8 @@ def paid_by_chance(setting: Setting, conditions: Conditions, num_tokens_F: np.nd
         seen = prospects(*where, round, device_ids, tokens, realigns=False)
         levels = np.where(seen.fits_NL[:, setting.levels.index(middle)], middle, setting.levels[0])
         settled = settle(setting.emulators, conditions, 0.0, decision(round, device_ids, seen, levels))
-        efforts.append(effort_of(setting.response, tokens, settled))
+        efforts.append(effort_of(setting.response, tokens, times_F[device_ids], settled))
+        times_F[device_ids[settled.admission.completed]] += 1
         paid.append(paid_by(settled))
     means = {name: float(np.mean([each[name] for each in paid])) for name in TERMS[1:]}
     in_the_end = float(response.after(response.start, np.mean(efforts, keepdims=True) * setting.num_rounds)[0])
@@ -251,9 +276,9 @@ def paid_by_chance(setting: Setting, conditions: Conditions, num_tokens_F: np.nd
     return {name: max(means[name], 1e-12) for name in TERMS}
 
 
-def effort_of(response: Response, num_tokens_N: np.ndarray, settled: Settled) -> np.ndarray:
+def effort_of(response: Response, num_tokens_N: np.ndarray, times_N: np.ndarray, settled: Settled) -> np.ndarray:
     """Of a round; (P,) for P cases."""
-    return response.effort(num_tokens_N, settled.levels_N, settled.ages_N, settled.admission.completed)
+    return response.effort(num_tokens_N, settled.levels_N, settled.ages_N, times_N, settled.admission.completed)
 
 
 def paid_by(settled: Settled) -> dict[str, np.ndarray]:

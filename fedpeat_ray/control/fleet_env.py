@@ -21,9 +21,10 @@ class FleetEnv(gymnasium.Env):
 
     def __init__(self, config: Mapping[str, Any]):
         """`config`: `settings` to draw from, alike in candidates, levels and rounds; optionally a `penalty` for each
-        share of candidates that gets a level beyond its memory, in place of masks."""
+        share of candidates that gets a level beyond its memory, in place of masks; and `draws`, of luck, beside the
+        one that is played, over which rewards are averaged."""
         self.settings: Sequence[Setting] = config["settings"]
-        self.penalty: float | None = config.get("penalty")
+        self.penalty, self.draws = config.get("penalty"), config.get("draws", 0)
         self.observation_space, self.action_space = spaces(self.settings[0])
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
@@ -35,7 +36,7 @@ class FleetEnv(gymnasium.Env):
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """A round. An episode is cut off after its rounds, it does not end: a federation goes on."""
-        reward, terms = played(self.episode, action, self.penalty)
+        reward, terms = played(self.episode, action, self.penalty, self.draws)
         return rows(self.episode, self.penalty), float(reward), False, self.episode.is_over, terms
 
 
@@ -49,7 +50,7 @@ class FleetVectorEnv(gymnasium.vector.VectorEnv):
         """`config`: as of FleetEnv, and `num_envs`."""
         self.num_envs = int(config["num_envs"])
         self.settings: Sequence[Setting] = config["settings"]
-        self.penalty: float | None = config.get("penalty")
+        self.penalty, self.draws = config.get("penalty"), config.get("draws", 0)
         self.single_observation_space, self.single_action_space = spaces(self.settings[0])
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
@@ -70,7 +71,7 @@ class FleetVectorEnv(gymnasium.vector.VectorEnv):
             observations, infos = self.reset()
             return observations, np.zeros(self.num_envs), never, never, infos
         of_each = np.split(np.asarray(actions), self.ends[:-1])
-        results = [played(*each, self.penalty) for each in zip(self.episodes, of_each, strict=True)]
+        results = [played(*each, self.penalty, self.draws) for each in zip(self.episodes, of_each, strict=True)]
         rewards = np.concatenate([reward for reward, _ in results])
         terms = {name: np.concatenate([of[name] for _, of in results]) for name in results[0][1]}
         return self._rows(), rewards, never, np.full(self.num_envs, self.episodes[0].is_over), terms
@@ -91,10 +92,11 @@ def rows(episode: Episode, penalty: float | None) -> np.ndarray:
     return observe(episode.round, episode.seen, masked=penalty is None)
 
 
-def played(episode: Episode, action: np.ndarray, penalty: float | None) -> tuple[Any, dict[str, Any]]:
-    """(the reward, its terms) of a round: numbers, arrays (E,) of E fleets."""
+def played(episode: Episode, action: np.ndarray, penalty: float | None, draws: int) -> tuple[Any, dict[str, Any]]:
+    """(the reward to learn from, the one of this round and its terms): numbers, arrays (E,) of E fleets."""
     seen = episode.seen
     plan = plan_of(np.asarray(action), seen)
     beyond = (plan.levels_N != SKIP) & (seen.memory_bytes_L[plan.levels_N - 1] > seen.memory_cap_bytes_N)
+    elsewhere = draws * episode.expected_reward(plan, draws) if draws else 0.0
     terms = episode.step(plan) | {"infeasible": beyond.mean(axis=-1)}
-    return terms["reward"] - (penalty or 0.0) * terms["infeasible"], terms
+    return (terms["reward"] + elsewhere) / (1 + draws) - (penalty or 0.0) * terms["infeasible"], terms

@@ -16,7 +16,17 @@ import numpy as np
 from fedpeat_ray.control.plan import SKIP, Plan, Prospects
 
 OF_LEVELS = ("seconds", "fits", "in_time", "holds")
-OF_DEVICE = ("tokens", "memory", "downlink", "uplink", "rounds_since", "stale_level", "stale_age", "stale_seconds")
+OF_DEVICE = (
+    "tokens",
+    "memory",
+    "downlink",
+    "uplink",
+    "rounds_since",
+    "times",
+    "stale_level",
+    "stale_age",
+    "stale_seconds",
+)
 OF_ROUND = ("candidates_per_place", "rounds_so_far", "perplexity_change")
 GO_ON = 1
 """The choice of the exchange branch: to go on with a stale emulator; 0: to download what is current."""
@@ -68,6 +78,7 @@ def observe(round: int, prospects: Prospects, masked: bool = True) -> np.ndarray
         relative(history.downlink_bytes_per_s_N) if history else zeros,
         relative(history.uplink_bytes_per_s_N) if history else zeros,
         np.log1p(history.rounds_since_N) if history else zeros,
+        np.log1p(history.times_N) if history else zeros,
         stale.level_N / num_levels if stale else zeros,
         np.log1p(stale.age_N) if stale else zeros,
         np.where(stay_N, np.log(stale.total_s_N / second), 0.0) if stale else zeros,

@@ -42,6 +42,8 @@ class History:
     uplink_bytes_per_s_N: np.ndarray
     rounds_since_N: np.ndarray
     """Since the device last took part; the number of the round if it never did."""
+    times_N: np.ndarray
+    """Rounds that the device completed."""
     perplexity: float | np.ndarray | None
     """When it was last evaluated; (E,) of E fleets side by side."""
     perplexity_before: float | np.ndarray | None

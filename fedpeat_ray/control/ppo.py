@@ -35,6 +35,9 @@ class PPOSettings:
     advantage_clip: Positive = 1.0
     """Most that an advantage counts, in standard deviations: a round that one deep fade held up says little of any
     branch."""
+    draws: NonNegativeInt = 4
+    """Of luck (who is there, how channels fade), beside the one that is played, over which a round's reward is
+    averaged: what a deep fade or a round that nobody completes costs is seen often and small, not rarely and large."""
     entropy: NonNegative = 0.0
     """Weight of the mean entropy of a branch. What one of a thousand branches changes is small: even 0.002 outweighs
     it, and more and more devices are asked."""

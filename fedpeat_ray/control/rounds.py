@@ -40,12 +40,11 @@ class Held:
 
     def after(self, settled: Settled, version: int) -> Self:
         """What is held after a round in which emulators of this version were sent."""
-        received = settled.device_ids[settled.received_N]
-        level_F, version_F = self.level_F.copy(), self.version_F
-        level_F[received] = settled.levels_N[settled.received_N]
+        level_F = written(self.level_F, settled.device_ids, settled.received_N, settled.levels_N)
+        version_F = self.version_F
         if version or version_F is not None:
-            version_F = np.zeros(len(level_F), np.int16) if version_F is None else version_F.copy()
-            version_F[received] = version
+            version_F = np.zeros(len(level_F), np.int16) if version_F is None else version_F
+            version_F = written(version_F, settled.device_ids, settled.received_N, version)
         return replace(self, level_F=level_F, version_F=version_F)
 
 
@@ -58,29 +57,29 @@ class Seen:
     downlink_F: np.ndarray
     """float32, bytes per second in the last round it received something; 0: never."""
     uplink_F: np.ndarray
+    times_F: np.ndarray
+    """int16, rounds that it completed."""
 
     @classmethod
     def nothing(cls, num_devices: int) -> Self:
         """Before the first round."""
-        return cls(*(np.zeros(num_devices, dtype) for dtype in (np.int32, np.float32, np.float32)))
+        return cls(*(np.zeros(num_devices, dtype) for dtype in (np.int32, np.float32, np.float32, np.int16)))
 
     def after(self, settled: Settled, round: int) -> Self:
         """What was seen once a round is over."""
-        costs, device_ids, last_round_F = settled.costs, settled.device_ids, self.last_round_F.copy()
-        last_round_F[device_ids[costs.download_s > 0]] = round
+        costs, device_ids = settled.costs, settled.device_ids
 
         def measured(before_F: np.ndarray, num_bytes_N: np.ndarray, seconds_N: np.ndarray) -> np.ndarray:
-            after_F, known_N = before_F.copy(), (seconds_N > 0) & (num_bytes_N > 0)
+            known_N = (seconds_N > 0) & (num_bytes_N > 0)
             rates_N = np.divide(num_bytes_N, seconds_N, out=np.zeros(seconds_N.shape), where=known_N)
-            after_F[device_ids] = np.where(known_N, rates_N, after_F[device_ids])
-            return after_F
+            return written(before_F, device_ids, known_N, rates_N)
 
-        downlink_F = measured(self.downlink_F, costs.download_bytes, costs.download_s)
         return replace(
             self,
-            last_round_F=last_round_F,
-            downlink_F=downlink_F,
+            last_round_F=written(self.last_round_F, device_ids, costs.download_s > 0, round),
+            downlink_F=measured(self.downlink_F, costs.download_bytes, costs.download_s),
             uplink_F=measured(self.uplink_F, costs.upload_bytes, costs.upload_s),
+            times_F=written(self.times_F, device_ids, settled.admission.completed, self.times_F[device_ids] + 1),
         )
 
     def history(
@@ -94,9 +93,17 @@ class Seen:
             np.where(downlink_N > 0, downlink_N, fleet.downlink_bytes_per_s[device_ids]),
             np.where(uplink_N > 0, uplink_N, fleet.uplink_bytes_per_s[device_ids]),
             round - self.last_round_F[device_ids],
+            self.times_F[device_ids],
             last,
             before,
         )
+
+
+def written(column_F: np.ndarray, device_ids: np.ndarray, which_N: np.ndarray, values: np.ndarray | int) -> np.ndarray:
+    """(F,) the column with new values for which of these devices, of the type it had."""
+    new_F = column_F.copy()
+    new_F[device_ids] = np.where(which_N, values, column_F[device_ids])
+    return new_F
 
 
 @dataclass(frozen=True)

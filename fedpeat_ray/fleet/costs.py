@@ -165,8 +165,8 @@ def admit(
     reason = np.full(total_s.shape, COMPLETES, np.int8)
     # the last to be written counts
     for name, failed in ((DEADLINE, late), (LINK, ~link_ok), (MEMORY, too_large), (UNAVAILABLE, ~available)):
-        reason[np.broadcast_to(failed, reason.shape)] = DROP_REASONS.index(name)
-    reason[np.broadcast_to(~np.asarray(asked), reason.shape)] = NOT_ASKED
+        np.copyto(reason, DROP_REASONS.index(name), where=failed)
+    np.copyto(reason, NOT_ASKED, where=~np.asarray(asked))
     able = reason == COMPLETES
     if (able.sum(axis=-1, keepdims=True) > cohort_size).any():
         by_speed = np.argsort(np.where(able, total_s, np.inf), axis=-1, kind="stable")

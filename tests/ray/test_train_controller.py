@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 def config(deep_gpt2_dir: Path, text_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """Three iterations with twelve candidates."""
     directory = tmp_path_factory.mktemp("controller")
-    response = {"start": 160.0, "exponent": 0.2, "gain_L": [1e-3, 2e-3], "freshness": 0.8, "power": 0.7}
+    response = {"start": 160.0, "exponent": 0.2, "gain_L": [1e-3, 2e-3], "freshness": 0.8, "power": 0.7, "novelty": 0.9}
     (directory / "response.json").write_text(json.dumps(response))
     return TrainConfig(
         iterations=3,

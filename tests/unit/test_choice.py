@@ -99,7 +99,7 @@ def test_what_the_server_saw_of_devices_is_told_and_survives_a_resume(tiny, tmp_
     assert [round for round, *_ in seen] == [1, 2, 3]
     clients, rounds = table(tmp_path / "run", "clients"), table(tmp_path / "run", "rounds")
     (_, ids, first), (_, _, second), (_, _, third) = seen
-    assert first.rounds_since_N.tolist() == [1] * 6 and first.perplexity is None
+    assert first.rounds_since_N.tolist() == [1] * 6 and not first.times_N.any() and first.perplexity is None
     assert second.rounds_since_N.tolist() == [1 if i % 2 else 2 for i in ids]
     assert third.rounds_since_N.tolist() == [2 if i % 2 else 1 for i in ids]
     assert [third.perplexity_before, third.perplexity] == rounds["perplexity"].tolist()[:2]

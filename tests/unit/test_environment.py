@@ -15,7 +15,14 @@ from gymnasium.utils.env_checker import check_env
 from whole_runs import changed, table
 
 from fedpeat_ray import Simulation
-from fedpeat_ray.config import ControlConfig, DistilConfig, EmulatorConfig, FleetConfig
+from fedpeat_ray.config import (
+    AvailabilityConfig,
+    ChannelConfig,
+    ControlConfig,
+    DistilConfig,
+    EmulatorConfig,
+    FleetConfig,
+)
 from fedpeat_ray.control.environment import TERMS, Episode, Response, Setting, Shift
 from fedpeat_ray.control.find import OURS, find_controller
 from fedpeat_ray.control.fleet_env import FleetEnv, FleetVectorEnv
@@ -34,7 +41,7 @@ EMULATORS = EmulatorCosts(
     server_tuning=ServerCosts(),
     realignment=ServerCosts(),
 )
-RESPONSE = Response(start=40.0, exponent=0.05, gain_L=(2e-4, 3e-4, 4e-4))
+RESPONSE = Response(start=40.0, exponent=0.05, gain_L=(2e-4, 3e-4, 4e-4), novelty=0.7)
 
 
 def setting(**changes: object) -> Setting:
@@ -153,17 +160,19 @@ def test_a_shift_slows_devices_and_links_from_its_round_on():
     assert (episode.seen.total_s_NL > still.seen.total_s_NL).all()
 
 
-def test_the_response_is_a_power_law_of_all_effort_and_less_on_stale_emulators():
+def test_the_response_is_a_power_law_of_all_effort_and_less_on_stale_emulators_and_on_text_seen_before():
     tokens, level, new, yes = np.array([1000.0]), np.array([2]), np.array([0]), np.array([True])
-    effort = RESPONSE.effort(tokens, level, new, yes)
+    effort = RESPONSE.effort(tokens, level, new, new, yes)
     once = RESPONSE.after(40.0, effort)
     assert once == pytest.approx(40 * (1 + 0.3) ** -0.05) and effort == pytest.approx(0.3)
     assert RESPONSE.after(float(once), effort) == pytest.approx(40 * 1.6**-0.05)
-    assert RESPONSE.effort(tokens, level, new + 2, yes) == pytest.approx(0.64 * effort)
-    assert RESPONSE.effort(tokens, np.array([3]), new, yes) > effort
-    assert not RESPONSE.effort(tokens, level, new, ~yes) and not RESPONSE.effort(tokens, np.array([0]), new, yes)
+    assert RESPONSE.effort(tokens, level, new + 2, new, yes) == pytest.approx(0.64 * effort)
+    assert RESPONSE.effort(tokens, level, new, new + 2, yes) == pytest.approx(0.49 * effort)
+    assert RESPONSE.effort(tokens, np.array([3]), new, new, yes) > effort
+    assert not RESPONSE.effort(tokens, level, new, new, ~yes) and not RESPONSE.effort(tokens, 0 * level, new, new, yes)
     rooted = dataclasses.replace(RESPONSE, power=0.5)
-    one, four = (rooted.effort(np.full(n, 9.0), np.full(n, 2), np.zeros(n, int), np.full(n, True)) for n in (1, 4))
+    zeros = np.zeros(4, int)
+    one, four = (rooted.effort(np.full(n, 9.0), zeros[:n] + 2, zeros[:n], zeros[:n], np.full(n, True)) for n in (1, 4))
     assert four == pytest.approx(2 * one)
 
 
@@ -186,6 +195,18 @@ def test_fleets_side_by_side_are_each_what_they_are_alone():
             reasons = together.last.admission.drop_reason[number]
             assert reasons.tolist() == one.last.admission.drop_reason.tolist()
     assert len({one.conditions.cohort_size for one in alone}) > 1
+
+
+def test_an_expected_reward_is_a_mean_over_luck_and_changes_nothing():
+    """Where links are nominal and everybody is there, there is no luck."""
+    known = FleetConfig(200, memory_scale=0.045, availability=AvailabilityConfig("always"))
+    plan = Plan(np.tile([1, 0, 0, 0], (2, 10)))
+    for channel in ("nominal", "rayleigh"):
+        episode = Episode(setting(fleet=dataclasses.replace(known, channel=ChannelConfig(channel))), [1, 2])
+        many, few = episode.expected_reward(plan, draws=40), [episode.expected_reward(plan, draws=1) for _ in range(2)]
+        own = episode.step(plan)["reward"]
+        assert many.shape == (2,) and few[0].tolist() == few[1].tolist()
+        assert (many.tolist() == pytest.approx(own.tolist(), rel=1e-12)) == (channel == "nominal")
 
 
 @pytest.mark.filterwarnings("ignore:.*A Box observation space")
