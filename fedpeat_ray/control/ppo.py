@@ -32,10 +32,10 @@ class PPOSettings:
     """Of generalised advantage estimation (Schulman et al. 2016)."""
     clip: Positive = 0.2
     """Epsilon."""
-    advantage_clip: Positive = 1.0
+    advantage_clip: Positive = 10.0
     """Most that an advantage counts, in standard deviations: a round that one deep fade held up says little of any
-    branch."""
-    draws: NonNegativeInt = 4
+    branch. With 1, rounds that nobody completes weigh too little, and too few are asked."""
+    draws: NonNegativeInt = 8
     """Of luck (who is there, how channels fade), beside the one that is played, over which a round's reward is
     averaged: what a deep fade or a round that nobody completes costs is seen often and small, not rarely and large."""
     entropy: NonNegative = 0.0
@@ -45,7 +45,7 @@ class PPOSettings:
     """For choices beyond a device's memory (times the share of candidates that get one); unset: they are masked."""
     num_env_runners: NonNegativeInt = 0
     """Actors that play; 0: the main process does."""
-    num_envs: PositiveInt = 10
+    num_envs: PositiveInt = 20
     """Episodes that a runner plays side by side."""
     num_gpus: NonNegative = 0.0
     """Of the learner, an actor of its own if there are any."""
