@@ -26,6 +26,7 @@ from sweeps import sweep
 from fedpeat_ray import Simulation
 from fedpeat_ray import __main__ as commands
 from fedpeat_ray.config import SimulationConfig
+from fedpeat_ray.control_training import TrainConfig, begun
 from fedpeat_ray.data import python_docs
 from fedpeat_ray.fleet.tiers import TIERS
 from fedpeat_ray.settings import get
@@ -132,10 +133,12 @@ def parse_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "sh")])
-def test_commands_in_the_documentation_are_understood(page, tiny_run, monkeypatch):
+def test_commands_in_the_documentation_are_understood(page, tiny_run, tmp_path, monkeypatch):
+    training = begun(TrainConfig(out=tmp_path))
     for block in blocks(page, "sh"):
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(re.sub(r"\b(OTHER_)?DIR\b", str(tiny_run), line), comments=True)
+            directory = training if "train_controller.py" in line else tiny_run
+            words = shlex.split(re.sub(r"\b(OTHER_)?DIR\b", str(directory), line), comments=True)
             if words:
                 parse_command(words, monkeypatch)
 
