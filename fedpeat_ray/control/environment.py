@@ -97,8 +97,9 @@ class Response:
 class Weights:
     """Of the terms of the reward."""
 
-    quality: NonNegative = 1.0
-    """How much ln perplexity fell."""
+    quality: NonNegative = 3.0
+    """How much ln perplexity fell. With 1, a few devices that hold their emulators are worth most, and a real run
+    overfits to them."""
     delay: NonNegative = 0.5
     """Virtual seconds of the round."""
     bytes: NonNegative = 0.5
