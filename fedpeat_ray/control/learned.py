@@ -15,7 +15,7 @@ from fedpeat_ray.control.policy import Policy
 from fedpeat_ray.errors import ConfigError, DataError
 
 SHIPPED = Path(__file__).parent / "shipped"
-"""For the ladder of pydoc-base; trained at 200 candidates, on fleets of the default tiers with 0.045 of their memory."""
+"""For the ladder of pydoc-base, of fleets of the default tiers with 0.045 of their memory and 200 candidates."""
 
 
 @dataclass(frozen=True)
