@@ -28,7 +28,6 @@ from fedpeat_ray.control.find import find_controller
 from fedpeat_ray.control.learned import SHIPPED, Learned
 from fedpeat_ray.control.oracle import best_plan
 from fedpeat_ray.control.policy import Policy
-from fedpeat_ray.control.ppo import PPOSettings
 from fedpeat_ray.control.trial import HELD_OUT, Player, compare, mean_rewards, play, player
 from fedpeat_ray.control_training import TrainConfig, begun, settings_for, train
 from fedpeat_ray.errors import FedPeatError
@@ -84,14 +83,12 @@ class Study:
         _, iterations, rounds = SIZES[settings[0].num_candidates]
         iterations = max(1, times * iterations // self.settings.shrink)
         directory = self.settings.out / "trainings" / name
-        ppo_settings = PPOSettings(
-            rounds_per_iteration=rounds, minibatch_rounds=rounds // 2, num_envs=max(1, rounds // self.of_run.num_rounds)
-        )
+        batches = {"minibatch_rounds": rounds // 2, "num_envs": max(1, rounds // self.of_run.num_rounds)}
         config = dataclasses.replace(
             self.settings.train,
             iterations=iterations,
             seed=seed,
-            ppo=dataclasses.replace(ppo_settings, **ppo),  # type: ignore[arg-type]
+            ppo=dataclasses.replace(self.settings.train.ppo, rounds_per_iteration=rounds, **batches, **ppo),  # type: ignore[arg-type]
             candidates=settings[0].num_candidates,
             cohort_size=settings[0].cohort_size,
             smallest_cohort=None,
@@ -159,14 +156,14 @@ def table(study: Study) -> str:
         "the same, emulators re-aligned every 5 rounds": dataclasses.replace(of_1000, realign_every=5),
         "the same, with a deadline": dataclasses.replace(of_1000, deadline_s=deadline_of(of_1000)),
         "100 of 200 devices, 10 places": of_100,
-        "the same, emulators re-aligned every 5 rounds ": dataclasses.replace(of_100, realign_every=5),
+        "100 of 200 devices, emulators re-aligned every 5 rounds": dataclasses.replace(of_100, realign_every=5),
         "all 60 devices of a fleet, 12 places": of_60,
         "40 of 60 devices, 32 places": of_40,
     }
     text = []
     for name, setting in scenarios.items():
         players = rules(setting.levels) | {"learned": player(Learned(Policy.load(SHIPPED)))}
-        text.append(f"{name.strip()}:\n\n{paired(compare(setting, players, study.fleets))}")
+        text.append(f"{name}:\n\n{paired(compare(setting, players, study.fleets))}")
     return "\n".join(text)
 
 

@@ -108,7 +108,8 @@ def written(column_F: np.ndarray, device_ids: np.ndarray, which_N: np.ndarray, v
 
 @dataclass(frozen=True)
 class Settled:
-    """What a decision costs, and who completes the round. Of a candidate that is left out, memory alone is not 0."""
+    """What a decision costs, and who completes the round. Bytes, seconds and joules of a candidate that is left out are
+    0."""
 
     device_ids: np.ndarray
     levels_N: np.ndarray
@@ -183,8 +184,9 @@ def settle(emulators: EmulatorCosts, conditions: Conditions, now_s: float | np.n
     """What comes of a decision, training apart."""
     seen, levels_N, ages_N = decided.prospects, decided.levels_N, np.asarray(decided.ages_N)
     asked_N, held_N = levels_N != SKIP, np.where(ages_N > 0, levels_N, seen.held_level_N)
-    demand = emulators.task(np.maximum(1, levels_N), held_N, np.asarray(seen.num_tokens_N))
+    of_level_N = np.maximum(1, levels_N)
+    demand = emulators.task(of_level_N, held_N, np.asarray(seen.num_tokens_N))
     costs, admission = conditions.settle(decided.round, now_s, decided.device_ids, demand, asked_N)
-    emulator_bytes_N = np.minimum(costs.download_bytes, np.asarray(demand.download_bytes) - demand.upload_bytes)
+    emulator_bytes_N = np.minimum(costs.download_bytes, emulators.exchange_bytes(of_level_N, held_N))
     received_N = asked_N & (costs.download_bytes == demand.download_bytes) & (ages_N == 0)
     return Settled(decided.device_ids, levels_N, ages_N, costs, admission, emulator_bytes_N, received_N)
