@@ -1,4 +1,4 @@
-"""Tests that start real processes. One Ray serves them all; a few start one of their own."""
+"""Tests that start real processes. One Ray serves all of this folder; those below start their own."""
 
 from __future__ import annotations
 
