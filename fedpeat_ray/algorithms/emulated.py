@@ -154,9 +154,11 @@ class Emulated(Algorithm):
         return dataclasses.replace(self, emulators=self.emulators.made(map_clients, export, say))
 
     def digests(self) -> dict[str, str | None]:
-        """Of public text if rounds read it: what emulators learnt from it before is in their weights."""
+        """Of public text if rounds read it (what emulators learnt from it before is in their weights), and the
+        controller's."""
         config = self.emulators.config
-        return super().digests() if config.server_steps or config.realign_every else {}
+        of_text = super().digests() if config.server_steps or config.realign_every else {}
+        return of_text | self.controller.digests()
 
     def made(self) -> dict[str, str | None]:
         """Blocks and weights of emulators."""

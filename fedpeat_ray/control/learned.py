@@ -46,6 +46,10 @@ class Learned(Controller):
             allowed += f"emulator.shares is {tuple(emulator.shares)}"
             raise ConfigError.of("control.policy", str(config.control.policy or SHIPPED), allowed)
 
+    def digests(self) -> dict[str, str | None]:
+        """See Controller: what comes with the package may be another policy tomorrow."""
+        return {"policy_sha256": self.policy.sha256}
+
     def act(self, round: int, device_ids: np.ndarray, prospects: Prospects, memory: Memory) -> Plan:
         """See Controller."""
         return plan_of(self.policy.choose(observe(round, prospects)), prospects)

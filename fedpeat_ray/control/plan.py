@@ -148,6 +148,10 @@ class Controller(ABC):
         """Which of these levels it may give a device, ever."""
         return levels
 
+    def digests(self) -> dict[str, str | None]:
+        """By name, of what it decides by beside its settings: config.json has them, and a run goes on with no other."""
+        return {}
+
     def init(self) -> Memory:
         """What it remembers before the first round."""
         return {}

@@ -83,16 +83,20 @@ class Policy:
         levels[takes_part == 0] = SKIP
         return np.stack([levels, of_exchange.argmax(axis=1)], axis=1)
 
+    @property
+    def sha256(self) -> str:
+        """Of the weights."""
+        return _digest(save(dict(self.weights)))
+
     def _layer(self, name: str, x: np.ndarray) -> np.ndarray:
         return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
 
     def save(self, directory: Path) -> None:
         """Write both files."""
         directory.mkdir(parents=True, exist_ok=True)
-        weights = save(dict(self.weights))
         columns = Columns(self.about.num_levels).names
-        about = {"format": _FORMAT, "columns": columns, "sha256": _digest(weights), **asdict(self.about)}
-        (directory / _WEIGHTS).write_bytes(weights)
+        about = {"format": _FORMAT, "columns": columns, "sha256": self.sha256, **asdict(self.about)}
+        (directory / _WEIGHTS).write_bytes(save(dict(self.weights)))
         (directory / _ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from fedpeat_ray.control.oracle import best_plan
 from fedpeat_ray.control.plan import SKIP, Plan, Prospects
 from fedpeat_ray.control.policy import About, Policy
 from fedpeat_ray.control.trial import compare, mean_rewards, play, player
-from fedpeat_ray.errors import ConfigError, DataError
+from fedpeat_ray.errors import ConfigError, DataError, RunDirError
 
 
 def untrained(shares: tuple[float, ...], seed: int = 0, width: int = 16) -> Policy:
@@ -180,6 +181,11 @@ def test_a_run_with_a_policy_has_the_same_bits_after_a_resume(deep_gpt2_dir: Pat
     assert_same_bits(tmp_path / "one", tmp_path / "two")
     clients = table(tmp_path / "one", "clients")
     assert (clients["outcome"] == "skipped").any() and clients["level"].notna().any()
+    began = json.loads((tmp_path / "two" / "config.json").read_text())["resolved"]["policy_sha256"]
+    assert began == hashlib.sha256((tmp_path / "policy" / "policy.safetensors").read_bytes()).hexdigest()
+    untrained(ENDS.shares, seed=1).save(tmp_path / "policy")
+    with pytest.raises(RunDirError, match=f"policy_sha256 was {began[:12]}"):
+        Simulation(changed(config, resume=tmp_path / "two", rounds=5)).run()
 
 
 def test_the_best_plan_is_the_best_of_all_and_of_its_neighbours():
