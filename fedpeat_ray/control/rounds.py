@@ -102,7 +102,7 @@ class Seen:
 def written(column_F: np.ndarray, device_ids: np.ndarray, which_N: np.ndarray, values: np.ndarray | int) -> np.ndarray:
     """(F,) the column with new values for which of these devices, of the type it had."""
     new_F = column_F.copy()
-    new_F[device_ids] = np.where(which_N, values, column_F[device_ids])
+    new_F[device_ids] = np.where(which_N, values, column_F[device_ids]).astype(column_F.dtype)
     return new_F
 
 
@@ -153,7 +153,8 @@ def prospects(
     levels_L = np.array(levels).reshape(-1, *[1] * device_ids.ndim)
 
     def total_s(levels: np.ndarray, held_N: np.ndarray) -> np.ndarray:
-        return conditions.nominal_s(device_ids, emulators.task(levels, held_N, num_tokens))
+        task = emulators.task(levels, emulators.exchange_bytes(levels, held_N), num_tokens)
+        return conditions.nominal_s(device_ids, task)
 
     return Prospects(
         emulators.memory_bytes_L[: len(levels)],
@@ -185,8 +186,9 @@ def settle(emulators: EmulatorCosts, conditions: Conditions, now_s: float | np.n
     seen, levels_N, ages_N = decided.prospects, decided.levels_N, np.asarray(decided.ages_N)
     asked_N, held_N = levels_N != SKIP, np.where(ages_N > 0, levels_N, seen.held_level_N)
     of_level_N = np.maximum(1, levels_N)
-    demand = emulators.task(of_level_N, held_N, np.asarray(seen.num_tokens_N))
+    sent_bytes_N = emulators.exchange_bytes(of_level_N, held_N)
+    demand = emulators.task(of_level_N, sent_bytes_N, np.asarray(seen.num_tokens_N))
     costs, admission = conditions.settle(decided.round, now_s, decided.device_ids, demand, asked_N)
-    emulator_bytes_N = np.minimum(costs.download_bytes, emulators.exchange_bytes(of_level_N, held_N))
+    emulator_bytes_N = np.minimum(costs.download_bytes, sent_bytes_N)
     received_N = asked_N & (costs.download_bytes == demand.download_bytes) & (ages_N == 0)
     return Settled(decided.device_ids, levels_N, ages_N, costs, admission, emulator_bytes_N, received_N)

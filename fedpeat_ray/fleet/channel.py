@@ -23,22 +23,21 @@ def link_rates(
     fleet: Fleet,
     config: ChannelConfig,
     device_ids: np.ndarray,
+    own: tuple[np.ndarray, np.ndarray],
     fading: tuple[np.ndarray, np.ndarray],
     num_sharing: int | np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What each device of a round can receive and send, in bytes per second.
 
-    `nominal`: the device's own link figures. Otherwise the Shannon rate over an equal share of the band
-    (and, downlink, of the server's power), capped by the device's own figures.
+    `nominal`: `own`, the devices' own link figures (`Fleet.nominal_rates`). Otherwise the Shannon rate over an equal
+    share of the band (and, downlink, of the server's power), capped by these.
 
     `fading`: down and up, see `both_fadings`; `num_sharing`: devices that share the band, by default all of these.
 
     Shapes: device_ids (N,) -> downlink (N,), uplink (N,), float64; num_sharing (P, 1), for P cases -> (P, N).
     """
-    own_downlink = fleet.downlink_bytes_per_s[device_ids].astype(np.float64)
-    own_uplink = fleet.uplink_bytes_per_s[device_ids].astype(np.float64)
     if config.kind == "nominal" or not device_ids.size:
-        return own_downlink, own_uplink
+        return own
     sharing = device_ids.shape[-1] if num_sharing is None else num_sharing
     share_hz = config.bandwidth_hz / sharing
     noise_w = 10 ** ((config.noise_dbm_per_hz - 30) / 10) * share_hz
@@ -49,7 +48,7 @@ def link_rates(
 
     downlink = rate_bytes_per_s(config.server_power_w / sharing, fading[0])
     uplink = rate_bytes_per_s(config.device_power_w, fading[1])
-    return np.minimum(downlink, own_downlink), np.minimum(uplink, own_uplink)
+    return np.minimum(downlink, own[0]), np.minimum(uplink, own[1])
 
 
 def path_gain(config: ChannelConfig, distance_m: np.ndarray) -> np.ndarray:

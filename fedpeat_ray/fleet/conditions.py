@@ -53,7 +53,7 @@ class Conditions:
     def nominal_s(self, device_ids: np.ndarray, task: Task) -> np.ndarray:
         """(N,) virtual seconds that the task would take each device at its tier's link speeds; (L, N) for figures of
         L tasks."""
-        download_s, compute_s, upload_s = task_s(self.fleet, device_ids, task, *self._nominal_rates(device_ids))
+        download_s, compute_s, upload_s = task_s(self.fleet, device_ids, task, *self.fleet.nominal_rates(device_ids))
         return download_s + compute_s + upload_s
 
     def settle(
@@ -69,8 +69,8 @@ class Conditions:
         asked = np.full(device_ids.shape, True) if asked is None else asked
         available = self.available(device_ids, now_s)
         num_sharing = np.maximum(1, (asked & available).sum(axis=-1, keepdims=True))
-        own, channel = self._nominal_rates(device_ids), self.config.channel
-        rates = link_rates(self.fleet, channel, device_ids, self.fading(round, device_ids), num_sharing)
+        own, channel = self.fleet.nominal_rates(device_ids), self.config.channel
+        rates = link_rates(self.fleet, channel, device_ids, own, self.fading(round, device_ids), num_sharing)
         downlink, uplink = (np.where(available, rate, nominal) for rate, nominal in zip(rates, own, strict=True))
         costs = task_costs(self.fleet, device_ids, task, downlink, uplink)
         in_reach = link_ok(channel, downlink, uplink)
@@ -86,10 +86,6 @@ class Conditions:
     def fading(self, round: int, device_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(N,) down and up, of the channel in that round."""
         return both_fadings(self.config.channel, self.seed, round, device_ids)
-
-    def _nominal_rates(self, device_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        downlink, uplink = self.fleet.downlink_bytes_per_s[device_ids], self.fleet.uplink_bytes_per_s[device_ids]
-        return downlink.astype(np.float64), uplink.astype(np.float64)
 
 
 def build_conditions(

@@ -46,6 +46,11 @@ class Fleet:
         """Names of the tiers, in the order that `tier` indexes."""
         return tuple(tier.name for tier in TIERS)
 
+    def nominal_rates(self, device_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) down and up, float64: what these devices' own links carry."""
+        downlink, uplink = self.downlink_bytes_per_s[device_ids], self.uplink_bytes_per_s[device_ids]
+        return downlink.astype(np.float64), uplink.astype(np.float64)
+
     def sample(self, round: int, size: int) -> np.ndarray:
         """The devices asked in a round: uniform without replacement, a function of (seed, round).
 

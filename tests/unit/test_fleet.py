@@ -242,7 +242,7 @@ def test_an_outage_is_a_link_below_the_least_rate():
 
 
 def links(fleet: Fleet, config: ChannelConfig, ids: np.ndarray, round: int) -> tuple[np.ndarray, np.ndarray]:
-    return link_rates(fleet, config, ids, both_fadings(config, 7, round, ids))
+    return link_rates(fleet, config, ids, fleet.nominal_rates(ids), both_fadings(config, 7, round, ids))
 
 
 def unlimited_links(fleet: Fleet, distance_m: float) -> Fleet:
