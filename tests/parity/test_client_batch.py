@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from plain_loops import TARGETS, Optimizer, train_all_weights, train_lora
+from sweeps import sweep
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -95,7 +96,7 @@ def test_sgd_in_float32_gives_each_client_what_plain_peft_gives_it_alone(model_d
 
 
 @pytest.mark.parametrize("train", [TrainClientBatch, TrainWithPeft])
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", sweep(["adamw", "sgd"], quick=["adamw"]))
 def test_weight_decay_is_that_of_torch(gpt2_dir, train, name):
     kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
     local = LocalConfig(optimizer=name, learning_rate=0.01, weight_decay=0.3)
@@ -109,7 +110,9 @@ def test_the_fedprox_term_is_the_gradient_of_half_mu_times_the_squared_distance(
     assert largest_difference(gpt2_dir, train, local, SGD, dtype=torch.float64, mu=2.0) <= 1e-9
 
 
-@pytest.mark.parametrize(("optimizer", "mu"), [("adamw", 0.0), ("sgd", 0.0), ("sgd", 2.0)])
+@pytest.mark.parametrize(
+    ("optimizer", "mu"), sweep([("adamw", 0.0), ("sgd", 0.0), ("sgd", 2.0)], quick=[("adamw", 0.0)])
+)
 def test_full_fine_tuning_gives_what_a_plain_loop_gives(model_dir, optimizer, mu):
     backbone = backbone_of(model_dir, torch.float64)
     layout = weights_layout(backbone.exact)

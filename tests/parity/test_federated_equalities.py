@@ -111,7 +111,7 @@ def test_fed_peft_with_one_client_that_has_everything_is_centralised_lora(model_
     assert task.num_examples == math.ceil((len(private) - 1) / 32)
 
 
-@pytest.mark.parametrize("algorithm", ["fed-peft", "fed-avg"])
+@pytest.mark.parametrize("algorithm", sweep(["fed-peft", "fed-avg"], quick=["fed-peft"]))
 @pytest.mark.parametrize("optimizer", sweep(["adamw", "sgd"], quick=["adamw"]))
 def test_the_mean_over_clients_that_are_alike_is_each_of_them(gpt2_dir, text_dir, algorithm, optimizer):
     local = LocalConfig(  # every step is the whole data, so the order in which a device takes it does not matter
@@ -137,7 +137,7 @@ def test_fed_avg_with_one_client_is_plain_training_of_all_weights(model_dir, tex
     assert (after.model_P - layout.flatten(plain)).abs().max() <= 1e-9
 
 
-@pytest.mark.parametrize("algorithm", ["fed-peft", "fed-avg"])
+@pytest.mark.parametrize("algorithm", sweep(["fed-peft", "fed-avg"], quick=["fed-peft"]))
 def test_the_mean_is_weighted_by_examples(gpt2_dir, text_dir, algorithm):
     data = DataConfig(str(text_dir), partition=PartitionConfig(documents_per_device=6, quantity_sigma=1.0))
     local = LocalConfig(2, sequence_length=32, max_steps=3, optimizer="sgd", learning_rate=0.1)

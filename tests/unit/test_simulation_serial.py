@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,10 @@ ALWAYS = AvailabilityConfig(kind="always")
 @pytest.fixture
 def tiny(gpt2_dir: Path, text_dir: Path) -> SimulationConfig:
     """Four rounds of six of forty devices, judged after each: less than a second."""
+    return tiny_config(gpt2_dir, text_dir)
+
+
+def tiny_config(gpt2_dir: Path, text_dir: Path) -> SimulationConfig:
     return whole_runs.tiny(
         gpt2_dir,
         text_dir,
@@ -184,16 +190,30 @@ def stop_in_round(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 STOPS = [(1, 2), (3, 2), (4, 2), (4, 1), (4, 10)]
+WITH_MOMENTUM = ServerConfig("yogi", 0.01, momentum=0.9)
 
 
-@pytest.mark.parametrize("algorithm", ["fed-peft", "fed-avg"])
+@pytest.fixture(scope="module")
+def whole_of(gpt2_dir: Path, text_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run directory of a run of an algorithm that nothing stopped."""
+
+    @functools.cache
+    def whole(algorithm: str) -> Path:
+        directory = tmp_path_factory.mktemp(algorithm) / "run"
+        config = dataclasses.replace(tiny_config(gpt2_dir, text_dir), algorithm=algorithm, server=WITH_MOMENTUM)
+        Simulation(dataclasses.replace(config, out=directory)).run()
+        return directory
+
+    return whole
+
+
+@pytest.mark.parametrize("algorithm", sweep(["fed-peft", "fed-avg"], quick=["fed-peft"]))
 @pytest.mark.parametrize(("stopped_in", "checkpoint_every"), sweep(STOPS, quick=[(3, 2)]))
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
-    run, tiny, tmp_path, monkeypatch, algorithm, stopped_in, checkpoint_every
+    run, tiny, whole_of, tmp_path, monkeypatch, algorithm, stopped_in, checkpoint_every
 ):
-    settings = {"algorithm": algorithm, "server": ServerConfig("yogi", 0.01, momentum=0.9)}
-    settings |= {"checkpoint_every": checkpoint_every}
-    whole = run("whole", **settings)
+    settings = {"algorithm": algorithm, "server": WITH_MOMENTUM, "checkpoint_every": checkpoint_every}
+    whole = whole_of(algorithm)
     with monkeypatch.context() as patch:
         stop_in_round(stopped_in, patch)
         with pytest.raises(KeyboardInterrupt):
