@@ -46,6 +46,7 @@ from fedpeat_ray.data import python_docs
 from fedpeat_ray.data.batches import heldout_sequences
 from fedpeat_ray.data.corpus import load_corpus
 from fedpeat_ray.emulators.ladder import Rung, emulated, load_blocks
+from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.files import written_whole_dir
 from fedpeat_ray.fleet.costs import training_flops
 from fedpeat_ray.fleet.memory import ModelShape, lora_parameters, training_memory
@@ -78,6 +79,7 @@ class Settings:
     client_batch_size: int = 8
     """Fixed, so that the last digits do not depend on what a machine measures."""
     alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+    """Among them 1, at which the large model is judged in the main table."""
     distillation_steps: int = 10
     """A round."""
     more_rounds: tuple[int, ...] = (1, 3, 8, 20, 50)
@@ -94,6 +96,8 @@ def main(settings: Settings) -> int:
     """Run everything and write the results; returns the exit status."""
 
     def study(sweep: Sweep) -> str:
+        if 1.0 not in settings.alphas:
+            raise ConfigError.of("alphas", settings.alphas, "numbers with 1 among them")
         judge = Judge(settings)
         parts = [
             main_table(settings, sweep, judge),
