@@ -148,14 +148,16 @@ def prospects(
 ) -> Prospects:
     """What each level would cost each candidate; `version` is the current one of emulators."""
     level_N, age_N = held.at(version, device_ids)
-    current_N, stale_N = np.where(age_N == 0, level_N, 0), np.where(age_N > 0, level_N, 0)
-
+    current_N, stale = np.where(age_N == 0, level_N, 0), None
     levels_L = np.array(levels).reshape(-1, *[1] * device_ids.ndim)
 
     def total_s(levels: np.ndarray, held_N: np.ndarray) -> np.ndarray:
         task = emulators.task(levels, emulators.exchange_bytes(levels, held_N), num_tokens)
         return conditions.nominal_s(device_ids, task)
 
+    if realigns:
+        stale_N = np.where(age_N > 0, level_N, 0)
+        stale = Stale(stale_N, age_N, total_s(np.maximum(1, stale_N), stale_N))
     return Prospects(
         emulators.memory_bytes_L[: len(levels)],
         conditions.fleet.memory_cap_bytes[device_ids],
@@ -165,7 +167,7 @@ def prospects(
         conditions.cohort_of(round, device_ids.shape[-1]),
         conditions.num_places,
         num_tokens,
-        Stale(stale_N, age_N, total_s(np.maximum(1, stale_N), stale_N)) if realigns else None,
+        stale,
         history,
     )
 
