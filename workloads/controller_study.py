@@ -173,16 +173,16 @@ def deadline_of(setting: Setting) -> float:
     return float(np.median(np.diff([0.0, *(each["now_s"] for each in rounds)])))
 
 
-def paired(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line a controller: terms, and by how much learned is better on the same fleets, with 95 % confidence."""
+def paired(rows: Sequence[Mapping[str, Any]], who: str = "learned") -> str:
+    """A line a controller: terms, and by how much one of them is better on the same fleets, with 95 % confidence."""
     figures = (*TERMS, "perplexity")
     of = {name: [row for row in rows if row["controller"] == name] for name in mean_rewards(rows)}
-    best = np.array([row["reward"] for row in of["learned"]])
-    lines = [f"| controller | reward | {' | '.join(figures)} | learned is better by |", "|---" * 9 + "|"]
+    best = np.array([row["reward"] for row in of[who]])
+    lines = [f"| controller | reward | {' | '.join(figures)} | {who} is better by |", "|---" * 9 + "|"]
     for name, own in of.items():
         rewards = np.array([row["reward"] for row in own])
         half = stats.t.ppf(0.975, len(best) - 1) * np.std(best - rewards, ddof=1) / np.sqrt(len(best))
-        by = "" if name == "learned" else f"{np.mean(best - rewards):.3f} ± {half:.3f}"
+        by = "" if name == who else f"{np.mean(best - rewards):.3f} ± {half:.3f}"
         means = " | ".join(f"{np.mean([row[figure] for row in own]):.2f}" for figure in figures)
         lines.append(f"| {name} | {rewards.mean():.3f} | {means} | {by} |")
     return "\n".join(lines) + "\n"
@@ -207,24 +207,22 @@ def oracle(study: Study) -> str:
 
 
 def sizes(study: Study) -> str:
-    """A policy of 100 candidates where there are more, beside one that was trained there, and the one that comes with
-    the package."""
-    lines = [
-        "| candidates | random | trained at 100 | trained there | share of the advantage | shipped |",
-        "|---|---|---|---|---|---|",
-    ]
+    """A policy of 100 candidates where there are more, beside one that was trained there, the one that comes with the
+    package, and the rules."""
+    lines, tables = ["| candidates | random | trained at 100 | there | share of the advantage |", "|---" * 5 + "|"], []
     of_100 = study.trained_at(100)
     for size in (1000, study.settings.largest):
         setting = study.setting(size)
-        players = {"random": rules(setting.levels)["random"], "of 100": of_100, "there": study.trained_at(size)}
-        players["shipped"] = player(Learned(Policy.load(SHIPPED)))
-        rows = compare(setting, players, study.fleets)
+        shipped = player(Learned(Policy.load(SHIPPED)))
+        policies = {"shipped": shipped, "trained there": study.trained_at(size), "trained at 100": of_100}
+        rows = compare(setting, rules(setting.levels) | policies, study.fleets)
         pd.DataFrame(rows).to_csv(study.settings.out / f"sizes {size}.csv", index=False)
         mean = mean_rewards(rows)
-        share = (mean["of 100"] - mean["random"]) / (mean["there"] - mean["random"])
-        figures = " | ".join(f"{mean[name]:.3f}" for name in ("random", "of 100", "there"))
-        lines.append(f"| {size:,} | {figures} | {share:.1%} | {mean['shipped']:.3f} |")
-    return "\n".join(lines) + "\n"
+        share = (mean["trained at 100"] - mean["random"]) / (mean["trained there"] - mean["random"])
+        figures = " | ".join(f"{mean[name]:.3f}" for name in ("random", "trained at 100", "trained there"))
+        lines.append(f"| {size:,} | {figures} | {share:.1%} |")
+        tables.append(f"{size:,} candidates:\n\n{paired(rows, 'trained at 100')}")
+    return "\n".join([*lines, "", *tables])
 
 
 def ratios(study: Study) -> str:

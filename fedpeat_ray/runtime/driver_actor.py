@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from fedpeat_ray.loading import loading
 
 RESUME = "the run can be resumed from its last checkpoint"
 _LOOPBACK = "127.0.0.1"
+_M_TOP_PAD, _M_MMAP_THRESHOLD = -2, -3  # malloc.h
 _PLACED_S = 60.0
 _STUCK_S = 20.0  # after an error of one rank; those that had it too have raised it by then
 
@@ -22,10 +25,12 @@ _STUCK_S = 20.0  # after an error of one rank; those that had it too have raised
 class Rank:
     """The actor of one rank (see foundation_driver)."""
 
-    def __init__(self, *arguments: Any):
+    def __init__(self, index: int, num_shards: int, num_threads: int):
+        os.environ["OMP_NUM_THREADS"] = str(num_threads)  # read when PyTorch is loaded
+        _keep_no_freed_memory()
         with loading():
             from fedpeat_ray.runtime.foundation_driver import Shard
-        self._shard = Shard(*arguments)
+        self._shard = Shard(index, num_shards, num_threads)
 
     def do(self, method: str, *arguments: Any) -> tuple[Any, None]:
         """Call a method of the shard; returns what it returned, and a sign that it did."""
@@ -36,11 +41,8 @@ class FoundationDriver:
     """The actor that starts the ranks, has all of them do the same thing, and ends them when one is lost."""
 
     def __init__(self, num_shards: int, num_gpus: float, num_threads: int):
-        # layers come and go: on a heap that keeps what is freed they would leave holes larger than the whole model
-        malloc = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TOP_PAD_": str(2**17)}
-        environment = {"OMP_NUM_THREADS": str(num_threads)} | malloc
         # cores are not reserved: ranks and hosts take turns
-        self._actor = ray.remote(num_cpus=0, num_gpus=num_gpus, runtime_env={"env_vars": environment})(Rank)
+        self._actor = ray.remote(num_cpus=0, num_gpus=num_gpus)(Rank)
         self._arguments = (num_shards, num_threads)
         self._num_gpus = num_gpus
         self._ranks: list[Any] = []
@@ -101,3 +103,13 @@ class FoundationDriver:
             f"rank {index} of the {len(self._ranks)} that hold the foundation is lost ({reason.rstrip('.')}); {RESUME}"
         )
         return self._lost
+
+
+def _keep_no_freed_memory() -> None:
+    """Layers come and go: on a heap that keeps what is freed they would leave holes larger than the whole model.
+
+    Not by glibc's environment variables: actors that have some wait for an agent of Ray's, seconds after it starts.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_M_MMAP_THRESHOLD, 2**20)
+        mallopt(_M_TOP_PAD, 2**17)
