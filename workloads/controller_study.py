@@ -275,9 +275,9 @@ def shift(study: Study) -> str:
         lost = still[:, middle - 1 :].mean() - after
         lines.append(f"| {name} | {before:.3f} | {after:.3f} | {lost:.3f} |")
         if name in (*policies, "greedy", "greedy-by-time", "fixed 1"):
-            axes.plot(range(1, plain.num_rounds + 1), rewards.mean(axis=0), label=name)
+            axes.plot(range(1, plain.num_rounds + 1), (still - rewards).mean(axis=0).cumsum(), label=name)
     axes.axvline(middle - 0.5, color="0.7", linestyle="--")
-    axes.set(xlabel="round", ylabel="reward", title="devices and links change in the middle of the episode")
+    axes.set(xlabel="round", ylabel="sum of reward lost to the change", title="a third slow down, all links get slower")
     axes.legend()
     figure.savefig(study.settings.out / "shift.png", dpi=120)
     return f"{size:,} candidates:\n\n" + "\n".join(lines) + "\n"
