@@ -241,13 +241,12 @@ def ratios(study: Study) -> str:
                 directory = study.trained(f"{size} {name} seed {seed}", [study.setting(size)], seed, **ppo)
                 curve = pd.read_csv(directory / "progress.csv")
                 smooth = curve["reward"].rolling(5, min_periods=1).mean()
-                axes.plot(
-                    curve["rounds"], smooth, color=f"C{number}", label=name if seed == settings.seeds[0] else None
-                )
+                label = name if seed == settings.seeds[0] else None
+                axes.plot(curve["rounds"] / 1000, smooth, color=f"C{number}", label=label)
                 ends.append(float(curve["reward"].to_numpy(float)[-5:].mean()))
             by_seed = ", ".join(f"{end:.3f}" for end in ends)
             lines.append(f"| {size:,} | {name} | {by_seed} | {np.mean(ends):.3f} |")
-        axes.set(title=f"{size:,} candidates", xlabel="rounds played", ylabel="reward of a round")
+        axes.set(title=f"{size:,} candidates", xlabel="thousand rounds played", ylabel="reward of a round")
         axes.legend()
     figure.savefig(settings.out / "ratios.png", dpi=120)
     return "\n".join(lines) + "\n"
