@@ -13,10 +13,8 @@ SETUP = .venv/installed
 # Compiled modules are kept, whatever the environment says: a hundred processes would each compile ours.
 unexport PYTHONDONTWRITEBYTECODE
 
-# A worker a core, as much of the work is to wait for processes one more, and no more than there is work for: a folder
-# that shares a Ray is one's (tests/conftest.py).
-WORKERS = $(shell $(PYTHON) -c "import os; print(min(4, os.cpu_count() + 1))")
-PYTEST = $(VENV)/pytest --numprocesses $(WORKERS) --dist loadfile
+# A worker a core, no more than there is work for: what shares a Ray is one's (tests/conftest.py).
+PYTEST = $(VENV)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # Two computations of one number are compared: what passes on this machine's vector instructions must pass without.
 NUMBERS = tests/parity $(addprefix tests/unit/test_,foundation.py emulator.py proxy.py vit_emulator.py) \

@@ -1,5 +1,4 @@
-"""Tests that start real processes. One Ray serves those of `runs` and `actors` (one each where they run side by side);
-those of `own_processes` start their own."""
+"""Tests that start real processes. One Ray serves all of this folder; those of `own_processes` start their own."""
 
 from __future__ import annotations
 
