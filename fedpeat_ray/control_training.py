@@ -75,8 +75,8 @@ class TrainConfig:
     local: LocalConfig = field(default_factory=LocalConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    response: Path = SHIPPED / "response.json"
-    """What perplexity answers to training, from workloads/fit_surrogate.py."""
+    response: Path | None = None
+    """What perplexity answers to training, from workloads/fit_surrogate.py; unset: as fitted for the default ladder."""
     ppo: PPOSettings = field(default_factory=PPOSettings)
     seed: NonNegativeInt = 0
     checkpoint_every: PositiveInt = 10
@@ -153,12 +153,13 @@ def settings_for(config: TrainConfig) -> list[Setting]:
         seed=config.seed,
     )
     run.validate()
-    response = Response.load(config.response)
+    response_file = config.response or SHIPPED / "response.json"
+    response = Response.load(response_file)
     world = prepare(run, Path())
     emulators = world.algorithm.emulators  # type: ignore[attr-defined]
     if len(response.gain_L) != len(emulators.levels):
         allowed = f"one fitted for {len(emulators.levels)} levels, not for {len(response.gain_L)}"
-        raise ConfigError.of("response", str(config.response), allowed)
+        raise ConfigError.of("response", str(response_file), allowed)
     some = np.arange(min(500, config.fleet.num_devices))
     setting = Setting(
         emulators.costs,

@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import tyro
 from matplotlib.figure import Figure
@@ -200,19 +201,20 @@ def against_fed_avg(rounds: pd.DataFrame) -> list[str]:
     names, last = [str(name) for name in rounds["name"].unique()], int(rounds["round"].to_numpy().max())
     runs = {(str(name), seed): run for (name, seed), run in rounds.groupby(["name", "seed"])}  # type: ignore[misc]
     seeds, others = sorted({seed for _, seed in runs}), [name for name in names if name != "fed-avg"]
-    lines = [f"| fed-avg's best of rounds | perplexity | {' | '.join(others)} |", "|" + "---|" * (2 + len(others))]
+    lines = [f"| fed-avg's best of | seed | perplexity | {' | '.join(others)} |", "|" + "---|" * (3 + len(others))]
     for number in sorted({min(2**power, last) for power in range(last.bit_length() + 1)}):
-        targets = [runs["fed-avg", seed]["perplexity"].to_numpy(float)[: number + 1].min() for seed in seeds]
-        paid = {}
-        for name in names:
-            each = zip(seeds, targets, strict=True)
-            of_seeds = [[paid_at(runs[name, seed], of, best) for of in ("bytes", "virtual_s")] for seed, best in each]
-            paid[name] = [sum(column) / len(seeds) for column in zip(*of_seeds, strict=True)]
-        shown = [
-            " and ".join(_times(*pair) for pair in zip(paid["fed-avg"], paid[name], strict=True)) for name in others
-        ]
-        lines.append(f"| 1 to {number} | {sum(targets) / len(seeds):.2f} | {' | '.join(shown)} |")
-    return [*lines, "", "Times fewer bytes, and times faster, means over seeds; - where a seed never came that far."]
+        targets, paid = [], []  # by seed; what was paid: by name, in bytes and in seconds
+        for seed in seeds:
+            best = runs["fed-avg", seed]["perplexity"].to_numpy(float)[: number + 1].min()
+            targets.append(best)
+            paid.append([[paid_at(runs[name, seed], of, best) for of in PAID[:2]] for name in ("fed-avg", *others)])
+        rows = list(zip(seeds, targets, paid, strict=True))
+        if len(seeds) > 1:
+            rows.append(("mean", np.mean(targets), np.mean(paid, axis=0)))
+        for seed, target, (full, *own) in rows:
+            shown = [" and ".join(_times(*pair) for pair in zip(full, of, strict=True)) for of in own]
+            lines.append(f"| 1 to {number} rounds | {seed} | {target:.2f} | {' | '.join(shown)} |")
+    return [*lines, "", "Times fewer bytes, and times faster; - where that, or one of the seeds, never came that far."]
 
 
 def _times(full: float, own: float) -> str:

@@ -232,11 +232,12 @@ def ratios(study: Study) -> str:
         "joint ratio": {"ratio": "joint"},
         "independent heads": {"network": "independent"},
     }
-    settings, lines = study.settings, ["| candidates | training | last reward, by seed | mean |", "|---|---|---|---|"]
+    lines = ["| candidates | training | last reward, by seed | mean | clipped |", "|" + "---|" * 5]
+    settings = study.settings
     figure = Figure(figsize=(4.5 * len(settings.sizes), 4), layout="constrained")
     for axes, size in zip(np.atleast_1d(figure.subplots(1, len(settings.sizes))), settings.sizes, strict=True):
         for number, (name, ppo) in enumerate(kinds.items()):
-            ends = []
+            ends, clipped = [], []
             for seed in settings.seeds:
                 directory = study.trained(f"{size} {name} seed {seed}", [study.setting(size)], seed, **ppo)
                 curve = pd.read_csv(directory / "progress.csv")
@@ -244,8 +245,9 @@ def ratios(study: Study) -> str:
                 label = name if seed == settings.seeds[0] else None
                 axes.plot(curve["rounds"] / 1000, smooth, color=f"C{number}", label=label)
                 ends.append(float(curve["reward"].to_numpy(float)[-5:].mean()))
+                clipped.append(float(curve["clipped_share"].mean()))
             by_seed = ", ".join(f"{end:.3f}" for end in ends)
-            lines.append(f"| {size:,} | {name} | {by_seed} | {np.mean(ends):.3f} |")
+            lines.append(f"| {size:,} | {name} | {by_seed} | {np.mean(ends):.3f} | {np.mean(clipped):.1%} |")
         axes.set(title=f"{size:,} candidates", xlabel="thousand rounds played", ylabel="reward of a round")
         axes.legend()
     figure.savefig(settings.out / "ratios.png", dpi=120)

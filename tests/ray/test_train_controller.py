@@ -137,6 +137,11 @@ def test_bad_settings_are_told_before_anything_starts(changes, field, config, tm
     assert "\n" not in str(raised.value)
 
 
+def test_a_training_that_is_begun_by_default_can_be_gone_on_with_from_another_checkout(tmp_path):
+    directory = begun(TrainConfig(out=tmp_path / "run"))
+    assert str(Path(__file__).parents[2]) not in (directory / "config.json").read_text()
+
+
 def test_an_error_is_one_line(capsys):
     assert main(["--resume", "nowhere"]) == 2
     error = capsys.readouterr().err.strip()
