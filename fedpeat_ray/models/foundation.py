@@ -10,8 +10,8 @@ import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import deterministic
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -226,10 +227,22 @@ def empty(config_json: str, dtype: torch.dtype = torch.float32) -> PreTrainedMod
     """The model without memory for its parameters, and with its buffers as they are for weights of this type."""
     values = json.loads(config_json, object_hook=_float_of)
     config = _tuning_config(AutoConfig.for_model(values.pop("model_type"), **values))
-    with init_empty_weights(include_buffers=False), _NothingDrawn():
+    with init_empty_weights(include_buffers=False), _NothingDrawn(), _nothing_filled():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
     return model
+
+
+@contextmanager
+def _nothing_filled() -> Iterator[None]:
+    """No numbers for tensors on their way to have no memory: with deterministic algorithms PyTorch fills each new one,
+    and what was only asked for is touched, all of it."""
+    filled = deterministic.fill_uninitialized_memory
+    deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        deterministic.fill_uninitialized_memory = filled
 
 
 class _NothingDrawn(TorchFunctionMode):

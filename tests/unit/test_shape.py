@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from sweeps import sweep
+from torch.overrides import TorchFunctionMode
+from torch.utils import deterministic
 from transformers import AutoConfig, BloomConfig, GPT2Config, LlamaConfig, MixtralConfig
 
 from fedpeat_ray.fleet.memory import POWERS, ModelShape, Trainable, training_memory
@@ -43,6 +45,27 @@ def test_a_model_of_70_billion_weights_is_never_in_memory():
     blocks = {"num_blocks": 24, "adapter_blocks": (2, 2)}
     assert 2 * 70.6e9 < memory(shape) < 2 * 70.6e9 + 12e9
     assert 0.3 < memory(shape, **blocks) / memory(shape) < 0.33
+
+
+class HowEmptied(TorchFunctionMode):
+    """Remembers whether PyTorch wrote to tensors that were asked for empty."""
+
+    def __init__(self) -> None:
+        self.filled: list[bool] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.empty:
+            self.filled.append(deterministic.fill_uninitialized_memory)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nor_where_deterministic_algorithms_are_asked_for(monkeypatch):
+    """As they are by RLlib; then PyTorch writes to every tensor, and 70 billion weights have been in memory."""
+    monkeypatch.setattr(deterministic, "fill_uninitialized_memory", True)
+    with HowEmptied() as how:
+        empty(GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=101, n_positions=64).to_json_string())
+    assert how.filled and not any(how.filled)
+    assert deterministic.fill_uninitialized_memory
 
 
 def test_a_token_meets_some_of_the_experts():
