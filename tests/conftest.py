@@ -16,17 +16,18 @@ from sweeps import sweep
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-ON_RAY = "tests/ray/"
+ON_ONE_RAY = "tests/ray/test_"
+LONGEST_FIRST = (ON_ONE_RAY, "tests/ray/own_processes/", "tests/parity/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs Ray comes first: where there are several workers, others have time for the rest meanwhile."""
-    items.sort(key=lambda item: not item.nodeid.startswith(ON_RAY))
+    """What takes longest comes first: where there are several workers, others have time for the rest meanwhile."""
+    items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in LONGEST_FIRST])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `--dist loadfile`, which gives workers whole files: all that needs Ray is one, so there is one Ray."""
+    """With `--dist loadfile`, which gives workers whole files: all that share a Ray are one, so there is one."""
     from xdist.scheduler import LoadScopeScheduling
 
     if config.getvalue("dist") != "loadfile":
@@ -34,7 +35,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class WholeFiles(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return ON_RAY if nodeid.startswith(ON_RAY) else nodeid.split("::")[0]
+            return ON_ONE_RAY if nodeid.startswith(ON_ONE_RAY) else nodeid.split("::")[0]
 
     config.option.loadscopereorder = False
     return WholeFiles(config, log)

@@ -245,7 +245,7 @@ def ratios(study: Study) -> str:
                 label = name if seed == settings.seeds[0] else None
                 axes.plot(curve["rounds"] / 1000, smooth, color=f"C{number}", label=label)
                 ends.append(float(curve["reward"].to_numpy(float)[-5:].mean()))
-                clipped.append(float(curve["clipped_share"].mean()))
+                clipped.append(float(curve["clipped_share"].to_numpy(float).mean()))
             by_seed = ", ".join(f"{end:.3f}" for end in ends)
             lines.append(f"| {size:,} | {name} | {by_seed} | {np.mean(ends):.3f} | {np.mean(clipped):.1%} |")
         axes.set(title=f"{size:,} candidates", xlabel="thousand rounds played", ylabel="reward of a round")

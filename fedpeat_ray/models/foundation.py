@@ -26,7 +26,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import deterministic
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -237,12 +236,12 @@ def empty(config_json: str, dtype: torch.dtype = torch.float32) -> PreTrainedMod
 def _nothing_filled() -> Iterator[None]:
     """No numbers for tensors on their way to have no memory: with deterministic algorithms PyTorch fills each new one,
     and what was only asked for is touched, all of it."""
-    filled = deterministic.fill_uninitialized_memory
-    deterministic.fill_uninitialized_memory = False
+    settings: Any = torch.utils.deterministic  # a module with a property
+    before, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
     try:
         yield
     finally:
-        deterministic.fill_uninitialized_memory = filled
+        settings.fill_uninitialized_memory = before
 
 
 class _NothingDrawn(TorchFunctionMode):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import ray
 import tiny_runs
+import warm_workers
 
 from fedpeat_ray import Simulation
 from fedpeat_ray.config import HostsConfig
@@ -41,8 +45,9 @@ def uninterrupted(tiny_arguments: Callable[..., list[str]], tmp_path_factory: py
 
 
 @pytest.fixture(scope="session")
-def local_ray(_own_places: None) -> Iterator[None]:
+def local_ray(_own_places: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Ray of 6 cores, whatever the machine has, which every run of the session joins."""
+    words = [warm_workers.__file__, str(tmp_path_factory.mktemp("warm") / "socket")]
     ray.init(
         address="local",
         num_cpus=6,
@@ -50,9 +55,14 @@ def local_ray(_own_places: None) -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         _node_ip_address="127.0.0.1",
+        runtime_env={"py_executable": shlex.join([sys.executable, "-S", "-E", *words])},
     )
-    yield
-    ray.shutdown()
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, *words], stdin=pipe, stdout=pipe) as forks:  # in the environment Ray has now
+        assert forks.stdout and forks.stdout.readline() == b"listens\n"
+        yield
+        ray.shutdown()
+        forks.communicate()  # its input ends, and so does it
 
 
 @pytest.fixture(scope="session")

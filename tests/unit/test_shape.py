@@ -10,7 +10,6 @@ import pytest
 import torch
 from sweeps import sweep
 from torch.overrides import TorchFunctionMode
-from torch.utils import deterministic
 from transformers import AutoConfig, BloomConfig, GPT2Config, LlamaConfig, MixtralConfig
 
 from fedpeat_ray.fleet.memory import POWERS, ModelShape, Trainable, training_memory
@@ -27,6 +26,7 @@ LLAMA_70B = LlamaConfig(
     vocab_size=128256,
     tie_word_embeddings=False,
 )
+DETERMINISTIC: Any = torch.utils.deterministic
 TINY: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 101}
 
 
@@ -55,17 +55,17 @@ class HowEmptied(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.empty:
-            self.filled.append(deterministic.fill_uninitialized_memory)
+            self.filled.append(DETERMINISTIC.fill_uninitialized_memory)
         return func(*args, **(kwargs or {}))
 
 
 def test_nor_where_deterministic_algorithms_are_asked_for(monkeypatch):
     """As they are by RLlib; then PyTorch writes to every tensor, and 70 billion weights have been in memory."""
-    monkeypatch.setattr(deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr(DETERMINISTIC, "fill_uninitialized_memory", True)
     with HowEmptied() as how:
         empty(GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=101, n_positions=64).to_json_string())
     assert how.filled and not any(how.filled)
-    assert deterministic.fill_uninitialized_memory
+    assert DETERMINISTIC.fill_uninitialized_memory
 
 
 def test_a_token_meets_some_of_the_experts():
