@@ -36,6 +36,12 @@ def tiny_arguments(gpt2_dir: Path, text_dir: Path) -> Callable[..., list[str]]:
     return lambda *more: tiny_runs.arguments(gpt2_dir, text_dir, *more)
 
 
+@pytest.fixture
+def no_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of large_scale.py end without one: to draw it takes longer than a tiny run."""
+    monkeypatch.setattr("analysis.report.write_report", lambda directories: directories[0] / "report.html")
+
+
 @pytest.fixture(scope="session")
 def uninterrupted(tiny_arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of a tiny run on the serial side, with nothing in its way."""

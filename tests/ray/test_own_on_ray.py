@@ -18,7 +18,7 @@ from fedpeat_ray.runtime.host_pool import HostPool
 from fedpeat_ray.runtime.run_log import read_config
 from workloads import large_scale
 
-pytestmark = pytest.mark.usefixtures("small_images")
+pytestmark = pytest.mark.usefixtures("small_images", "no_reports")
 
 
 @pytest.fixture(autouse=True)

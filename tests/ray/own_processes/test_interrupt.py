@@ -17,6 +17,8 @@ from whole_runs import assert_same_bits
 from fedpeat_ray.runtime.run_log import last_round
 from workloads.large_scale import main
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 
 def _interrupted(stop: str, ending: str, arguments: list[str], folder: Path) -> tuple[int, list[str], list[str]]:
     """Status, standard output and error of a run that gets a signal just before a file would appear."""

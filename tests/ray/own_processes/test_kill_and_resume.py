@@ -13,7 +13,7 @@ from whole_runs import assert_same_bits, events
 
 from workloads.large_scale import main
 
-pytestmark = pytest.mark.usefixtures("small_images")
+pytestmark = pytest.mark.usefixtures("no_reports")
 PATIENT = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # Ray's own: without the rest they end after a minute
 
 
