@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from sweeps import sweep
 # Read when the libraries are imported. Tests run beside one another: threads that wait for one another are no help.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.disable()  # until all is loaded: nothing of it is garbage
 
 ON_ONE_RAY = "tests/ray/test_"
 LONGEST_FIRST = (ON_ONE_RAY, "tests/ray/own_processes/", "tests/parity/")
@@ -23,6 +25,11 @@ LONGEST_FIRST = (ON_ONE_RAY, "tests/ray/own_processes/", "tests/parity/")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first: where there are several workers, others have time for the rest meanwhile."""
     items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in LONGEST_FIRST])
+
+
+def pytest_collection_finish() -> None:
+    """From here on there is garbage."""
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)
