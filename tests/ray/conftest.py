@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -51,9 +52,10 @@ def uninterrupted(tiny_arguments: Callable[..., list[str]], tmp_path_factory: py
 
 
 @pytest.fixture(scope="session")
-def local_ray(_own_places: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def local_ray(_own_places: None) -> Iterator[None]:
     """A Ray of 6 cores, whatever the machine has, which every run of the session joins."""
-    words = [warm_workers.__file__, str(tmp_path_factory.mktemp("warm") / "socket")]
+    folder, pipe = tempfile.TemporaryDirectory(prefix="warm"), subprocess.PIPE  # a socket's name must be short
+    words = [warm_workers.__file__, f"{folder.name}/socket"]
     ray.init(
         address="local",
         num_cpus=6,
@@ -63,8 +65,7 @@ def local_ray(_own_places: None, tmp_path_factory: pytest.TempPathFactory) -> It
         _node_ip_address="127.0.0.1",
         runtime_env={"py_executable": shlex.join([sys.executable, "-S", "-E", *words])},
     )
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, *words], stdin=pipe, stdout=pipe) as forks:  # in the environment Ray has now
+    with folder, subprocess.Popen([sys.executable, *words], stdin=pipe, stdout=pipe) as forks:
         assert forks.stdout and forks.stdout.readline() == b"listens\n"
         yield
         ray.shutdown()
