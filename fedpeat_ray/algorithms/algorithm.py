@@ -106,6 +106,10 @@ class Reference:
     """All that the perplexity depends on besides configuration and text: digests of models."""
 
 
+Assigned = Callable[[np.ndarray, int], list[Assignment]]
+"""What each of some devices, by their ids, is asked to train in a round."""
+
+
 @dataclass(frozen=True)
 class RoundResult:
     """The facts of one round, a device a position; `reports` of those that trained."""
@@ -114,7 +118,7 @@ class RoundResult:
     tasks: Sequence[Assignment]
     costs: Costs
     admission: Admission
-    reports: Sequence[ClientReport]
+    reports: Sequence[ClientReport] = ()
     lora_rank: int | None = None
     levels: np.ndarray | None = None
     """Of the emulators, if there are any."""
@@ -129,6 +133,11 @@ class RoundResult:
     """The controller's, from which it is to learn."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """Whatever else is worth a number a round: they are logged by name, and the report shows them."""
+
+    @property
+    def completing(self) -> list[Assignment]:
+        """The tasks of devices that complete the round."""
+        return [task for task, completes in zip(self.tasks, self.admission.completed, strict=True) if completes]
 
 
 class Algorithm(ABC):
@@ -178,7 +187,19 @@ class Algorithm(ABC):
 
     def init(self, seed: int) -> ServerState:
         """The state before the first round: it changes nothing in the foundation."""
-        return init_server(self.server, self.adapter.init(seed))
+        return dataclasses.replace(init_server(self.server, self.adapter.init(seed)), memory=self.memory())
+
+    def memory(self) -> dict[str, Tensor]:
+        """What is remembered before the first round, besides the tensors that are trained."""
+        return {}
+
+    def settle(
+        self, state: ServerState, round: int, now_s: float, conditions: Conditions, assigned: Assigned
+    ) -> tuple[ServerState, RoundResult]:
+        """What of a round is known before anybody trains: who is asked for what, what that costs, who completes it, and
+        the state that remembers this. A round starts with it, and a plan does nothing else (fedpeat_ray/planning.py):
+        of the state it reads the memory only."""
+        raise ConfigError.of("algorithm", type(self).__name__, "one that settles its rounds before it runs them")
 
     @abstractmethod
     def run_round(

@@ -10,14 +10,15 @@ algorithm 1, with the server's optimizer of Reddi et al. 2021.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
 from fedpeat_ray.aggregation.server_optimizer import ServerState, accepted, server_step
-from fedpeat_ray.algorithms.algorithm import Algorithm, RoundResult
+from fedpeat_ray.algorithms.algorithm import Algorithm, Assigned, RoundResult
 from fedpeat_ray.config import LocalConfig, ServerConfig
 from fedpeat_ray.data.client_data import ClientData
 from fedpeat_ray.fleet.conditions import Conditions
@@ -52,19 +53,24 @@ class Averaging(Algorithm):
         map_clients: MapClients,
     ) -> tuple[ServerState, RoundResult]:
         """One round; the work of devices that will not complete it is never done."""
-        device_ids = conditions.sample(round)
-        tasks = assign(map_clients, data, device_ids, round)
-        demand = self.demand(np.array([task.num_tokens for task in tasks]))
-        costs, admission = conditions.settle(round, now_s, device_ids, demand)
-
-        chosen = [task for task, completes in zip(tasks, admission.completed, strict=True) if completes]
+        settled, result = self.settle(state, round, now_s, conditions, partial(assign, map_clients, data))
+        chosen = result.completing
         if self.batches_clients:
             chosen.sort(key=lambda task: -task.num_steps)  # batches of like lengths waste nothing
         train = WithData(self.trainer(state), data)
         mean, reports = map_clients(train, state.model_P, chosen, self.aggregator(), self.client_batch_size)
+        state, refused = accepted(settled, server_step(self.server, settled, mean.result()))
+        return state, dataclasses.replace(result, reports=reports, refused=refused)
 
-        state, refused = accepted(state, server_step(self.server, state, mean.result()))
-        return state, RoundResult(device_ids, tasks, costs, admission, reports, self.adapter.rank, refused=refused)
+    def settle(
+        self, state: ServerState, round: int, now_s: float, conditions: Conditions, assigned: Assigned
+    ) -> tuple[ServerState, RoundResult]:
+        """A sample of devices: training, and the adapter both ways."""
+        device_ids = conditions.sample(round)
+        tasks = assigned(device_ids, round)
+        demand = self.demand(np.array([task.num_tokens for task in tasks]))
+        costs, admission = conditions.settle(round, now_s, device_ids, demand)
+        return state, RoundResult(device_ids, tasks, costs, admission, lora_rank=self.adapter.rank)
 
     def demand(self, num_tokens: np.ndarray) -> Task:
         """Training, and the adapter both ways."""

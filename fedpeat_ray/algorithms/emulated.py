@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedpeat_ray.aggregation.find import find_aggregator
 from fedpeat_ray.aggregation.server_optimizer import ServerState
@@ -75,20 +76,19 @@ class Emulated(Algorithm):
         settings = (config.local, config.server, aggregator, given.client_batch_size, config.seed)
         return cls(emulators, controller, *settings)
 
-    def init(self, seed: int) -> ServerState:
-        """The adapter that changes nothing; no device holds an emulator."""
-        state = dataclasses.replace(super().init(seed), memory={VERSION: torch.zeros(1, dtype=torch.int32)})
-        return self.with_control_memory(state, self.controller.init())
+    def memory(self) -> dict[str, Tensor]:
+        """No device holds an emulator; what the controller starts with."""
+        return {VERSION: torch.zeros(1, dtype=torch.int32)} | _of_control(self.controller.init())
 
     def trainer(self, state: ServerState, ages: np.ndarray | tuple[int, ...] = ()) -> OnEmulators:
         """Local training of the part of the adapter that lies in the blocks of a task's level; some emulators may be
         of these ages."""
-        work, version = (lambda adapter: adapter.trainer(self.local)), int(state.memory[VERSION])
+        work, version = (lambda adapter: adapter.trainer(self.local)), version_of(state)
         return self.emulators.on_levels(version, work, set(map(int, ages)))
 
     def evaluator(self, state: ServerState, exact: bool = True) -> OnEmulators:
         """The foundation, or the emulator of a task's level, with the current adapter."""
-        return self.emulators.on_levels(int(state.memory[VERSION]), lambda adapter: adapter.evaluator(exact))
+        return self.emulators.on_levels(version_of(state), lambda adapter: adapter.evaluator(exact))
 
     def control_memory(self, state: ServerState) -> Memory:
         """What the controller remembers."""
@@ -98,8 +98,7 @@ class Emulated(Algorithm):
     def with_control_memory(self, state: ServerState, memory: Memory) -> ServerState:
         """The state in which the controller remembers this, and nothing else."""
         others = {name: value for name, value in state.memory.items() if not name.startswith(_CONTROL)}
-        own = {_CONTROL + name: torch.from_numpy(np.array(value)) for name, value in memory.items()}
-        return dataclasses.replace(state, memory=others | own)
+        return dataclasses.replace(state, memory=others | _of_control(memory))
 
     def learn(self, state: ServerState, result: RoundResult, perplexity: float | None) -> ServerState:
         """The controller hears what came of its decision."""
@@ -178,6 +177,16 @@ class Emulated(Algorithm):
         }
         privacy_gap = tuned[level_group(self.levels[-1])].perplexity - tuned[ALL].perplexity
         return {"perplexity": perplexity, "privacy_gap": privacy_gap}
+
+
+def version_of(state: ServerState) -> int:
+    """After how many re-alignments the emulators of a state are."""
+    return int(state.memory[VERSION])
+
+
+def _of_control(memory: Memory) -> dict[str, Tensor]:
+    """What a controller remembers, as a part of the state's memory."""
+    return {_CONTROL + name: torch.from_numpy(np.array(value)) for name, value in memory.items()}
 
 
 def outcome_of(result: RoundResult, perplexity: float | None) -> Outcome:

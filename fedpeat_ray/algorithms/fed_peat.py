@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from fedpeat_ray.aggregation.server_optimizer import ServerState, accepted, server_step
-from fedpeat_ray.algorithms.algorithm import RoundResult
-from fedpeat_ray.algorithms.emulated import VERSION, Emulated
+from fedpeat_ray.algorithms.algorithm import Assigned, RoundResult
+from fedpeat_ray.algorithms.emulated import VERSION, Emulated, version_of
 from fedpeat_ray.algorithms.on_devices import held_by, perplexities_of, seen_of, with_held, with_seen
 from fedpeat_ray.control.plan import SKIP, Prospects
 from fedpeat_ray.control.rounds import Settled, decision, prospects, settle
@@ -52,24 +53,11 @@ class FedPEAT(Emulated):
         map_clients: MapClients,
     ) -> tuple[ServerState, RoundResult]:
         """One round; the work of devices that will not complete it is never done."""
-        candidates = conditions.sample(round, self.emulators.settings.control.candidates)
-        assignments = assign(map_clients, data, candidates, round)
-        num_tokens = np.array([task.num_tokens for task in assignments])
-        foreseen = self.prospects(state, conditions, round, candidates, num_tokens)
-        plan = self.controller.act(round, candidates, foreseen, self.control_memory(state))
-        decided = decision(round, candidates, foreseen, plan)
-        part = np.flatnonzero(decided.levels_N != SKIP)
-        settled = settle(self.emulators.costs, conditions, now_s, decided).of(part)
-        completed, levels = settled.admission.completed, settled.levels_N
-        skipped = [assignments[i] for i in np.flatnonzero(decided.levels_N == SKIP)]
-        tasks = [
-            dataclasses.replace(assignments[i], level=int(level), age=int(age))
-            for i, level, age in zip(part, levels, settled.ages_N, strict=True)
-        ]
-
-        chosen = [task for task, completes in zip(tasks, completed, strict=True) if completes]
+        settled, result = self.settle(state, round, now_s, conditions, partial(assign, map_clients, data))
+        chosen = result.completing
         chosen.sort(key=lambda task: (task.level, task.age, -task.num_steps))  # batches of like work waste nothing
-        train, zero = self.trainer(state, settled.ages_N), self.aggregator(self.emulators.trained())
+        train = self.trainer(state, tuple(task.age for task in result.tasks))
+        zero = self.aggregator(self.emulators.trained())
         mean, reports = map_clients(WithData(train, data), state.model_P, chosen, zero, self.client_batch_size)
         if steps := self.emulators.config.server_steps:
             rng = generator(self.seed, "server order", round)
@@ -77,14 +65,45 @@ class FedPEAT(Emulated):
             of_server, report = map_clients(InExactType(train), state.model_P, [own], zero, where="driver")
             mean, reports = mean.merge(of_server), [*reports, *report]
 
-        state, refused = accepted(state, server_step(self.server, state, mean.result()))
-        state = self.note(state, conditions, round, settled)
-        server = self.emulators.costs.server_tuning
+        version = version_of(state)
+        state, refused = accepted(settled, server_step(self.server, settled, mean.result()))
+        if version_of(state) > version:  # no device holds a current emulator
+            self.emulators.workshop.realign(self.emulators.ladder, version + 1, state.model_P, map_clients)
+        return state, dataclasses.replace(result, reports=reports, refused=refused)
+
+    def settle(
+        self, state: ServerState, round: int, now_s: float, conditions: Conditions, assigned: Assigned
+    ) -> tuple[ServerState, RoundResult]:
+        """The controller gives each candidate a level, or nothing; at the end, every so many rounds, a re-alignment."""
+        candidates = conditions.sample(round, self.emulators.settings.control.candidates)
+        assignments = assigned(candidates, round)
+        num_tokens = np.array([task.num_tokens for task in assignments])
+        foreseen = self.prospects(state, conditions, round, candidates, num_tokens)
+        plan = self.controller.act(round, candidates, foreseen, self.control_memory(state))
+        decided = decision(round, candidates, foreseen, plan)
+        part = np.flatnonzero(decided.levels_N != SKIP)
+        settled = settle(self.emulators.costs, conditions, now_s, decided).of(part)
+        skipped = [assignments[i] for i in np.flatnonzero(decided.levels_N == SKIP)]
+        tasks = [
+            dataclasses.replace(assignments[i], level=int(level), age=int(age))
+            for i, level, age in zip(part, settled.levels_N, settled.ages_N, strict=True)
+        ]
+        state, server = self.note(state, conditions, round, settled), self.emulators.costs.server_tuning
         if (every := self.emulators.config.realign_every) and round % every == 0:
-            state = self._realign(state, map_clients)
+            state = dataclasses.replace(state, memory={**state.memory, VERSION: state.memory[VERSION] + 1})
             server = server.then(self.emulators.costs.realignment)
-        facts = (settled.device_ids, tasks, settled.costs, settled.admission, reports, self.adapter.rank)
-        return state, RoundResult(*facts, levels, settled.emulator_bytes_N, server, refused, skipped, decided)
+        return state, RoundResult(
+            settled.device_ids,
+            tasks,
+            settled.costs,
+            settled.admission,
+            lora_rank=self.adapter.rank,
+            levels=settled.levels_N,
+            emulator_bytes=settled.emulator_bytes_N,
+            server=server,
+            skipped=skipped,
+            decision=decided,
+        )
 
     def prospects(
         self, state: ServerState, conditions: Conditions, round: int, device_ids: np.ndarray, num_tokens: np.ndarray
@@ -95,19 +114,13 @@ class FedPEAT(Emulated):
             seen = seen_of(state, num_devices)
             history = seen.history(conditions, round, device_ids, perplexities_of(state))
         held, realigns = held_by(state, num_devices), self.emulators.config.realign_every > 0
-        of_levels = (self.emulators.costs, self.emulators.levels, conditions, held, int(state.memory[VERSION]))
+        of_levels = (self.emulators.costs, self.emulators.levels, conditions, held, version_of(state))
         return prospects(*of_levels, round, device_ids, num_tokens, realigns, history)
 
     def note(self, state: ServerState, conditions: Conditions, round: int, settled: Settled) -> ServerState:
         """What the server remembers of the devices of a round: a device that received an emulator keeps it."""
         num_devices = conditions.fleet.num_devices
-        state = with_held(state, held_by(state, num_devices).after(settled, int(state.memory[VERSION])))
+        state = with_held(state, held_by(state, num_devices).after(settled, version_of(state)))
         if self.controller.wants_history:
             state = with_seen(state, seen_of(state, num_devices).after(settled, round))
         return state
-
-    def _realign(self, state: ServerState, map_clients: MapClients) -> ServerState:
-        """New emulators: no device holds a current one."""
-        version = state.memory[VERSION] + 1
-        self.emulators.workshop.realign(self.emulators.ladder, int(version), state.model_P, map_clients)
-        return dataclasses.replace(state, memory={**state.memory, VERSION: version})

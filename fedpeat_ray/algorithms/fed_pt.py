@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedpeat_ray.aggregation.server_optimizer import DISTILLATION, ServerState, accepted
-from fedpeat_ray.algorithms.algorithm import RoundResult
+from fedpeat_ray.algorithms.algorithm import Assigned, RoundResult
 from fedpeat_ray.algorithms.steered import Steered
 from fedpeat_ray.data.client_data import ClientData
 from fedpeat_ray.fleet.conditions import Conditions
@@ -48,12 +48,18 @@ class FedPT(Steered):
     ) -> tuple[ServerState, RoundResult]:
         """A round on the devices, then distillation on the server."""
         state, result = self.on_small.run_round(state, round, now_s, conditions, data, map_clients)
-        if self.teaching_text is not None and self.config.steps:
+        if self.distils:
             distilled = dataclasses.replace(state, model_P=self.distil(state.model_P, round, map_clients))
             state, refused = accepted(state, distilled, DISTILLATION)
-            costs = self.costs_of_a_step.times(self.config.steps)
-            result = dataclasses.replace(result, server=costs, refused=result.refused or refused)
+            result = dataclasses.replace(result, server=self.server_costs, refused=result.refused or refused)
         return state, result
+
+    def settle(
+        self, state: ServerState, round: int, now_s: float, conditions: Conditions, assigned: Assigned
+    ) -> tuple[ServerState, RoundResult]:
+        """That of the small model, and what distillation costs."""
+        state, result = self.on_small.settle(state, round, now_s, conditions, assigned)
+        return state, dataclasses.replace(result, server=self.server_costs) if self.distils else result
 
     def distil(self, adapter_P: Tensor, round: int, map_clients: MapClients) -> Tensor:
         """The small model's adapter after it learnt from the large one that it steers."""

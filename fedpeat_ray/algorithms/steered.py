@@ -91,6 +91,10 @@ class Steered(Algorithm):
         """The small model as it is, which leaves the large one as it is."""
         return self.on_small.init(seed)
 
+    def memory(self) -> dict[str, Tensor]:
+        """That of the algorithm on the small model."""
+        return self.on_small.memory()
+
     def learn(self, state: ServerState, result: RoundResult, perplexity: float | None) -> ServerState:
         """What the algorithm on the small model learns."""
         return self.on_small.learn(state, result, perplexity)
@@ -106,6 +110,16 @@ class Steered(Algorithm):
     def save(self, directory: Path, model_P: Tensor) -> None:
         """The small model's adapter."""
         self.on_small.save(directory, model_P)
+
+    @property
+    def distils(self) -> bool:
+        """Whether the small model learns from the large one that it steers."""
+        return self.teaching_text is not None and self.config.steps > 0
+
+    @property
+    def server_costs(self) -> ServerCosts:
+        """Of distillation in a round."""
+        return self.costs_of_a_step.times(self.config.steps)
 
     @property
     def adapter(self) -> LoraAdapter:  # type: ignore[override]
