@@ -1,34 +1,51 @@
-"""Commands about runs that were made.
+"""Before a run and after it.
 
+python -m fedpeat_ray plan --algorithm fed-peft --foundation.name llama-7b
 python -m fedpeat_ray generate RUN_DIR --prompt "Return the"
 """
 
 from __future__ import annotations
 
-import contextlib
+import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated
 
 import tyro
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
-from safetensors.torch import load_file
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.utils.logging import disable_progress_bar
 
-from fedpeat_ray.algorithms.find import find_algorithm
+from fedpeat_ray.command_line import check_flags, flags, parsed
 from fedpeat_ray.config import SimulationConfig
-from fedpeat_ray.errors import ConfigError, FedPeatError, RunDirError
-from fedpeat_ray.models import foundation as foundations
-from fedpeat_ray.models.lora import load_adapter, saved_lora
-from fedpeat_ray.models.traits import check_tokenizer
-from fedpeat_ray.runtime.run_log import read_settings
-from fedpeat_ray.training.client_batch import stacked_lora
+from fedpeat_ray.errors import FedPeatError
+from fedpeat_ray.files import written_whole
+
+OwnFlags = Annotated[SimulationConfig, tyro.conf.arg(name="")]
+
+
+def plan(
+    config: OwnFlags, plan_rounds: int | None = None, calibrate: bool = True, json_file: Path | None = None
+) -> None:
+    """What a run with these settings would ask of devices, hosts and time; the model is known by its configuration
+    alone: embedded, a directory, a Hugging Face name, or one of gpt2, gpt2-xl, opt-1.3b, tinyllama-1.1b, llama-7b,
+    llama-13b, llama-2-70b.
+
+    Args:
+        config: those of a run.
+        plan_rounds: so many rounds are gone through, and stand for the others; unset: all.
+        calibrate: measure for some seconds how fast this machine trains, to say how long the run will take here.
+        json_file: where to write all figures.
+    """
+    config.validate()
+    from rich.console import Console
+
+    from fedpeat_ray import planning
+    from fedpeat_ray.runtime.progress import plan_tables
+
+    found = planning.plan(config, plan_rounds, calibrate)
+    for part in plan_tables(found):
+        Console().print(part)
+    if json_file:
+        with written_whole(json_file) as part_file:
+            part_file.write_text(json.dumps(found, indent=2))
 
 
 def generate(
@@ -49,86 +66,29 @@ def generate(
         alpha: weight of the small model's change in FedPT; unset: the run's own.
         seed: of the draws.
     """
-    if temperature < 0:
-        raise ConfigError.of("temperature", temperature, "at least 0")
-    if max_new_tokens < 1:
-        raise ConfigError.of("max_new_tokens", max_new_tokens, "at least 1")
-    config = read_settings(run_dir)
-    algorithm, alpha = find_algorithm(config.algorithm), config.proxy.alpha if alpha is None else alpha
-    large, tuned_name = _model(config.foundation.name), algorithm.tuned_model(config)
-    tuned = large if tuned_name == config.foundation.name else _model(tuned_name)
-    tokenizer = foundations.load_tokenizer(foundations.model_dir(config.foundation.name))
-    check_tokenizer(tokenizer, large, f"foundation.name = {config.foundation.name!r}")
-    positions = min(map(foundations.max_positions, (large, tuned)))
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+    from transformers.utils.logging import disable_progress_bar
 
-    def text(model: PreTrainedModel, *processors: LogitsProcessor) -> str:
-        set_seed(seed)
-        return complete(model, tokenizer, prompt, max_new_tokens, temperature, positions, *processors)
+    from fedpeat_ray.tuned import texts
 
-    texts = {f"{config.foundation.name}, as it was": text(large)}
-    with plugged(tuned, config, run_dir):
-        texts[f"{tuned_name}, tuned"] = text(tuned)
-        if steer := algorithm.steering(config, tuned, alpha):
-            texts[f"{config.foundation.name}, steered (alpha = {alpha:g})"] = text(large, steer)
-    table = Table(*map(escape, texts), box=box.SIMPLE)
-    table.add_row(*map(Text, texts.values()))  # as it is: brackets are no markup
+    disable_progress_bar()
+    found = texts(run_dir, prompt, max_new_tokens, temperature, alpha, seed)
+    table = Table(*map(escape, found), box=box.SIMPLE)
+    table.add_row(*map(Text, found.values()))  # as it is: brackets are no markup
     Console().print(table)
-
-
-def complete(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    positions: int,
-    *processors: LogitsProcessor,
-) -> str:
-    """The prompt and what the model adds to it, in no more than so many positions."""
-    ids = tokenizer(prompt or str(tokenizer.eos_token), return_tensors="pt").input_ids
-    room = positions - ids.shape[1]
-    if room < 1:
-        raise ConfigError.of("prompt", f"{ids.shape[1]} tokens", f"fewer than {positions} tokens")
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    (out,) = cast(Any, model).generate(
-        input_ids=ids,
-        attention_mask=ids.new_ones(ids.shape),
-        max_new_tokens=min(max_new_tokens, room),
-        pad_token_id=tokenizer.eos_token_id,
-        use_cache=True,
-        logits_processor=LogitsProcessorList(processors),
-        **drawn,
-    )
-    return str(tokenizer.decode(out, skip_special_tokens=True))
-
-
-@contextlib.contextmanager
-def plugged(model: PreTrainedModel, config: SimulationConfig, run_dir: Path) -> Iterator[None]:
-    """The model with what the run tuned."""
-    directory = run_dir / "adapter"
-    if not directory.is_dir():
-        raise RunDirError(f"{run_dir} has no adapter: the run is not finished")
-    if (directory / "adapter_config.json").exists():
-        lora = saved_lora(model, directory, config.lora)
-        with stacked_lora(model, lora) as set_factors:
-            set_factors(load_adapter(directory, lora).unsqueeze(0))
-            yield
-    else:
-        (file,) = directory.glob("*.safetensors")
-        model.load_state_dict(load_file(file), strict=False, assign=True)
-        model.tie_weights()
-        yield
-
-
-def _model(name: str) -> PreTrainedModel:
-    return foundations.load(foundations.prepare(name, "float32"))
 
 
 def main(arguments: list[str]) -> int:
     """Do what the command line says; returns the exit status."""
-    disable_progress_bar()
+    commands = {"plan": plan, "generate": generate}
     try:
-        tyro.extras.subcommand_cli_from_dict({"generate": generate}, args=arguments, description=__doc__)
+        if arguments[:1] == ["plan"]:
+            check_flags(arguments, {*flags(SimulationConfig), "plan-rounds", "calibrate", "no-calibrate", "json-file"})
+        parsed(commands, arguments, prog="python -m fedpeat_ray", description=__doc__)
     except FedPeatError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

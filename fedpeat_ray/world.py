@@ -19,7 +19,6 @@ from fedpeat_ray.fleet.conditions import Conditions, build_conditions
 from fedpeat_ray.fleet.fits import Fits, check_fits, fits
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models.foundation import Foundation
-from fedpeat_ray.models.traits import check_tokenizer
 from fedpeat_ray.runtime.knee import MAX_SIZE, find_client_batch_size, remembered
 from fedpeat_ray.runtime.process import process_settings
 from fedpeat_ray.runtime.progress import Progress
@@ -67,6 +66,13 @@ class World:
 
 def prepare(config: SimulationConfig, directory: Path) -> World:
     """Load and check everything. Raises ConfigError, DataError or ModelError before any process is started."""
+    world = described(config, directory)
+    check_fits(world.fits, world.conditions.fleet, config.fleet.memory_scale)
+    return world
+
+
+def described(config: SimulationConfig, directory: Path, given_as: type[Given] = Given) -> World:
+    """The same for a fleet in which perhaps nobody can take part; `given_as` says how much there is of the models."""
     kind = find_algorithm(config.algorithm)
     if config.foundation.dtype == "auto":
         dtype = foundations.fast_training_dtype()
@@ -75,17 +81,15 @@ def prepare(config: SimulationConfig, directory: Path) -> World:
         local = dataclasses.replace(config.local, learning_rate=kind.learning_rate(config))
         config = dataclasses.replace(config, local=local)
     conditions = build_conditions(config.fleet, config.seed, config.cohort_size, config.over_sample, config.deadline_s)
-    foundation = foundations.prepare(config.foundation.name, config.foundation.dtype)
-    given = Given(config, foundation, directory)
+    foundation = given_as.find(config.foundation.name, config.foundation.dtype, "foundation.name")
+    given = given_as(config, foundation, directory)
     given.check_positions("local.sequence_length", "evaluation.sequence_length", of=config.foundation.name)
-    check_tokenizer(given.tokenizer, given.model, f"foundation.name = {config.foundation.name!r}")
     corpus = load_corpus(config.data, given.tokenizer)
     partition = Partition(config.data.partition, corpus.group, corpus.heldout, config.seed)
     data = ClientData(corpus, partition, config.local, config.seed)
     algorithm = kind.build(given)
     heldout = evaluation_tasks(ALL, *data.heldout(config.evaluation))
     who_fits = fits(conditions.fleet, algorithm.memory_needs())
-    check_fits(who_fits, conditions.fleet, config.fleet.memory_scale)
     return World(config, foundation, algorithm, conditions, data, heldout, who_fits)
 
 

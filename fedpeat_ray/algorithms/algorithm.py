@@ -32,6 +32,7 @@ from fedpeat_ray.models.foundation import Foundation
 from fedpeat_ray.models.layout import Layout
 from fedpeat_ray.models.lora import Lora, find_lora
 from fedpeat_ray.models.shape import model_shape
+from fedpeat_ray.models.traits import check_tokenizer
 from fedpeat_ray.records import Assignment, ClientReport
 from fedpeat_ray.settings import get
 from fedpeat_ray.training.adapters import Adapter, LoraAdapter
@@ -56,6 +57,18 @@ class Given:
     foundation: Foundation
     directory: Path
     """Of the run."""
+    field: str = "foundation.name"
+    """The setting that names the foundation."""
+
+    @classmethod
+    def find(cls, name: str, training_dtype: str, field: str) -> Foundation:
+        """A model by name (`models.foundation.prepare`)."""
+        return foundations.prepare(name, training_dtype, field=field)
+
+    def beside(self, name: str, field: str) -> Self:
+        """The same settings, and another model."""
+        foundation = self.find(name, self.config.foundation.dtype, field)
+        return dataclasses.replace(self, foundation=foundation, field=field)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -67,10 +80,12 @@ class Given:
         """What the memory and cost models know of it."""
         return model_shape(self.model, self.config.fleet.weight_bytes)
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """That of the foundation."""
-        return foundations.load_tokenizer(self.foundation.config_dir)
+        """That of the foundation. Raises ModelError if there is none, or one of a larger model."""
+        tokenizer = foundations.load_tokenizer(self.foundation.config_dir)
+        check_tokenizer(tokenizer, self.model, f"{self.field} = {self.foundation.name!r}")
+        return tokenizer
 
     @property
     def client_batch_size(self) -> int:

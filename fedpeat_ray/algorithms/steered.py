@@ -67,8 +67,7 @@ class Steered(Algorithm):
     def build(cls, given: Given) -> Self:
         """FedPEFT, or FedPEAT, on the small model, and what it takes to steer the large one."""
         config, proxy = given.config, given.config.proxy
-        foundation = foundations.prepare(proxy.small, config.foundation.dtype, field="proxy.small")
-        small = dataclasses.replace(given, foundation=foundation)
+        small = given.beside(proxy.small, "proxy.small")
         check_vocabularies(given.tokenizer, num_tokens(given.model), small.tokenizer, num_tokens(small.model))
         lengths = ("local.sequence_length", "evaluation.sequence_length", "proxy.sequence_length")
         most = min(foundations.max_positions(model) for model in (small.model, given.model))
@@ -79,7 +78,7 @@ class Steered(Algorithm):
         return cls(
             on_small,
             given.foundation.digest,
-            SmallModel(foundation, lora),
+            SmallModel(small.foundation, lora),
             on_small.whole_level,
             proxy,
             given.public_text() if proxy.steps else None,

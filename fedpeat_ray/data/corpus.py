@@ -80,6 +80,10 @@ class Corpus:
         return np.diff(self.offsets)
 
 
+NO_TEXT = Corpus(np.zeros(0, np.uint16), np.zeros(1, np.int64), np.zeros(0, np.int32), (), np.zeros(0, bool), 0, "")
+"""No documents."""
+
+
 def load_corpus(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, public: bool = False, cache_dir: Path | None = None
 ) -> Corpus:

@@ -22,7 +22,7 @@ def emulator_costs(
     config: SimulationConfig, foundation: Foundation, shape: ModelShape, ladder: Ladder, adapter: Adapter
 ) -> EmulatorCosts:
     """What FedPEAT costs. LoRA in middle blocks too is counted as if it were in all blocks."""
-    emulator, local, shapes = config.emulator, config.local, weight_files.shapes_of(foundation.weights)
+    emulator, local, shapes = config.emulator, config.local, foundation.shapes
     dtype = torch.float32 if config.fleet.precision == "float32" else torch.float16
     files = [
         emulator_shapes(shapes, ladder, level, dtype, emulator.eight_bit and level < ladder.top)

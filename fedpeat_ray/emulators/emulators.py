@@ -26,7 +26,6 @@ from fedpeat_ray.files import file_sha256, user_cache_dir
 from fedpeat_ray.fleet.levels import EmulatorCosts
 from fedpeat_ray.fleet.memory import ModelShape
 from fedpeat_ray.models import foundation as foundations
-from fedpeat_ray.models import weight_files
 from fedpeat_ray.models.foundation import Foundation
 from fedpeat_ray.models.lora import Lora
 from fedpeat_ray.training.adapters import Adapter, LoraAdapter, find_weights
@@ -181,7 +180,7 @@ def _exported(foundation: Foundation, ladder: Ladder, export: Callable) -> Found
     kept = sorted({number for rung in ladder.rungs[:-1] for number in rung.blocks})
     names = [
         name
-        for name in weight_files.shapes_of(foundation.weights)
+        for name in foundation.shapes
         if (number := block_number(name, ladder.block_list)) is None or number in kept
     ]
     key = hashlib.sha256(f"{foundation.digest} {kept}".encode()).hexdigest()[:16]

@@ -71,6 +71,11 @@ class Foundation:
     """What the model does; None: not known yet."""
 
     @property
+    def shapes(self) -> weight_files.Shapes:
+        """Types and shapes of the tensors in that file, by name."""
+        return weight_files.shapes_of(self.weights)
+
+    @property
     def exact_dtype(self) -> torch.dtype:
         """Type of the weights in the file."""
         return torch.float64 if self.training_dtype == "float64" else torch.float32
@@ -125,13 +130,7 @@ def prepare(
         with written_with_hash(weights) as part:
             if files is None:
                 model = _load_pretrained(f"{field} = {name!r}", config_dir, dtype)
-                first_name = {id(parameter): name for name, parameter in model.named_parameters()}  # tied weights: once
-                state = {
-                    name: tensor.detach().contiguous()
-                    for name, tensor in model.state_dict(keep_vars=True).items()
-                    if first_name.get(id(tensor), name) == name
-                }
-                save_file(state, part)
+                save_file({name: tensor.contiguous() for name, tensor in tensors_of(model).items()}, part)
             else:  # one tensor at a time, for models larger than memory
                 shapes = {name: (dtype, shape) for name, (_, shape) in files.items()}
                 weight_files.write(part, shapes, lambda name: weight_files.read(files[name][0], name).to(dtype))
@@ -143,6 +142,13 @@ def prepare(
     except ModelError as error:
         raise ModelError(f"{field} = {name!r}: {error}") from error
     return dataclasses.replace(foundation, traits=traits)
+
+
+def tensors_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """All that a file of the model's weights has, by name: parameters, tied ones once, and what else it saves."""
+    first_name = {id(parameter): name for name, parameter in model.named_parameters()}
+    state = model.state_dict(keep_vars=True).items()
+    return {name: tensor.detach() for name, tensor in state if first_name.get(id(tensor), name) == name}
 
 
 def model_digest(weights_sha256: str, config_json: str) -> str:
@@ -332,8 +338,9 @@ def max_positions(model: PreTrainedModel) -> int:
     return traits.max_positions if traits else configured_positions(model)
 
 
-def model_dir(name: str, field: str = "foundation.name") -> Path:
-    """Where a model lies: embedded, a local directory, or downloaded from Hugging Face. Raises ConfigError."""
+def model_dir(name: str, field: str = "foundation.name", weights: bool = True) -> Path:
+    """Where a model lies: embedded, a local directory, or downloaded from Hugging Face, with or without its weights.
+    Raises ConfigError."""
     if name in EMBEDDED:
         return _EMBEDDED_DIR / name
     path = Path(name).expanduser()
@@ -342,7 +349,8 @@ def model_dir(name: str, field: str = "foundation.name") -> Path:
             raise ConfigError.of(field, name, "a directory with config.json and safetensors")
         return path.resolve()
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        patterns = ["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         allowed = f"{', '.join(EMBEDDED)}, a local directory, or a Hugging Face model that can be reached"
         raise ConfigError.of(field, name, allowed) from error

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from fedpeat_ray.models import weight_files
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -64,7 +66,9 @@ class Layout:
 
     def payload_bytes(self, dtype: torch.dtype = torch.float32) -> int:
         """Length of `serialize`, header included."""
-        return len(self.serialize(torch.zeros(self.num_elements, dtype=dtype)))
+        return weight_files.num_bytes(
+            {name: (dtype, shape) for name, shape in zip(self.names, self.shapes, strict=True)}
+        )
 
     def sha256(self, flat: Tensor) -> str:
         """Hash of the safetensors file."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from types import TracebackType
 from typing import Any
@@ -113,15 +113,67 @@ class Progress:
         self._console.file.flush()
 
 
-def fits_table(found: Fits) -> Table:
+def fits_table(found: Fits, title: str = "devices that have the memory to train") -> Table:
     """The share of devices that have the memory to take part, a row a tier."""
-    table = Table(box=box.SIMPLE, title="devices that have the memory to train", title_justify="left")
+    table = Table(box=box.SIMPLE, title=title, title_justify="left")
     table.add_column("tier")
     table.add_column("devices", justify="right")
     for task, need in found.memory_bytes.items():
         table.add_column(f"{task}, {human_bytes(need)}", justify="right")
     for tier, shares in found.shares.items():
         table.add_row(tier, f"{found.num_devices[tier]:,}", *(f"{share:.1%}" for share in shares.values()))
+    return table
+
+
+def plan_tables(plan: Mapping[str, Any]) -> Iterator[Table]:
+    """What a run would ask for (`fedpeat_ray.planning.plan`): of memory, of devices by tier, in sum, and here."""
+    yield fits_table(Fits(**plan["fits"]))
+    if plan["ranks"]:
+        yield fits_table(Fits(**plan["ranks"]), "the same by LoRA rank, on the smallest model that devices get")
+    yield _tiers_table(plan["tiers"])
+    model, run, hosts = plan["model"], plan["run"], plan["hosts"]
+    title = f"{plan['algorithm']} on {model['name']}, {run['num_rounds']} rounds"
+    table = Table(box=box.SIMPLE, show_header=False, title=title, title_justify="left")
+    table.add_column()
+    table.add_column(justify="right")
+    num_rounds, rounds = run["num_rounds"], len(plan["rounds"])
+    table.add_row("parameters", f"{model['num_parameters']:,}")
+    table.add_row("  trained and sent", f"{model['num_trained']:,}")
+    table.add_row("blocks", str(model["num_blocks"]))
+    table.add_section()
+    if rounds < num_rounds:
+        table.add_row("rounds that stand for all", str(rounds))
+    table.add_row("virtual time", human_seconds(run["virtual_s"]))
+    table.add_row("sent to devices", human_bytes(run["download_bytes"]))
+    if run["emulator_bytes"]:
+        table.add_row("  of these emulators", human_bytes(run["emulator_bytes"]))
+    table.add_row("sent by devices", human_bytes(run["upload_bytes"]))
+    table.add_row("energy of devices", human_joules(run["energy_j"]))
+    table.add_section()
+    table.add_row("memory of this machine", human_bytes(hosts["machine_bytes"]))
+    table.add_row("  weights, which hosts share", human_bytes(hosts["shared_bytes"]))
+    table.add_row(f"  a host's own, of {hosts['num_hosts']}", human_bytes(hosts["own_bytes"] + hosts["batch_bytes"]))
+    if hosts["driver_bytes"] > hosts["shared_bytes"]:
+        table.add_row("  weights on the driver's side", human_bytes(hosts["driver_bytes"]))
+    if plan["wall"]:
+        table.add_section()
+        table.add_row("wall time here, about", human_seconds(plan["wall"]["total"]))
+        for name, seconds in plan["wall"].items():
+            if name != "total" and seconds:
+                table.add_row(f"  {name}", human_seconds(seconds))
+    yield table
+
+
+def _tiers_table(tiers: Mapping[str, Mapping[str, Any]]) -> Table:
+    title = "a device in a round, by tier: means, seconds of those that complete"
+    table = Table(box=box.SIMPLE, title=title, title_justify="left", padding=(0, 1, 0, 0))
+    for name in ("tier", "asked", "done", "download", "compute", "upload", "down", "up", "energy"):
+        table.add_column(name, justify="left" if name == "tier" else "right")
+    for tier, of in tiers.items():
+        seconds = [human_seconds(of[name]) for name in ("download_s", "compute_s", "upload_s")]
+        sent = [human_bytes(of[name]) for name in ("download_bytes", "upload_bytes")]
+        row = (f"{of['num_asked']:,}", f"{of['num_completed']:,}", *seconds, *sent, human_joules(of["energy_j"]))
+        table.add_row(tier, *row)
     return table
 
 
@@ -167,7 +219,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     if summary.get("emulator_bytes"):
         add("  of these emulators", human_bytes(summary["emulator_bytes"]))
     add("sent by devices", human_bytes(summary["upload_bytes"]))
-    add("energy of devices", _scaled(summary["energy_j"], ("J", "kJ", "MJ", "GJ")))
+    add("energy of devices", human_joules(summary["energy_j"]))
     add("wall time", human_seconds(summary["wall_s"]))
     return table
 
@@ -183,6 +235,11 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
 def human_bytes(num_bytes: float | None) -> str:
     """Decimal units: 950 B, 1.2 kB, 34.5 MB, 120 MB."""
     return _scaled(num_bytes, ("B", "kB", "MB", "GB", "TB", "PB"))
+
+
+def human_joules(joules: float | None) -> str:
+    """950 J, 1.2 kJ."""
+    return _scaled(joules, ("J", "kJ", "MJ", "GJ"))
 
 
 def human_seconds(seconds: float | None) -> str:

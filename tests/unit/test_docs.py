@@ -91,12 +91,13 @@ def parse_python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         raise Parsed
 
     if words[:2] == ["-m", "fedpeat_ray"]:
+        for command in (commands.generate, commands.plan):
 
-        @functools.wraps(commands.generate)
-        def understood(*_: Any, **__: Any) -> None:
-            raise Parsed
+            @functools.wraps(command)
+            def understood(*_: Any, **__: Any) -> None:
+                raise Parsed
 
-        monkeypatch.setattr(commands, "generate", understood)
+            monkeypatch.setattr(commands, command.__name__, understood)
         commands.main(words[2:])
         return
     assert words[0].startswith("workloads/"), words
