@@ -1,4 +1,6 @@
-"""The figures of a report: each takes runs by label and gives a figure, or None with nothing to show.
+"""The figures of a report: each takes groups of runs by label and gives a figure, or None with nothing to show.
+
+A line of several runs is their mean, with a band from the lowest to the highest; bars and shares are of all of them.
 
 All in one style: Okabe and Ito's colours, which colour-blind readers tell apart; no pyplot, so
 nothing global is touched.
@@ -8,12 +10,13 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_hex, to_rgb
@@ -22,12 +25,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter, StrMethodFormatter
 
+from analysis.compare import Group, Groups
 from analysis.load import Frame, Run
 
-Runs = Mapping[str, Run]
 Cost = Callable[[Frame], Any]  # cumulative, a value a round
 
 INK, GREY, PALE = "#222222", "#8a8a8a", "#e6e6e6"
+MARKERS = ("o", "s", "^", "D")  # by turns, once all colours are in use
+BAND = 0.2  # opacity
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 PHASE_COLOURS = {"download": "#56B4E9", "compute": "#0072B2", "upload": "#E69F00"}
 REASON_COLOURS = {
@@ -76,46 +81,54 @@ FOUNDATION_LINES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def perplexity_over_rounds(runs: Runs) -> Figure | None:
-    return _perplexity(runs, {"round": lambda rounds: rounds["round"]}, 3.2, on_devices=True)
+def perplexity_over_rounds(groups: Groups) -> Figure | None:
+    return _perplexity(groups, {"round": lambda rounds: rounds["round"]}, 3.2, on_devices=True)
 
 
-def perplexity_over_costs(runs: Runs) -> Figure | None:
-    unit_s, time_name = time_unit(max(run.rounds["virtual_s"].max() for run in runs.values()))
-    unit_bytes, bytes_name = byte_unit(max(_traffic(run.rounds).max() for run in runs.values()))
+def perplexity_over_costs(groups: Groups) -> Figure | None:
+    unit_s, time_name = time_unit(max(run.rounds["virtual_s"].max() for run in _runs(groups)))
+    unit_bytes, bytes_name = byte_unit(max(_traffic(run.rounds).max() for run in _runs(groups)))
     costs: dict[str, Cost] = {
         f"virtual time ({time_name})": lambda rounds: rounds["virtual_s"] / unit_s,
         f"down and up, all devices ({bytes_name})": lambda rounds: _traffic(rounds) / unit_bytes,
     }
-    return _perplexity(runs, costs, 2.9)
+    return _perplexity(groups, costs, 2.9)
 
 
-def perplexity_by_level(runs: Runs) -> Figure | None:
+def perplexity_by_level(groups: Groups) -> Figure | None:
     """Emulators before and after tuning, by the blocks they keep, between what the foundation does."""
-    names = {"emulator_zero_shot", "emulator_tuned"}
-    runs = {label: run for label, run in runs.items() if run.levels and names <= run.perplexity.keys()}
-    if not runs:
+    names, several = {"emulator_zero_shot", "emulator_tuned"}, len(groups) > 1
+    groups = {
+        label: group
+        for label, group in groups.items()
+        if all(run.levels and names <= run.perplexity.keys() for run in group.runs)
+    }
+    if not groups:
         return None
-    figure, panels = _grid(len(runs), min(2, len(runs)), 3.1)
+    figure, panels = _grid(len(groups), min(2, len(groups)), 3.1)
     emulators = (("emulator_zero_shot", GREY, "white"), ("emulator_tuned", RUN_COLOURS[0], RUN_COLOURS[0]))
-    for axes, (label, run) in zip(panels, runs.items(), strict=True):
+    for axes, (label, group) in zip(panels, groups.items(), strict=True):
+        levels = group.first.levels
         for name, colour, face in emulators:
-            by_level = {level: run.perplexity[name].get(str(level)) for level in run.levels}
-            points = pd.Series(by_level, dtype=float).dropna()
-            blocks = [run.levels[level] for level in points.index]
-            axes.plot(blocks, points, color=colour, marker="o", markersize=5, markerfacecolor=face, zorder=3)
+            of_runs = [
+                pd.Series({level: run.perplexity[name].get(str(level)) for level in levels}, dtype=float).dropna()
+                for run in group.runs
+            ]
+            points = _over_runs(of_runs)
+            points.index = points.index.map(levels)
+            axes.vlines(points.index, points["min"], points["max"], colors=colour, alpha=2 * BAND, linewidth=6)
+            axes.plot(points["mean"], color=colour, marker="o", markersize=5, markerfacecolor=face, zorder=3)
         for name, (_, style) in FOUNDATION_LINES.items():
-            if (value := run.perplexity.get(name)) is not None:
+            if (value := _reference(group, name)) is not None:
                 axes.axhline(value, **style)
-        given = {
-            level: blocks for level, blocks in run.levels.items() if str(level) in run.perplexity["emulator_tuned"]
-        }
+        tuned = [run.perplexity["emulator_tuned"] for run in group.runs]
+        given = {level: blocks for level, blocks in levels.items() if any(str(level) in of_run for of_run in tuned)}
         axes.set_xticks(list(given.values()), [f"{blocks}\nlevel {level}" for level, blocks in given.items()])
         axes.margins(x=0.12)
         axes.grid(axis="y")
-        axes.set_xlabel(f"blocks of the foundation's {max(run.levels.values())} that an emulator keeps")
+        axes.set_xlabel(f"blocks of the foundation's {max(levels.values())} that an emulator keeps")
         _log_if_wide(axes, 4, (1, 2, 5))
-        if len(runs) > 1:
+        if several:
             axes.set_title(label)
     panels[0].set_ylabel("perplexity")
     marks = (("emulator, zero-shot", GREY, "white"), ("emulator, tuned", RUN_COLOURS[0], RUN_COLOURS[0]))
@@ -123,27 +136,30 @@ def perplexity_by_level(runs: Runs) -> Figure | None:
     key += [
         Line2D([], [], label=label, **style)
         for name, (label, style) in FOUNDATION_LINES.items()
-        if any(run.perplexity.get(name) is not None for run in runs.values())
+        if any(_reference(group, name) is not None for group in groups.values())
     ]
-    figure.legend(handles=key, loc="outside upper left", ncols=3)
+    figure.legend(handles=[*key, *_band_key(groups)], loc="outside upper left", ncols=3)
     return figure
 
 
-def levels_in_use(runs: Runs) -> Figure | None:
-    """A row a run: who completed on which emulator, and what was sent for it, round by round."""
-    runs = {label: run for label, run in runs.items() if _completed(run)["level"].notna().any()}
-    if not runs:
+def levels_in_use(groups: Groups) -> Figure | None:
+    """A row a group: who completed on which emulator, and what was sent for it, round by round."""
+    several = len(groups) > 1
+    groups = {label: group for label, group in groups.items() if _completed(group)["level"].notna().any()}
+    if not groups:
         return None
-    figure = Figure((WIDTH, 2.3 * len(runs) + 0.6), layout="constrained")
-    rows = figure.subplots(len(runs), 2, squeeze=False)
+    figure = Figure((WIDTH, 2.3 * len(groups) + 0.6), layout="constrained")
+    rows = figure.subplots(len(groups), 2, squeeze=False)
     unit, unit_name = byte_unit(
-        max((run.rounds["download_bytes"] + run.rounds["upload_bytes"]).max() for run in runs.values())
+        max((run.rounds["download_bytes"] + run.rounds["upload_bytes"]).max() for run in _runs(groups))
     )
-    used = sorted({int(level) for run in runs.values() for level in _completed(run)["level"].dropna()})
-    top = max(1, *used, *(level for run in runs.values() for level in run.levels))
+    used = sorted({int(level) for group in groups.values() for level in _completed(group)["level"].dropna()})
+    top = max(1, *used, *(level for run in _runs(groups) for level in run.levels))
     level_colours = {f"level {level}": _shade(level / top) for level in used}
-    for (left, right), (label, run) in zip(rows, runs.items(), strict=True):
-        completed, rounds = _completed(run), run.rounds.set_index("round")
+    for (left, right), (label, group) in zip(rows, groups.items(), strict=True):
+        completed = _completed(group)
+        sent = ["download_bytes", "emulator_bytes", "upload_bytes"]
+        rounds = _mean_by_round([run.rounds[["round", *sent]] for run in group.runs])
         shares = pd.crosstab(completed["round"], completed["level"], normalize="index") * 100
         shares = shares.rename(columns=lambda level: f"level {level:.0f}").reindex(index=rounds.index)
         _stacked_over_rounds(left, shares, level_colours)
@@ -153,7 +169,7 @@ def levels_in_use(runs: Runs) -> Figure | None:
         columns = zip(BYTES_COLOURS, (rounds["emulator_bytes"], adapters), strict=True)
         _stacked_over_rounds(right, pd.DataFrame(dict(columns)) / unit, BYTES_COLOURS)
         right.set_ylabel(f"sent, all devices ({unit_name})")
-        if len(runs) > 1:
+        if several:
             left.set_title(label)
     for axes in rows[-1]:
         axes.set_xlabel("round")
@@ -161,9 +177,10 @@ def levels_in_use(runs: Runs) -> Figure | None:
     return figure
 
 
-def logged_over_rounds(runs: Runs) -> Figure | None:
-    """A panel a name that the algorithm or its controller logged, with a line a run."""
-    tables = [_logged(run) for run in runs.values()]
+def logged_over_rounds(groups: Groups) -> Figure | None:
+    """A panel a name that the algorithm or its controller logged, with a line a group."""
+    logged = {label: [_logged(run) for run in group.runs] for label, group in groups.items()}
+    tables = [table for of_group in logged.values() for table in of_group]
     names = list(dict.fromkeys(name for table in tables for name in table))
     if not names:
         return None
@@ -171,13 +188,16 @@ def logged_over_rounds(runs: Runs) -> Figure | None:
     figure, panels = _grid(len(names), num_columns, 2.6 - 0.3 * num_columns, share_x=True, share_y=False)
     last = max(table.index.max() for table in tables)
     for index, (axes, name) in enumerate(zip(panels, names, strict=True)):
-        found = [(table[name], c) for table, c in zip(tables, _colours(runs), strict=True) if name in table]
-        scale, unit = _power_of_ten(max(values.abs().max() for values, _ in found))
-        for values, colour in found:
-            points, marker = values.dropna() / scale, "o" if values.count() <= 40 else None
-            axes.plot(values.index, values / scale, color=colour, marker=marker, markersize=3)
+        found = {label: [table[name] for table in of_group if name in table] for label, of_group in logged.items()}
+        scale, unit = _power_of_ten(max(values.abs().max() for of_group in found.values() for values in of_group))
+        for of_group, look in zip(found.values(), _looks(groups), strict=True):
+            if not of_group:
+                continue
+            values = _over_runs(of_group) / scale
+            points = values.dropna()
+            _line(axes, values, **look | {"markersize": 3})
             if len(points) < len(values):  # thin over rounds that have none
-                axes.plot(points.index, points, color=colour, linewidth=0.8)
+                axes.plot(points.index, points["mean"], color=look["color"], linewidth=0.8)
         _few_ticks(axes)
         axes.set_title(textwrap.fill(name.replace("_", " ") + unit, 110 // num_columns))
         axes.set_xlim(0.5, last + 0.5)
@@ -186,21 +206,19 @@ def logged_over_rounds(runs: Runs) -> Figure | None:
         if index + num_columns >= len(names):  # nothing below it
             axes.tick_params(axis="x", labelbottom=True)
             axes.set_xlabel("round")
-    if len(runs) > 1:
-        colours = zip(runs, _colours(runs), strict=True)
-        key = [Line2D([], [], color=colour, label=label) for label, colour in colours]
-        figure.legend(handles=key, loc="outside upper left", ncols=3)
+    if len(groups) > 1 or _band_key(groups):
+        figure.legend(handles=[*_group_key(groups), *_band_key(groups)], loc="outside upper left", ncols=3)
     return figure
 
 
-def time_by_tier(runs: Runs) -> Figure | None:
+def time_by_tier(groups: Groups) -> Figure | None:
     """Mean seconds of a completed device, by tier and phase."""
-    if all(_completed(run).empty for run in runs.values()):
+    if all(_completed(group).empty for group in groups.values()):
         return None
-    figure, panels = _panels_by_tier(runs)
-    for axes, run in zip(panels, runs.values(), strict=True):
-        means = _completed(run).groupby("tier")[[f"{phase}_s" for phase in PHASE_COLOURS]].mean()
-        means = means.rename(columns=lambda name: name.removesuffix("_s")).reindex(tier_order(runs)).fillna(0)
+    figure, panels = _panels_by_tier(groups)
+    for axes, group in zip(panels, groups.values(), strict=True):
+        means = _completed(group).groupby("tier")[[f"{phase}_s" for phase in PHASE_COLOURS]].mean()
+        means = means.rename(columns=lambda name: name.removesuffix("_s")).reindex(tier_order(groups)).fillna(0)
         _stacked(axes, means, PHASE_COLOURS)
         for row, seconds in enumerate(means.sum(axis=1)):
             _note(axes, seconds, row, f"{seconds:.3g} s" if seconds else "none completed")
@@ -210,41 +228,42 @@ def time_by_tier(runs: Runs) -> Figure | None:
     return figure
 
 
-def slowest_device(runs: Runs) -> Figure | None:
+def slowest_device(groups: Groups) -> Figure | None:
     """The completed device that each round waited for."""
-    if all(_completed(run).empty for run in runs.values()):
+    if all(_completed(group).empty for group in groups.values()):
         return None
-    figure, panels = _grid(len(runs), 1, 1.9)
-    for axes, (label, run) in zip(panels, runs.items(), strict=True):
-        slowest = _slowest(_completed(run))
+    figure, panels = _grid(len(groups), 1, 1.9)
+    for axes, (label, group) in zip(panels, groups.items(), strict=True):
+        slowest = _mean_by_round([_slowest(_completed(run)) for run in group.runs])
         bottom = np.zeros(len(slowest))
         for phase, colour in PHASE_COLOURS.items():
             seconds = slowest[f"{phase}_s"].fillna(0).to_numpy(float)
-            axes.bar(slowest["round"], seconds, 0.8, bottom=bottom, color=colour)
+            axes.bar(slowest.index, seconds, 0.8, bottom=bottom, color=colour)
             bottom += seconds
-        axes.set_xlim(0.4, run.rounds["round"].max() + 0.6)
+        axes.set_xlim(0.4, max(run.rounds["round"].max() for run in group.runs) + 0.6)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(axis="y")
         axes.set_ylabel("virtual s")
-        if len(runs) > 1:
+        if len(groups) > 1:
             axes.set_title(label)
     panels[-1].set_xlabel("round")
     _legend_above(figure, PHASE_COLOURS)
     return figure
 
 
-def dropouts_by_tier(runs: Runs) -> Figure | None:
+def dropouts_by_tier(groups: Groups) -> Figure | None:
     """What became of the sampled devices, in shares of each tier."""
-    fates = {label: run.clients["drop_reason"].fillna(run.clients["outcome"]) for label, run in runs.items()}
+    clients = {label: group.clients for label, group in groups.items()}
+    fates = {label: table["drop_reason"].fillna(table["outcome"]) for label, table in clients.items()}
     reasons = set().union(*fates.values()) - {"completed"}
     if not reasons:
         return None
     colours = {reason: REASON_COLOURS.get(reason, GREY) for reason in [*REASON_COLOURS, *sorted(reasons)]}
     colours = {reason: colour for reason, colour in colours.items() if reason in reasons} | {"completed": PALE}
-    figure, panels = _panels_by_tier(runs)
-    for axes, (label, run) in zip(panels, runs.items(), strict=True):
-        counts = pd.crosstab(run.clients["tier"], fates[label])
-        counts = counts.reindex(index=tier_order(runs), columns=list(colours)).fillna(0)
+    figure, panels = _panels_by_tier(groups)
+    for axes, (label, table) in zip(panels, clients.items(), strict=True):
+        counts = pd.crosstab(table["tier"], fates[label])
+        counts = counts.reindex(index=tier_order(groups), columns=list(colours)).fillna(0)
         sampled = counts.sum(axis=1)
         _stacked(axes, counts.div(sampled.clip(lower=1), axis=0) * 100, colours)
         for row, count in enumerate(sampled):
@@ -255,16 +274,16 @@ def dropouts_by_tier(runs: Runs) -> Figure | None:
     return figure
 
 
-def memory_by_tier(runs: Runs) -> Figure | None:
+def memory_by_tier(groups: Groups) -> Figure | None:
     """What a device's task needs, against what the devices of its tier have."""
-    if all(_memory(run).empty for run in runs.values()):
+    if all(_memory(group).empty for group in groups.values()):
         return None
-    figure, panels = _panels_by_tier(runs)
+    figure, panels = _panels_by_tier(groups)
     need_colour, cap_colour = RUN_COLOURS[0], "#d0d0d0"
-    for axes, run in zip(panels, runs.values(), strict=True):
+    for axes, group in zip(panels, groups.values(), strict=True):
         axes.set_xscale("log")
-        for row, tier in enumerate(tier_order(runs)):
-            table = _memory(run).loc[lambda table, tier=tier: table["tier"] == tier]
+        for row, tier in enumerate(tier_order(groups)):
+            table = _memory(group).loc[lambda table, tier=tier: table["tier"] == tier]
             if table.empty:
                 continue
             for column, colour, width in (("memory_cap_bytes", cap_colour, 12), ("memory_bytes", need_colour, 4)):
@@ -274,36 +293,40 @@ def memory_by_tier(runs: Runs) -> Figure | None:
             too_large = (table["memory_bytes"] > table["memory_cap_bytes"]).mean()
             note = f"{max(too_large, 0.01):.0%} do not fit" if too_large else "all fit"
             _note(axes, 1, row, note, xycoords=axes.get_yaxis_transform(), annotation_clip=False)
-        _plain_numbers(axes.xaxis)
+        low, high = axes.dataLim.intervalx
+        wide = len(groups) > 1 and high / low > 1e3  # half a page has no room for so many
+        _plain_numbers(axes.xaxis, (1,) if wide else (1, 3))
         axes.set_xlabel("memory of a device (MB, log scale)")
     _legend_above(figure, {"what the task needs": need_colour, "what the devices have": cap_colour})
     return figure
 
 
-def energy_by_tier(runs: Runs) -> Figure | None:
-    """Energy of the whole run, split by whether the update was used."""
-    if not sum(run.clients["energy_j"].sum() for run in runs.values()):
+def energy_by_tier(groups: Groups) -> Figure | None:
+    """Energy of the whole run, split by whether the update was used; of several runs the mean."""
+    if not sum(run.clients["energy_j"].sum() for run in _runs(groups)):
         return None
     colours = {"completed": "#009E73", "dropped": "#D55E00"}
-    figure, panels = _panels_by_tier(runs)
-    for axes, run in zip(panels, runs.values(), strict=True):
-        spent = run.clients.pivot_table("energy_j", "tier", "outcome", "sum")
-        spent = spent.reindex(index=tier_order(runs), columns=list(colours)).fillna(0) / 1e3
+    figure, panels = _panels_by_tier(groups)
+    most = max(group.clients.groupby("tier")["energy_j"].sum().max() / len(group) for group in groups.values())
+    unit, unit_name = (1e3, "kJ") if most > 1e3 else (1, "J")
+    for axes, group in zip(panels, groups.values(), strict=True):
+        spent = group.clients.pivot_table("energy_j", "tier", "outcome", "sum")
+        spent = spent.reindex(index=tier_order(groups), columns=list(colours)).fillna(0) / (unit * len(group))
         _stacked(axes, spent, colours)
-        mean = _completed(run).groupby("tier")["energy_j"].mean()
+        mean = _completed(group).groupby("tier")["energy_j"].mean()
         for row, (tier, total) in enumerate(spent.sum(axis=1).items()):
             _note(axes, total, row, f"{mean[tier]:.3g} J each" if tier in mean else "none completed")
         axes.margins(x=0.2)
-        axes.set_xlabel("energy of the whole run (kJ)")
+        axes.set_xlabel(f"energy of the whole run ({unit_name})")
     _legend_above(
         figure, {"devices that completed": colours["completed"], "devices that dropped out": colours["dropped"]}
     )
     return figure
 
 
-def tier_order(runs: Runs) -> list[str]:
+def tier_order(groups: Groups) -> list[str]:
     """Tiers of all runs, from little memory to much."""
-    clients: Frame = pd.concat([run.clients for run in runs.values()])
+    clients: Frame = pd.concat([run.clients for run in _runs(groups)])
     if clients.empty:
         return []
     caps = clients.groupby("tier")["memory_cap_bytes"].median()
@@ -323,38 +346,37 @@ def byte_unit(largest: float) -> tuple[float, str]:
     return (1e9, "GB") if largest > 3e9 else (1e6, "MB")
 
 
-def draw(plot: Callable[[Runs], Figure | None], runs: Runs, file: IO[bytes]) -> bool:
+def draw(plot: Callable[[Groups], Figure | None], groups: Groups, file: IO[bytes]) -> bool:
     """Draw a figure into a PNG file in the style of the report; False if there is nothing to show."""
     with rc_context(STYLE):
-        figure = plot(runs)
+        figure = plot(groups)
         if figure is None:
             return False
         figure.savefig(file, format="png")
     return True
 
 
-def _perplexity(runs: Runs, costs: Mapping[str, Cost], panel_height: float, on_devices: bool = False) -> Figure | None:
+def _perplexity(
+    groups: Groups, costs: Mapping[str, Cost], panel_height: float, on_devices: bool = False
+) -> Figure | None:
     """Perplexity against each cost, from zero-shot at no cost on; reference points as lines.
 
     With `on_devices` also of the largest model that devices get, where that is not the foundation.
     """
-    if all(run.rounds["perplexity"].dropna().empty for run in runs.values()):
+    if all(run.rounds["perplexity"].dropna().empty for run in _runs(groups)):
         return None
     figure, panels = _grid(len(costs), len(costs), panel_height)
     for axes, (name, cost) in zip(panels, costs.items(), strict=True):
-        for run, colour in zip(runs.values(), _colours(runs), strict=True):
-            points = pd.DataFrame({"cost": cost(run.rounds), "perplexity": run.rounds["perplexity"]}).dropna()
-            zero_shot, centralised = (_reference(run, key) for key in ("zero_shot", "centralised"))
+        for group, look in zip(groups.values(), _looks(groups), strict=True):
+            zero_shot, centralised = (_reference(group, key) for key in ("zero_shot", "centralised"))
             if zero_shot is not None:
-                points = pd.concat([pd.DataFrame({"cost": [0.0], "perplexity": [zero_shot]}), points])
                 axes.axhline(zero_shot, color=GREY, **ZERO_SHOT)
             if centralised is not None:
-                axes.axhline(centralised, color=colour, **CENTRALISED)
-            marker = "o" if len(points) <= 40 else None
-            if on_devices and not (path := _path_on_devices(run, cost)).empty:
-                how = ON_DEVICES | {"marker": marker, "markerfacecolor": "white"}
-                axes.plot(path["cost"], path["perplexity"], color=colour, **how)
-            axes.plot(points["cost"], points["perplexity"], color=colour, marker=marker, markersize=4)
+                axes.axhline(centralised, color=look["color"], **CENTRALISED)
+            if on_devices and _has_path_on_devices(group):
+                how = look | {"markersize": 3.5} | ON_DEVICES | {"markerfacecolor": "white"}
+                _path(axes, [_path_on_devices(run, cost) for run in group.runs], **how | {"marker": look["marker"]})
+            _path(axes, [_path_of_the_model(run, cost) for run in group.runs], **look | {"markersize": 4})
         axes.grid(axis="y")
         axes.set_xlim(left=0)
         axes.set_xlabel(name)
@@ -362,17 +384,47 @@ def _perplexity(runs: Runs, costs: Mapping[str, Cost], panel_height: float, on_d
     panels[0].set_ylabel("perplexity")
     if len(costs) == 1:
         panels[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    lines = [Line2D([], [], color=colour, label=label) for label, colour in zip(runs, _colours(runs), strict=True)]
-    if on_devices and any(not _path_on_devices(run, costs["round"]).empty for run in runs.values()):
+    lines: list[Artist] = [*_group_key(groups), *_band_key(groups)]
+    if on_devices and any(_has_path_on_devices(group) for group in groups.values()):
         lines.append(
             Line2D([], [], color=GREY, label="largest model on devices", markerfacecolor="white", **ON_DEVICES)
         )
-    if any(_reference(run, "zero_shot") is not None for run in runs.values()):
+    if any(_reference(group, "zero_shot") is not None for group in groups.values()):
         lines.append(Line2D([], [], color=GREY, label="zero-shot", **ZERO_SHOT))
-    if any(_reference(run, "centralised") is not None for run in runs.values()):
+    if any(_reference(group, "centralised") is not None for group in groups.values()):
         lines.append(Line2D([], [], color=GREY, label="tuned centrally", **CENTRALISED))
     figure.legend(handles=lines, loc="outside upper left", ncols=3)
     return figure
+
+
+def _path(axes: Axes, of_runs: Sequence[Frame], **look: Any) -> None:
+    """Perplexity against a cost, of several runs the means of both, round by round."""
+    of_runs = [points for points in of_runs if not points.empty]
+    if of_runs:
+        perplexity = _over_runs([points["perplexity"] for points in of_runs])
+        cost = _over_runs([points["cost"] for points in of_runs])["mean"]
+        _line(axes, perplexity.set_axis(cost), **look)
+
+
+def _over_runs(of_runs: Sequence[Any]) -> Frame:
+    """Columns mean, min and max of series of several runs, over the runs that have a value there."""
+    return pd.concat(of_runs).groupby(level=0).agg(["mean", "min", "max"])
+
+
+def _mean_by_round(of_runs: Sequence[Frame]) -> Frame:
+    table: Frame = pd.concat(of_runs)
+    return table.groupby("round").mean()
+
+
+def _line(axes: Axes, points: Frame, **look: Any) -> None:
+    """The mean as a line, with marks where they have room, and a band from the lowest to the highest."""
+    if (points["max"] > points["min"]).any():
+        axes.fill_between(points.index, points["min"], points["max"], color=look["color"], alpha=BAND, linewidth=0)
+    if len(points.dropna()) > 40:
+        look["markevery"] = max(1, len(points) // 20)
+        if look["marker"] == MARKERS[0]:
+            look["marker"] = None
+    axes.plot(points.index, points["mean"], **look)
 
 
 def _grid(
@@ -386,17 +438,17 @@ def _grid(
     return figure, panels[:num_panels]
 
 
-def _panels_by_tier(runs: Runs) -> tuple[Figure, list[Axes]]:
-    """A panel a run, side by side, with a row a tier."""
-    tiers = tier_order(runs)
-    figure, panels = _grid(len(runs), min(2, len(runs)), 0.65 + 0.36 * len(tiers), share_x=True)
-    for axes, label in zip(panels, runs, strict=True):
+def _panels_by_tier(groups: Groups) -> tuple[Figure, list[Axes]]:
+    """A panel a group, side by side, with a row a tier."""
+    tiers = tier_order(groups)
+    figure, panels = _grid(len(groups), min(2, len(groups)), 0.65 + 0.36 * len(tiers), share_x=True)
+    for axes, label in zip(panels, groups, strict=True):
         axes.set_yticks(range(len(tiers)), tiers)
         axes.set_ylim(len(tiers) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.tick_params(axis="x", labelbottom=True)
         axes.grid(axis="x")
-        if len(runs) > 1:
+        if len(groups) > 1:
             axes.set_title(label)
     return figure, panels
 
@@ -476,8 +528,8 @@ def _traffic(rounds: Frame) -> Any:
     return (rounds["download_bytes"] + rounds["upload_bytes"]).cumsum()
 
 
-def _memory(run: Run) -> Frame:
-    tasks = run.clients[run.clients["outcome"] != "skipped"]
+def _memory(group: Group) -> Frame:
+    tasks = group.clients[group.clients["outcome"] != "skipped"]
     return tasks[["tier", "memory_bytes", "memory_cap_bytes"]].dropna()
 
 
@@ -487,29 +539,66 @@ def _logged(run: Run) -> Frame:
     return table.rename(columns=lambda name: name.removeprefix("figures.")).dropna(axis="columns", how="all")
 
 
-def _completed(run: Run) -> Frame:
-    return run.clients[run.clients["outcome"] == "completed"]
+def _completed(runs: Run | Group) -> Frame:
+    return runs.clients[runs.clients["outcome"] == "completed"]
 
 
 def _slowest(completed: Frame) -> Frame:
-    seconds = completed[["download_s", "compute_s", "upload_s"]].sum(axis=1)
-    return completed.loc[seconds.groupby(completed["round"]).idxmax()]
+    """By round, the times of the device that took longest."""
+    times = completed[["download_s", "compute_s", "upload_s"]]
+    return completed.loc[times.sum(axis=1).groupby(completed["round"]).idxmax(), ["round", *times]]
 
 
-def _colours(runs: Runs) -> list[str]:
-    return [RUN_COLOURS[index % len(RUN_COLOURS)] for index in range(len(runs))]
+def _runs(groups: Groups) -> list[Run]:
+    return [run for group in groups.values() for run in group.runs]
 
 
-def _reference(run: Run, name: str) -> float | None:
-    return run.perplexity.get(name)
+def _looks(groups: Groups) -> list[dict[str, Any]]:
+    """Colour and marker of each group's lines, the same in every figure."""
+    turns = [divmod(index, len(RUN_COLOURS)) for index in range(len(groups))]
+    return [{"color": RUN_COLOURS[colour], "marker": MARKERS[turn % len(MARKERS)]} for turn, colour in turns]
+
+
+def _group_key(groups: Groups) -> list[Line2D]:
+    """What a legend says of the groups; with marks only where they tell lines of one colour apart."""
+    looks: list[dict[str, Any]] = [
+        {**look, "markersize": 4 * (look["marker"] != MARKERS[0])} for look in _looks(groups)
+    ]
+    return [Line2D([], [], label=label, **look) for label, look in zip(groups, looks, strict=True)]
+
+
+def _band_key(groups: Groups) -> list[Patch]:
+    several = any(len(group) > 1 for group in groups.values())
+    return [Patch(color=GREY, alpha=BAND, linewidth=0, label="range over seeds")] if several else []
+
+
+def _reference(group: Group, name: str) -> float | None:
+    """A perplexity of the summary, of several runs the mean."""
+    values = [value for run in group.runs if (value := run.perplexity.get(name)) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _path_of_the_model(run: Run, cost: Cost) -> Frame:
+    """Perplexity against a cost by round, from zero-shot on."""
+    return _from_zero_shot(run, cost, "perplexity", run.perplexity.get("zero_shot"))
 
 
 def _path_on_devices(run: Run, cost: Cost) -> Frame:
-    """Perplexity of the largest model on devices against a cost, from zero-shot on; empty where there is none."""
+    """The same of the largest model on devices; empty where there is none."""
     if "device_perplexity" not in run.rounds:
         return pd.DataFrame()
-    points = pd.DataFrame({"cost": cost(run.rounds), "perplexity": run.rounds["device_perplexity"]}).dropna()
     zero_shot, _ = ((None, None), *run.on_devices.values())[-1]
-    if points.empty or zero_shot is None:
+    points = _from_zero_shot(run, cost, "device_perplexity", zero_shot)
+    return points if len(points.drop(0, errors="ignore")) else pd.DataFrame()
+
+
+def _from_zero_shot(run: Run, cost: Cost, column: str, zero_shot: float | None) -> Frame:
+    points = pd.DataFrame({"cost": cost(run.rounds), "perplexity": run.rounds[column]})
+    points = points.astype(float).set_axis(run.rounds["round"]).dropna()
+    if zero_shot is None:
         return points
-    return pd.concat([pd.DataFrame({"cost": [0.0], "perplexity": [zero_shot]}), points])
+    return pd.concat([pd.DataFrame({"cost": [0.0], "perplexity": [zero_shot]}, index=[0]), points])
+
+
+def _has_path_on_devices(group: Group) -> bool:
+    return any(not _path_on_devices(run, lambda rounds: rounds["round"]).empty for run in group.runs)

@@ -1,5 +1,6 @@
 """Reports: readable from a run directory alone, self-contained, and not upset by what a run lacks."""
 
+import dataclasses
 import io
 import json
 import math
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from matplotlib.axes import Axes
@@ -19,9 +22,11 @@ from matplotlib.figure import Figure
 from sweeps import sweep
 
 from analysis import __main__ as command_line
-from analysis import figures, report
-from analysis.load import NotARunError, load_run
-from analysis.report import SECTIONS, describe, label_runs, render, write_report
+from analysis import figures, load_runs, report
+from analysis.compare import ComparisonError, Group, Groups, group_runs, short_names
+from analysis.load import NotARunError, Run, load_run
+from analysis.report import SECTIONS, render, write_report
+from analysis.tables import describe
 from fedpeat_ray.config import LoraConfig, SimulationConfig
 from fedpeat_ray.records import DEADLINE, MEMORY, SKIPPED, UNAVAILABLE
 from fedpeat_ray.runtime.run_log import RunLog
@@ -137,7 +142,7 @@ def page_without_figures(*directories: Path) -> str:
     """For its words: figures are most of the work."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "_image", lambda *_: None)
-        return render(label_runs([load_run(directory) for directory in directories]))
+        return render(group_runs([load_run(directory) for directory in directories]))
 
 
 def case(value: object) -> str:
@@ -197,7 +202,7 @@ def test_rounds_of_an_older_version_are_read(tmp_path, older):
     assert "figures" not in run.rounds
     if new:
         assert run.rounds.set_index("round")["figures.pace"].dropna().to_dict() == {n: n / 2 for n in new}
-    assert shown(render(label_runs([run]))) == ALL | (LOGGED if new else set())
+    assert shown(render(group_runs([run]))) == ALL | (LOGGED if new else set())
 
 
 def test_a_round_without_its_row_is_not_finished(tmp_path):
@@ -262,14 +267,14 @@ def test_report_is_one_self_contained_page(tmp_path, monkeypatch):
     ids=case,
 )
 def test_runs_that_lack_something(tmp_path, run, missing):
-    page = render(label_runs([load_run(write_run(tmp_path / "run", **run))]))
+    page = render(group_runs([load_run(write_run(tmp_path / "run", **run))]))
     assert shown(page) == ALL - missing
     assert all(section.nothing in page for section in SECTIONS if section.title in missing)
 
 
 def test_a_non_finite_summary_reads_as_missing(tmp_path):
     perplexity = {"zero_shot": 60.0, "tuned": math.nan, "centralised": math.inf}
-    page = render(label_runs([load_run(write_run(tmp_path / "run", perplexity=perplexity, gap_closed=math.nan))]))
+    page = render(group_runs([load_run(write_run(tmp_path / "run", perplexity=perplexity, gap_closed=math.nan))]))
     assert shown(page) == ALL
     assert "Perplexity after the last round is 45.00." in page
 
@@ -277,7 +282,7 @@ def test_a_non_finite_summary_reads_as_missing(tmp_path):
 def test_a_run_with_emulators_has_their_figures_and_numbers(tmp_path):
     run = load_run(write_run(tmp_path / "run", emulators=True))
     assert run.levels == {1: 5, 2: 8, 3: 11}
-    page = render(label_runs([run]))
+    page = render(group_runs([run]))
     assert shown(page) == ALL | EMULATORS == ALL | {"Perplexity by emulator level", "Levels in use"}
     assert "from 60.00 to 45.00 with the adapter plugged into the foundation, which is 50%" in page
     assert "the largest emulator on devices has 65.00, a privacy gap of 20.00." in page
@@ -293,7 +298,7 @@ def test_a_run_with_emulators_has_their_figures_and_numbers(tmp_path):
 def test_a_run_with_emulators_beside_one_without(tmp_path):
     with_, without = write_run(tmp_path / "a", emulators=True), write_run(tmp_path / "b")
     for order in ((with_, without), (without, with_)):
-        page = render(label_runs([load_run(directory) for directory in order]))
+        page = render(group_runs([load_run(directory) for directory in order]))
         assert shown(page) == ALL | EMULATORS
         titles = re.findall(r'<th scope="row">(.*?)</th>', page)
         first, tuned = titles.index("Perplexity, zero-shot"), titles.index("Perplexity, tuned")
@@ -305,7 +310,7 @@ SMALL = {"zero_shot": 60.0, "tuned": 45.0, "small_zero_shot": 80.0, "small_tuned
 
 def test_a_run_with_a_small_model_has_its_numbers_and_its_path(tmp_path):
     directory = write_run(tmp_path / "run", config=SimulationConfig(algorithm="fed-pt"), perplexity=SMALL)
-    page = render(label_runs([load_run(directory)]))
+    page = render(group_runs([load_run(directory)]))
     assert shown(page) == ALL
     assert "from 60.00 to 45.00 with the foundation steered by the small model. " in page
     assert "The small model alone went from 80.00 to 65.00." in page
@@ -386,7 +391,7 @@ def test_skipped_devices_are_told_from_dropped_ones(tmp_path):
 
 def test_levels_are_shown_wherever_devices_have_them(tmp_path):
     directory = with_resolved(write_run(tmp_path / "run", emulators=True), levels=[])
-    page = render(label_runs([load_run(directory)]))
+    page = render(group_runs([load_run(directory)]))
     assert shown(page) == ALL | {"Levels in use"}
     assert rows_of(directory)["Sent to devices"] == ["1.68 MB (1.26 MB emulators)"]
 
@@ -415,7 +420,7 @@ def test_the_figure_of_what_was_logged_has_a_panel_a_name(tmp_path, num_names, r
     for axes in panels:
         assert [line for line in lines(axes) if np.isfinite(line[1]).any()]
         assert 1 <= len(axes.get_yticklabels()) <= 6 and all(tick == int(tick) for tick in axes.get_xticks())
-    runs = label_runs([load_run(directory)])
+    runs = group_runs([load_run(directory)])
     if num_names == 12:  # the other figures have nothing to do with names
         assert shown(render(runs)) == ALL | LOGGED
     assert figures.draw(figures.logged_over_rounds, runs, io.BytesIO())
@@ -432,11 +437,11 @@ def test_what_was_logged_is_drawn_for_each_run_that_has_it(tmp_path):
     colours = [[line.get_color() for line in axes.get_lines()] for axes in (pace, dollars, other)]
     assert colours[0] == [*colours[1], *colours[2]]
     assert legend_of(figures.logged_over_rounds, one, two) == ["one", "two"]
-    assert shown(render(label_runs([load_run(one), load_run(two)]))) == ALL | LOGGED
+    assert shown(render(group_runs([load_run(one), load_run(two)]))) == ALL | LOGGED
 
 
 def test_nothing_that_was_logged_is_a_number(tmp_path):
-    page = render(label_runs([load_run(write_run(tmp_path / "run", logged=lambda round: {"odd": math.nan}))]))
+    page = render(group_runs([load_run(write_run(tmp_path / "run", logged=lambda round: {"odd": math.nan}))]))
     assert shown(page) == ALL and "Nothing that was logged is a finite number." in page
 
 
@@ -460,21 +465,21 @@ NOT_FINITE |= {"emulator_tuned": {"1": math.nan, "2": math.nan}}
     ids=case,
 )
 def test_runs_with_emulators_that_lack_something(tmp_path, run, missing):
-    page = render(label_runs([load_run(write_run(tmp_path / "run", emulators=True, **run))]))
+    page = render(group_runs([load_run(write_run(tmp_path / "run", emulators=True, **run))]))
     assert shown(page) == (ALL | EMULATORS) - missing
     assert all(section.nothing in page for section in SECTIONS if section.title in missing)
 
 
-def figure_of(plot: Callable[[figures.Runs], Figure | None], *directories: Path) -> list[Axes]:
+def figure_of(plot: Callable[[Groups], Figure | None], *directories: Path) -> list[Axes]:
     """The panels of a figure of some runs."""
-    figure = plot(label_runs([load_run(directory) for directory in directories]))
+    figure = plot(group_runs([load_run(directory) for directory in directories]))
     assert figure is not None
     return figure.axes
 
 
-def legend_of(plot: Callable[[figures.Runs], Figure | None], *directories: Path) -> list[str]:
+def legend_of(plot: Callable[[Groups], Figure | None], *directories: Path) -> list[str]:
     """What the legend of a figure of some runs says."""
-    figure = plot(label_runs([load_run(directory) for directory in directories]))
+    figure = plot(group_runs([load_run(directory) for directory in directories]))
     assert figure is not None
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
@@ -522,29 +527,215 @@ def test_several_runs_side_by_side(tmp_path):
     first = write_run(tmp_path / "a", config=SimulationConfig(rounds=3))
     second = write_run(tmp_path / "b", config=SimulationConfig(rounds=3, lora=LoraConfig(rank=16)), finished=False)
     third = write_run(tmp_path / "c", config=SimulationConfig(rounds=3, lora=LoraConfig(rank=4)), dropouts=False)
-    runs = label_runs([load_run(path) for path in (first, second, third)])
-    assert list(runs) == ["rank 8", "rank 16", "rank 4"]
+    runs = group_runs([load_run(path) for path in (first, second, third)])
+    assert list(runs) == ["rank 8", "rank 16 (unfinished)", "rank 4"]
     page = write_report([first, second, third], tmp_path / "new" / "out.html").read_text(encoding="utf-8")
     assert shown(page) == ALL
-    assert "Report of 3 runs" in page and "rank 16" in page and "What differs" in page
+    assert "Report of 3 runs" in page and "rank 16 (unfinished)" in page and "What differs" in page
+    assert "several seeds" not in page
 
 
-def test_labels(tmp_path):
-    same = [load_run(write_run(tmp_path / name / "run")) for name in ("a", "b")]
-    assert list(label_runs(same[:1])) == ["this run"]
-    assert list(label_runs(same)) == [str(run.directory) for run in same]
-    many = SimulationConfig(rounds=3, seed=1, cohort_size=8, over_sample=2.0, deadline_s=9.0)
-    other = load_run(write_run(tmp_path / "other", config=many))
-    assert list(label_runs([same[0], other])) == ["run", "other"]
+def made(name: str, failure: str | None = None, finished: bool = True, **settings: Any) -> Run:
+    """A run of which only its settings matter, each by its dotted path with two underscores for a dot."""
+    config = {"algorithm": "fed-peft", "seed": 0} | {path.replace("__", "."): to for path, to in settings.items()}
+    summary = {"failure": failure} if finished else None
+    empty = pd.DataFrame({"round": [1]})
+    return Run(Path("/runs") / name, {"config": config}, empty, empty, summary, pd.DataFrame())
+
+
+def grouped(*runs: Run, each: bool = False) -> dict[str, list[str]]:
+    """Names of the runs of each group, by label."""
+    return {label: [run.name for run in group.runs] for label, group in group_runs(runs, each).items()}
+
+
+def test_runs_that_differ_in_their_seed_and_in_how_they_are_computed_are_a_group():
+    elsewhere = {"hosts__backend": "ray", "client_batch_size": 8, "checkpoint_every": 1, "trace": "t.json"}
+    runs = [made("a", seed=10, lora__rank=4), made("b", lora__rank=8), made("c", seed=9, lora__rank=4, **elsewhere)]
+    assert grouped(*runs) == {"rank 4 (2 seeds)": ["c", "a"], "rank 8": ["b"]}
+    assert grouped(*runs, each=True) == {"rank 4, seed 10": ["a"], "rank 8": ["b"], "rank 4, seed 9": ["c"]}
+    assert grouped(*runs[::2]) == {"2 seeds": ["c", "a"]}
+    assert grouped(*runs[::2], each=True) == {"seed 10": ["a"], "seed 9": ["c"]}
+    threads = [made("a", seed=0, hosts__num_threads=1), made("b", seed=1, hosts__num_threads=2)]
+    assert grouped(*threads) == {"num threads 1": ["a"], "num threads 2": ["b"]}
+
+
+def test_a_run_that_does_not_stand_for_its_setting_stands_by_itself():
+    done = [made(f"s{seed}", seed=seed) for seed in (0, 1)]
+    going_on, failed = made("s2", seed=2, finished=False), made("s3", seed=3, failure="no update was used")
+    labels = {"2 seeds": ["s0", "s1"], "seed 2 (unfinished)": ["s2"], "seed 3 (failed)": ["s3"]}
+    assert grouped(*done, going_on, failed) == labels
+    other = made("other", seed=2, lora__rank=4)
+    with_another = {
+        "rank unset (2 seeds)": ["s0", "s1"],
+        "rank unset, seed 2 (unfinished)": ["s2"],
+        "rank 4": ["other"],
+    }
+    assert grouped(*done, going_on, other) == with_another
+    again = {"rank unset, seed 0": ["s0"], "runs/s1": ["s1"], "once more/s1": ["s1"], "rank 4": ["other"]}
+    assert grouped(*done, made("once more/s1", seed=1), other) == again, "a seed again says nothing of other seeds"
+
+
+@pytest.mark.parametrize(
+    ("settings", "labels"),
+    [
+        (
+            [{"algorithm": "fed-avg", "local__learning_rate": 5e-4}, {"local__learning_rate": 2e-3}],
+            ["fed-avg", "fed-peft"],
+        ),
+        (
+            [{"algorithm": "fed-avg"}, {"control__kind": "fixed"}, {"control__kind": "learned"}],
+            ["fed-avg", "fed-peft, control fixed", "fed-peft, control learned"],
+        ),
+        (
+            [{"lora__rank": rank, "data__partition__alpha": alpha} for rank in (4, 8) for alpha in (0.1, 1.0)],
+            ["rank 4, alpha 0.1", "rank 4, alpha 1", "rank 8, alpha 0.1", "rank 8, alpha 1"],
+        ),
+        (
+            [{"lora__alpha": a, "data__partition__alpha": b} for a, b in ((8, 1), (8, 2), (16, 1))],
+            ["lora alpha 8, partition alpha 1", "lora alpha 8, partition alpha 2", "lora alpha 16"],
+        ),
+        ([{"emulator__distil__seed": 0}, {"emulator__distil__seed": 1}], ["distil seed 0", "distil seed 1"]),
+        ([{"algorithm": "here/my_file.py:Cooling"}, {"algorithm": "my_file.py:Warming"}], ["Cooling", "Warming"]),
+        ([{"data__name": "/long/way/to/texts/"}, {"data__name": "python_docs"}], ["data texts/", "data python_docs"]),
+        (
+            [{"foundation__name": "/a/gpt2"}, {"foundation__name": "/b/gpt2"}],
+            ["foundation a/gpt2", "foundation b/gpt2"],
+        ),
+        ([{"deadline_s": 9.0}, {"deadline_s": None}], ["deadline 9 s", "deadline s unset"]),
+        ([{"emulator__eight_bit": True}, {"emulator__eight_bit": False}], ["eight bit", "no eight bit"]),
+        ([{"lora__targets": ["c_attn", "c_fc"]}, {"lora__targets": []}], ["targets c_attn c_fc", "targets unset"]),
+        ([{"data__name": "x" * 60}, {"data__name": "y"}], ["run 0", "data y"]),
+        ([{}, {}], ["run 0", "run 1"]),
+    ],
+    ids=case,
+)
+def test_labels_say_what_differs_in_few_words(settings, labels):
+    runs = [made(f"run {index}", **values) for index, values in enumerate(settings)]
+    assert list(group_runs(runs)) == labels
+    several = [made(f"{run.name} again", seed=1, **values) for run, values in zip(runs, settings, strict=True)]
+    if settings != [{}, {}]:
+        assert list(group_runs([*runs, *several])) == [f"{label} (2 seeds)" for label in labels]
+
+
+def test_labels_by_hand():
+    runs = [made("a", lora__rank=4), made("b", lora__rank=8), made("c", lora__rank=8, seed=1)]
+    assert list(group_runs(runs[:1])) == ["this run"]
+    assert list(group_runs(runs, labels=["small", "large"])) == ["small", "large (2 seeds)"]
+    needed = "2 needed, in this order for: rank 4, rank 8 \\(2 seeds\\)"
+    with pytest.raises(ComparisonError, match=f"labels: 3 given, {needed}"):
+        group_runs(runs, labels=["x", "y", "z"])
+    with pytest.raises(ComparisonError, match="labels: two are the same"):
+        group_runs(runs, each=True, labels=["x", "x", "y"])
+    with pytest.raises(ComparisonError, match="/runs/a is given twice"):
+        group_runs([*runs, runs[0]])
+
+
+def test_short_names():
+    assert short_names(["/a/x/run", "/b/x/run", "/b/other"], "/") == ["a/x/run", "b/x/run", "other"]
+    assert short_names(["lora.rank"], ".", taken=["rank"]) == ["lora.rank"]
+    assert short_names(["a", "a/a"], "/") == ["a", "a/a"]
+
+
+def three_seeds(folder: Path, **run: Any) -> list[Path]:
+    """Runs of two settings: of ranks 8 (seeds 0 to 2) and 4 (seed 0), with perplexities of their own."""
+    directories = []
+    for rank, seed in ((8, 0), (8, 1), (8, 2), (4, 0)):
+        config = SimulationConfig(algorithm="fed-peft", rounds=3, seed=seed, lora=LoraConfig(rank=rank))
+        perplexity = {"zero_shot": 60.0, "tuned": 45.0 + seed, "centralised": None}
+        directory = folder / f"rank{rank}-{seed}"
+        about = {"dropouts": seed > 0, **run}
+        directories.append(write_run(directory, config=config, perplexity=perplexity, gap_closed=None, **about))
+    return directories
+
+
+def test_of_several_seeds_tables_have_the_mean_and_the_range(tmp_path):
+    directories = three_seeds(tmp_path)
+    rows, page = rows_of(*directories), page_without_figures(*directories)
+    assert rows["Perplexity, tuned"] == ["46.00 (45.00 to 47.00)", "45.00"]
+    assert rows["Perplexity, zero-shot"] == ["60.00", "60.00"]
+    assert rows["Updates used"] == ["19 (15 to 27)", "27"]
+    assert rows["Devices dropped"] == ["8 (0 to 12; deadline 4, unavailable 2, memory 2)", "0"]
+    assert rows["lora.rank"] == ["8", "4"] and rows["seed"] == ["0; 1; 2", "0"]
+    assert "Perplexity went from 60.00 to 46.00 (45.00 to 47.00)." in page
+    assert "3 runs with seeds 0, 1, 2." in page and "Runs of one setting under several seeds" in page
+    assert "Not only the seed differs" not in page
+    config = json.loads((directories[1] / "config.json").read_text())
+    (directories[1] / "config.json").write_text(json.dumps(config | {"data_digest": "other"}))
+    assert "Not only the seed differs between these runs: the text they read." in page_without_figures(*directories)
+
+
+def test_of_several_seeds_figures_have_the_mean_and_the_range(tmp_path):
+    directories = three_seeds(tmp_path, logged=lambda round: {"pace": 2.0 * round})
+    for place, higher in zip(directories, (0.0, 3.0, 6.0, 0.0), strict=True):
+        for part in (place / "rounds").glob("*.parquet"):
+            table = pq.read_table(part)
+            column = pa.array([table["perplexity"][0].as_py() + higher])
+            pq.write_table(table.set_column(table.column_names.index("perplexity"), "perplexity", column), part)
+    (axes,) = figure_of(figures.perplexity_over_rounds, *directories)
+    paths = [line for line in axes.get_lines() if np.size(line.get_xdata()) > 2]
+    assert [np.asarray(line.get_ydata()).tolist() for line in paths] == [[60, 58, 53, 48], [60, 55, 50, 45]]
+    (band,) = axes.collections
+    at_the_end = [y for x, y in np.asarray(band.get_paths()[0].vertices).tolist() if x == 3]
+    assert min(at_the_end) == 45 and max(at_the_end) == 51
+    (pace,) = figure_of(figures.logged_over_rounds, *directories)
+    assert [line.get_color() for line in pace.get_lines()] == [line.get_color() for line in paths]
+    assert legend_of(figures.perplexity_over_rounds, *directories)[:3] == [
+        "rank 8 (3 seeds)",
+        "rank 4",
+        "range over seeds",
+    ]
+    of_three, of_one = (
+        sum(bar.get_width() for bars in axes.containers for bar in bars)
+        for axes in figure_of(figures.energy_by_tier, *directories)
+    )
+    each = [load_run(directory).clients["energy_j"].sum() for directory in directories]
+    assert of_three == pytest.approx(np.mean(each[:3])) and of_one == pytest.approx(each[3])
+
+
+def test_every_figure_takes_several_seeds(tmp_path):
+    configs = [SimulationConfig(rounds=3, seed=seed) for seed in (0, 1)]
+    runs = [write_run(tmp_path / f"{config.seed}", config=config, emulators=True) for config in configs]
+    groups = group_runs([load_run(run) for run in runs])
+    drawn = [section.title for section in SECTIONS if section.plot(groups)]
+    assert list(groups) == ["2 seeds"] and set(drawn) == ALL | EMULATORS
+
+
+def test_lines_of_many_groups_differ():
+    groups = group_runs([made(f"{rank}", lora__rank=rank) for rank in range(9)])
+    looks = [tuple(look.values()) for look in figures._looks(groups)]
+    assert len(set(looks)) == 9
+
+
+def test_the_rounds_of_several_runs_are_one_table(tmp_path):
+    table = load_runs(three_seeds(tmp_path, logged=lambda round: {"pace": 1.0}))
+    assert list(table)[:6] == ["run", "algorithm", "seed", "rank", "round", "virtual_s"] and len(table) == 12
+    assert table.groupby(["algorithm", "rank", "round"]).perplexity.mean().loc["fed-peft", 4, 3] == 45
+    assert list(table["run"].unique()) == ["rank8-0", "rank8-1", "rank8-2", "rank4-0"] and "figures.pace" in table
+    assert load_runs([]).empty
+
+
+def test_where_a_report_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "render", lambda groups: ", ".join(groups))
+    one, two = (write_run(tmp_path / "runs" / name, rounds=1) for name in ("one", "two/run"))
+    assert write_report([one]) == one / "report.html"
+    assert write_report([one, two]) == tmp_path / "runs" / "comparison.html"
+    inside = write_run(two / "inside", rounds=1)
+    assert write_report([two, inside]) == tmp_path / "runs" / "two" / "comparison.html"
+    monkeypatch.chdir(one)
+    assert write_report([Path(), Path("../two/run")]) == tmp_path / "runs" / "comparison.html"
+    assert write_report([two, inside], tmp_path / "new" / "page.html", labels=["a", "b"]).read_text() == "a, b"
+    monkeypatch.setattr(report.os.path, "commonpath", lambda paths: "/")
+    with pytest.raises(ComparisonError, match="no folder in common: --out"):
+        write_report([one, two])
 
 
 def test_a_run_is_described_in_words(tmp_path):
     directory = write_run(tmp_path / "run", finished=False, config=SimulationConfig(algorithm="fed-peft", rounds=12))
-    assert describe(load_run(directory)).startswith("fed-peft, tuning pydoc-base"), "as of older runs"
+    assert describe(Group((load_run(directory),))).startswith("fed-peft, tuning pydoc-base"), "as of older runs"
     with_resolved(directory, algorithm={"name": "FedPEFT", "about": None})
-    assert describe(load_run(directory)).startswith("FedPEFT, tuning pydoc-base")
+    assert describe(Group((load_run(directory),))).startswith("FedPEFT, tuning pydoc-base")
     with_resolved(directory, algorithm={"name": "FedPEFT", "about": "federated LoRA: devices send adapters"})
-    text = describe(load_run(directory))
+    text = describe(Group((load_run(directory),)))
     assert text.startswith("FedPEFT (federated LoRA: devices send adapters), tuning")
     assert "tuning pydoc-base on python_docs" in text
     assert "unfinished: 3 of 12 rounds so far" in text
@@ -569,6 +760,33 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path} holds no run: it has no config.json\n"
 
 
+def test_command_line_of_several_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "render", lambda groups: ", ".join(groups))
+    config = SimulationConfig(algorithm="fed-peft", rounds=1)
+    runs = [
+        str(write_run(tmp_path / f"{seed}", rounds=1, config=dataclasses.replace(config, seed=seed))) for seed in (0, 1)
+    ]
+    page = tmp_path / "comparison.html"
+    for words, labels in (
+        ([], "2 seeds"),
+        ([str(page)], "2 seeds"),  # as runs/* gives, once it is there
+        (["--each"], "seed 0, seed 1"),
+        (["--labels", "both"], "both (2 seeds)"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["analysis", "report", *runs, *words])
+        assert command_line.main() == 0 and capsys.readouterr().out.strip() == str(page)
+        assert page.read_text() == labels
+    RunLog.create(tmp_path / "fresh", {})
+    for words, error in (
+        (["--labels", "a", "b", "c"], "labels: 3 given, 1 needed, in this order for: 2 seeds"),
+        ([runs[0]], f"{runs[0]} is given twice"),
+        ([str(tmp_path / "fresh")], f"{tmp_path / 'fresh'} has no finished round yet"),
+        ([str(tmp_path / "none")], f"{tmp_path / 'none'} is no directory"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["analysis", "report", *runs, *words])
+        assert command_line.main() == 2 and capsys.readouterr().err == f"error: {error}\n"
+
+
 def test_analysis_runs_without_the_engine():
     engine = "{name.partition('.')[0] for name in sys.modules} & {'fedpeat_ray', 'ray', 'torch'}"
     code = f"import sys, analysis.__main__; sys.exit(bool({engine}))"
@@ -583,7 +801,7 @@ def test_examples_of_the_docs_run(tmp_path, monkeypatch):
     names = {}
     for example in examples:
         exec(example, names)
-    assert len(examples) == 4
+    assert len(examples) == 5
     assert len(names["slowest"]) == 3
 
 
@@ -595,7 +813,7 @@ def test_names_with_dollars_brackets_and_braces_are_drawn_as_they_are(tmp_path):
     names = ("$x_{$ one", "[old] $\\frac two$")
     for emulators in (False, True):
         runs = [load_run(write_run(tmp_path / f"{emulators}" / name, emulators=emulators)) for name in names]
-        labelled = label_runs(runs)
+        labelled = group_runs(runs)
         assert set(labelled) == set(names)
         render(labelled)
 
@@ -603,7 +821,7 @@ def test_names_with_dollars_brackets_and_braces_are_drawn_as_they_are(tmp_path):
 def test_the_package_gives_what_reads_a_run():
     import analysis
 
-    assert analysis.load_run is load_run and {"load_run", "Run", "NotARunError"} <= set(analysis.__all__)
+    assert analysis.load_run is load_run and {"load_run", "load_runs", "Run", "NotARunError"} <= set(analysis.__all__)
     code = "import sys, analysis; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False", "figures are loaded where they are drawn"
