@@ -232,8 +232,8 @@ class DataConfig:
     """The text."""
 
     name: str = "python_docs"
-    """python_docs (embedded), Hugging Face dataset name, local directory (parquet, jsonl, txt; in a txt file a
-    blank line ends a document); or a function of your own, module:name or file.py:name."""
+    """python_docs (embedded), Hugging Face dataset name, local file or directory (parquet, csv, jsonl, txt; in a txt
+    file a blank line ends a document); or a function of your own, module:name or file.py:name."""
     public_name: str | None = None
     """Text of the server, named like `name`; unset: python_docs has a public part, other text has none."""
     subset: str | None = None

@@ -1,18 +1,21 @@
-"""Your own text: a dataset of the Hugging Face hub, a local directory of Parquet, JSON lines or text, or a function.
+"""Your own text: a dataset of the Hugging Face hub, local files of Parquet, CSV, JSON lines or text, or a function.
 
-Hub datasets go through `datasets.load_dataset`, which runs no code of theirs; directories are plain
+Hub datasets go through `datasets.load_dataset`, which runs no code of theirs; files are plain
 reads. Either becomes one table with SCHEMA, held in memory. Which side it is, private or public, is for
 the caller to say (data/documents.py).
 """
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv as pcsv
 import pyarrow.json as pj
 import pyarrow.parquet as pq
 
@@ -40,9 +43,9 @@ class Document(NamedTuple):
     label: str | None = None
 
 
-FORMATS = (".parquet", ".jsonl", ".json", ".txt")  # .json: JSON lines too
+FORMATS = (".parquet", ".csv", ".jsonl", ".json", ".txt")  # .json: JSON lines too
 
-_JSON_BLOCK_BYTES = 2**30  # read at once, and the most a line may have; pyarrow counts in 32 bits
+_BLOCK_BYTES = 2**30  # read at once of CSV and JSON, and the most a line may have; pyarrow counts in 32 bits
 
 
 def load(config: DataConfig, field: str = "data.name") -> tuple[pa.Table, int]:
@@ -55,12 +58,16 @@ def load(config: DataConfig, field: str = "data.name") -> tuple[pa.Table, int]:
     Raises DataError, with field, value and what is there, if nothing can be read, a column is missing
     or of the wrong type, or no document is left to train on.
     """
-    directory = Path(config.name).expanduser()
-    if directory.is_dir():
-        paths = _files(directory, config.name, field)
+    path = Path(config.name)
+    with contextlib.suppress(RuntimeError):  # nobody has that name
+        path = path.expanduser()
+    if path.exists():
+        paths = _files(path, config.name, field) if path.is_dir() else [_file(path, config.name, field)]
         table = pa.concat_tables(_columns(_read(path, field), config, path.stem, field) for path in paths)
     elif own.is_import_path(config.name):
         table = _own(config, field)
+    elif config.name.startswith((".", "/", "~")) or path.suffix in FORMATS:
+        raise DataError(f"{field} = {config.name!r} is neither a file nor a directory: there is no {path.absolute()}")
     else:
         table = _columns(_load_dataset(config, field), config, config.name, field)
     rows = table.to_pydict()
@@ -106,6 +113,13 @@ def _files(directory: Path, name: str, field: str) -> list[Path]:
     return files
 
 
+def _file(path: Path, name: str, field: str) -> Path:
+    """One file, if its format is supported."""
+    if path.suffix not in FORMATS or not path.is_file():
+        raise DataError(f"{field} = {name!r} is not a file that can be read: {', '.join(FORMATS)}")
+    return path
+
+
 def _read(path: Path, field: str) -> pa.Table:
     try:
         if path.suffix == ".parquet":
@@ -114,11 +128,28 @@ def _read(path: Path, field: str) -> pa.Table:
             return pa.table({"text": re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))})
         if path.stat().st_size == 0:
             return pa.table({})
-        block_bytes = min(path.stat().st_size + 1, _JSON_BLOCK_BYTES)
+        block_bytes = min(path.stat().st_size + 1, _BLOCK_BYTES)
+        if path.suffix == ".csv":
+            return _read_csv(path, block_bytes)
         return pj.read_json(path, read_options=pj.ReadOptions(block_size=block_bytes))
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        reason = f"a line has more than {_JSON_BLOCK_BYTES} bytes" if "straddling" in str(error) else error
+    except (pa.ArrowException, csv.Error, UnicodeDecodeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        if "straddling" in reason:
+            reason = f"a line has more than {_BLOCK_BYTES} bytes"
         raise DataError(f"{field}: {path} cannot be read: {reason}") from error
+
+
+def _read_csv(path: Path, block_bytes: int) -> pa.Table:
+    """Every column as strings, so that a user's id of 007 stays what it is; what is empty is null."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        names = next(filter(None, csv.reader(file)), [])
+    strings = dict.fromkeys(names, pa.string())
+    return pcsv.read_csv(
+        path,
+        pcsv.ReadOptions(block_size=block_bytes),
+        pcsv.ParseOptions(newlines_in_values=True),
+        pcsv.ConvertOptions(column_types=strings, null_values=[""], strings_can_be_null=True),
+    )
 
 
 def _load_dataset(config: DataConfig, field: str) -> pa.Table:
@@ -129,7 +160,7 @@ def _load_dataset(config: DataConfig, field: str) -> pa.Table:
     except Exception as error:  # of many libraries and types: network, names, splits, formats
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(
-            f"{field} = {config.name!r} with data.split = {config.split!r} is neither a local directory "
+            f"{field} = {config.name!r} with data.split = {config.split!r} is neither a local file or directory "
             f"nor a dataset that the hub gives: {reason}"
         ) from error
     if not isinstance(dataset, datasets.Dataset):
@@ -162,6 +193,8 @@ def _columns(table: pa.Table, config: DataConfig, name: str, field: str) -> pa.T
 def _column(table: pa.Table, field: str, name: str, place: str) -> pa.ChunkedArray:
     if name not in table.column_names:
         raise DataError(f"{field} = {name!r} is not a column of {place}, which has {', '.join(table.column_names)}")
+    if table.column_names.count(name) > 1:
+        raise DataError(f"{field} = {name!r} is the name of several columns of {place}")
     column = table[name]
     return pc.cast(column, column.type.value_type) if pa.types.is_dictionary(column.type) else column
 

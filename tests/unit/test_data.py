@@ -64,6 +64,7 @@ def test_every_local_format_is_read_and_the_file_is_the_source(tmp_path: Path):
     (tmp_path / "three.json").write_text('{"text": "h"}\n{"text": null}\n{"text": "i"}\n')
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "four.txt").write_text("first\nparagraph\n\n \nsecond paragraph\n")
+    (tmp_path / "below" / "five.csv").write_text('other,text\n1,"j, ""k""\nl"\n')
     (tmp_path / ".hidden.txt").write_text("hidden")
     (tmp_path / "readme.md").write_text("not data")
 
@@ -72,10 +73,10 @@ def test_every_local_format_is_read_and_the_file_is_the_source(tmp_path: Path):
     assert table.schema == hub.SCHEMA
     assert set(zip(table["source"].to_pylist(), table["text"].to_pylist(), strict=True)) == {
         *(("one", "a b"), ("one", "c d"), ("two", "e\nf"), ("two", "g" * 2**21), ("three", "h"), ("three", "i")),
-        *(("four", "first\nparagraph"), ("four", "second paragraph\n")),
+        *(("four", "first\nparagraph"), ("four", "second paragraph\n"), ("five", 'j, "k"\nl')),
     }
     assert table["label"].null_count == table.num_rows
-    assert table["heldout"].to_numpy().sum() == 1  # of eight, in sources of two
+    assert table["heldout"].to_numpy().sum() == 1  # of nine, in sources of one or two
 
 
 def test_columns_are_mapped_and_repeats_and_empty_texts_left_out(tmp_path: Path):
@@ -90,6 +91,86 @@ def test_columns_are_mapped_and_repeats_and_empty_texts_left_out(tmp_path: Path)
 
     pq.write_table(pa.table({"body": ["p", "q"], "user": [7, 7], "topic": [False] * 2}), tmp_path / "b.parquet")
     assert hub.load(config)[0]["source"].to_pylist() == ["7", "8", "unknown", "7", "7"]
+
+
+def test_columns_of_csv_are_strings(tmp_path: Path):
+    file = tmp_path / "letters.csv"
+    rows = ["user,stars,words", "007,5,12", '7,n/a,"a\nb"', ",,NA", "8,1,", '8,1,""', "True,2,1e3", ""]
+    file.write_bytes("\r\n".join(rows).encode("utf-8-sig"))  # as a spreadsheet writes it
+    config = DataConfig(name=str(file), text_column="words", source_column="user", label_column="stars")
+    table, num_equal = hub.load(config)
+    assert table["text"].to_pylist() == ["12", "a\nb", "NA", "1e3"] and num_equal == 0
+    assert table["source"].to_pylist() == ["007", "7", "unknown", "True"]
+    assert table["label"].to_pylist() == ["5", "n/a", "unknown", "2"]
+
+
+def test_csv_is_read_in_blocks_of_which_none_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "letters.csv"
+    config = DataConfig(name=str(file), source_column="user")
+    file.write_text("\n".join(["user,text", *(f"{i},document {i}" for i in range(50)), "007,last"]))
+    monkeypatch.setattr(hub, "_BLOCK_BYTES", 100)
+    assert hub.load(config)[0]["source"].to_pylist() == [*map(str, range(50)), "007"]
+    file.write_text("user,text\n1,a\n2," + "w" * 200)
+    with pytest.raises(DataError, match=r"letters.csv cannot be read: a line has more than 100 bytes$"):
+        hub.load(config)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty: letters has no rows"),
+        (b"text,user\n", "is empty: letters has no rows"),
+        (b"text;user\na;1\n", r"data.text_column = 'text' is not a column of letters, which has text;user$"),
+        (b"text,text,user\na,b,1\n", r"data.text_column = 'text' is the name of several columns of letters$"),
+        (b'text,user,at\n"a\nb",1\n', r"letters.csv cannot be read: CSV parse error: Expected 3 columns, got 2: .*$"),
+        (b"text,user\n\xff\xfe,1\n", "letters.csv cannot be read: .*utf-8"),
+        (b"text,user\n" + b"a,1\n" * 9999 + b"\xff\xfe,1\n", "letters.csv cannot be read: .*UTF8"),
+    ],
+    ids=["no header", "no rows", "other separator", "two of a name", "too few values", "other coding", "later on"],
+)
+def test_bad_csv_is_refused_in_one_line(tmp_path: Path, content: bytes, message: str):
+    (tmp_path / "letters.csv").write_bytes(content)
+    with pytest.raises(DataError, match=message) as refused:
+        hub.load(DataConfig(name=str(tmp_path / "letters.csv"), source_column="user"))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("suffix", hub.FORMATS)
+def test_a_file_is_read_as_a_directory_with_it_is(tmp_path: Path, suffix: str):
+    (tmp_path / "one").mkdir()
+    file = tmp_path / "one" / f"letters{suffix}"
+    lines = {".csv": "text\na b\nc d\n", ".txt": "a b\n\nc d"}
+    file.write_text(lines.get(suffix, '{"text": "a b"}\n{"text": "c d"}\n'))
+    if suffix == ".parquet":
+        pq.write_table(pa.table({"text": ["a b", "c d"]}), file)
+    (tmp_path / "letters.csv").write_text("text\nanother\n")
+    table, _ = hub.load(DataConfig(name=str(file)))
+    assert table.equals(hub.load(DataConfig(name=str(tmp_path / "one")))[0])
+    assert table["source"].to_pylist() == ["letters"] * 2 and table["text"].to_pylist() == ["a b", "c d"]
+
+
+PATHS = [
+    "users.csv",
+    "texts/users.jsonl",
+    "./texts",
+    "../texts",
+    "~/no-such-texts",
+    "~nobody-has-it/texts",
+    "/no/texts",
+]
+
+
+@pytest.mark.parametrize("name", [*PATHS, "notes.md", "/dev/null"])
+def test_what_is_or_looks_like_a_path_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch, name: str):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.md").write_text("text")
+    said = "is neither a file nor a directory: there is no /"
+    if name not in PATHS:
+        said = "is not a file that can be read: .parquet, .csv, .jsonl, .json, .txt$"
+    for field in ("data.name", "data.public_name"):
+        with pytest.raises(DataError, match=rf"^{field} = '{name}' {said}"):
+            hub.load(DataConfig(name=name), field)
 
 
 def test_heldout_share_is_by_source_and_does_not_depend_on_the_order():
@@ -152,7 +233,7 @@ def test_json_lines_are_read_in_blocks_of_which_none_is_too_large(tmp_path: Path
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     config = DataConfig(name=str(tmp_path))
     whole, _ = hub.load(config)
-    monkeypatch.setattr(hub, "_JSON_BLOCK_BYTES", 100)
+    monkeypatch.setattr(hub, "_BLOCK_BYTES", 100)
     assert hub.load(config)[0].equals(whole)
     (tmp_path / "a.jsonl").write_text("\n".join([*lines, json.dumps({"text": "w" * 200})]))
     with pytest.raises(DataError, match=r"a.jsonl cannot be read: a line has more than 100 bytes$"):
@@ -182,7 +263,7 @@ def test_bad_columns(tmp_path: Path, fields: dict[str, str], message: str):
 
 def test_bad_directories(tmp_path: Path):
     config = DataConfig(name=str(tmp_path))
-    with pytest.raises(DataError, match=r"without a file to read: .parquet, .jsonl, .json, .txt"):
+    with pytest.raises(DataError, match=r"without a file to read: .parquet, .csv, .jsonl, .json, .txt"):
         hub.load(config)
     file = tmp_path / "a.jsonl"
     cases = {"": "is empty: a has no rows", '{"text": " "}': "has no text", "{": "cannot be read"}
