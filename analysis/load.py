@@ -102,6 +102,7 @@ def load_run(directory: str | Path) -> Run:
         rounds = _with_figures(rounds.sort_values("round", ignore_index=True))
         clients = clients[clients["round"].isin(rounds["round"])]
         clients = clients.sort_values(["round", "device_id"], ignore_index=True)
+        clients = clients if "group" in clients else clients.assign(group=None)
     summary = directory / "summary.json"
     return Run(
         directory=directory,

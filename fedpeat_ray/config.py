@@ -211,12 +211,13 @@ class ServerConfig:
 class PartitionConfig:
     """Which documents a device holds: a function of its seed, worked out when needed."""
 
-    kind: Literal["iid", "dirichlet", "by_source", "shards"] = "dirichlet"
-    """iid; Dirichlet(alpha) over sources (or labels); one source (or label) a device; k shards a device."""
+    kind: Literal["iid", "dirichlet", "by_source", "shards", "natural"] = "dirichlet"
+    """iid; Dirichlet(alpha) over sources (or labels); one source (or label) a device, drawn by size; k shards a device;
+    natural: every source (or label) is one device, with all of its text."""
     alpha: Positive = 0.3
     """Dirichlet concentration: small is heterogeneous, large is nearly IID."""
     group_by: Literal["source", "label"] = "source"
-    """What dirichlet, by_source and shards group documents by."""
+    """What dirichlet, by_source, shards and natural group documents by."""
     shards_per_device: PositiveInt = 2
     """k of the pathological k-shard split (McMahan et al. 2017)."""
     num_shards: PositiveInt = 400
@@ -308,8 +309,8 @@ class ChannelConfig:
 class FleetConfig:
     """The simulated population."""
 
-    num_devices: PositiveInt = 2000
-    """Devices in the fleet."""
+    num_devices: PositiveInt | Literal["auto"] = "auto"
+    """Devices in the fleet; auto: 2000, or with data.partition.kind natural one a user."""
     tier_shares: tuple[float, ...] = ()
     """Share of each tier, in the order of fleet/tiers.py; empty: the shares given there. Any sum."""
     spread: NonNegative = 0.25
@@ -322,9 +323,24 @@ class FleetConfig:
     channel: ChannelConfig = field(default_factory=ChannelConfig)
 
     @property
+    def size(self) -> int:
+        """Devices in the fleet; of auto what it is where no users are counted."""
+        return 2000 if self.num_devices == "auto" else self.num_devices
+
+    @property
     def weight_bytes(self) -> int:
         """Of an element of a model on devices."""
         return 4 if self.precision == "float32" else 2
+
+    def check_has(self, field: str, number: int, partition: PartitionConfig) -> None:
+        """Raise ConfigError for a setting, a number of devices, beyond the fleet's; if only the text knows how many
+        there are, it is to be asked again."""
+        if number <= self.size or (self.num_devices == "auto" and partition.kind == "natural"):
+            return
+        allowed, group = f"at most fleet.num_devices = {self.size}", partition.group_by
+        if partition.kind == "natural":
+            allowed += f", as data.partition.kind = 'natural' makes a device of each {group} (data.{group}_column)"
+        raise ConfigError.of(field, number, allowed)
 
 
 @dataclass(frozen=True)
@@ -403,9 +419,7 @@ class SimulationConfig:
     def validate(self) -> None:
         """Raise ConfigError for the first setting that cannot be used; reads no file, loads nothing."""
         check(self)
-        if self.cohort_size > self.fleet.num_devices:
-            allowed = f"at most fleet.num_devices = {self.fleet.num_devices}"
-            raise ConfigError.of("cohort_size", self.cohort_size, allowed)
+        self.fleet.check_has("cohort_size", self.cohort_size, self.data.partition)
         availability = self.fleet.availability
         if availability.kind == "trace" and availability.trace is None:
             raise ConfigError.of("fleet.availability.trace", None, "a CSV file when fleet.availability.kind is trace")
@@ -477,6 +491,11 @@ COUNTS_ONLY: tuple[tuple[str, Callable[[SimulationConfig, Collection[str]], bool
         "data.partition.kind is shards",
         lambda c, _: c.data.partition.kind == "shards",
         ("data.partition.shards_per_device", "data.partition.num_shards"),
+    ),
+    (
+        "data.partition.kind is not natural",
+        lambda c, _: c.data.partition.kind != "natural",
+        ("data.partition.documents_per_device", "data.partition.quantity_sigma"),
     ),
     ("data.partition.kind is not iid", lambda c, _: c.data.partition.kind != "iid", ("data.partition.group_by",)),
     (

@@ -91,9 +91,7 @@ class TrainConfig:
     def validate(self) -> None:
         """Raise ConfigError for the first setting that cannot be used."""
         check(self)
-        if self.candidates > self.fleet.num_devices:
-            allowed = f"at most fleet.num_devices = {self.fleet.num_devices}"
-            raise ConfigError.of("candidates", self.candidates, allowed)
+        self.fleet.check_has("candidates", self.candidates, self.data.partition)
         if self.cohort_size > self.candidates:
             raise ConfigError.of("cohort_size", self.cohort_size, f"at most candidates = {self.candidates}")
         if self.smallest_cohort and self.smallest_cohort > self.cohort_size:
@@ -156,16 +154,18 @@ def settings_for(config: TrainConfig) -> list[Setting]:
     response_file = config.response or SHIPPED / "response.json"
     response = Response.load(response_file)
     world = prepare(run, Path())
+    fleet = world.config.fleet
+    fleet.check_has("candidates", config.candidates, config.data.partition)
     emulators = world.algorithm.emulators  # type: ignore[attr-defined]
     if len(response.gain_L) != len(emulators.levels):
         allowed = f"one fitted for {len(emulators.levels)} levels, not for {len(response.gain_L)}"
         raise ConfigError.of("response", str(response_file), allowed)
-    some = np.arange(min(500, config.fleet.num_devices))
+    some = np.arange(min(500, fleet.size))
     setting = Setting(
         emulators.costs,
         tuple(emulators.levels),
         response,
-        config.fleet,
+        fleet,
         config.cohort_size,
         config.candidates,
         config.rounds,

@@ -51,6 +51,7 @@ CLIENT_COLUMNS = (
     Column("round", pa.int32(), "", "round, from 1"),
     Column("device_id", pa.int64(), "", "the device, from 0"),
     Column("tier", pa.string(), "", "class of hardware"),
+    Column("group", pa.string(), "", "source or label (`data.partition.group_by`) of most of its documents"),
     Column("outcome", pa.string(), "", " | ".join((COMPLETED, DROPPED, SKIPPED))),
     Column("drop_reason", pa.string(), "", " | ".join(DROP_REASONS) + "; null if not dropped"),
     Column("level", pa.int32(), "", "emulator level; null where the algorithm has none, and if skipped"),

@@ -179,7 +179,7 @@ def _run(
         trace.begin(f"round {round}, training")
         state, result = algorithm.run_round(state, round, facts.virtual_s, world.conditions, world.data, map_clients)
         trained = time.monotonic()
-        clients = client_columns(round, result, world.conditions.fleet)
+        clients = client_columns(round, result, world.conditions.fleet, world.data.corpus)
         row = round_row(round, clients, facts.virtual_s + result.admission.round_s)
         scores: dict[str, Score] = {}
         trace.begin(f"round {round}, evaluation and log")

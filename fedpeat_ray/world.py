@@ -80,17 +80,30 @@ def described(config: SimulationConfig, directory: Path, given_as: type[Given] =
     if config.local.learning_rate == "auto":
         local = dataclasses.replace(config.local, learning_rate=kind.learning_rate(config))
         config = dataclasses.replace(config, local=local)
-    conditions = build_conditions(config.fleet, config.seed, config.cohort_size, config.over_sample, config.deadline_s)
+    conditions = None
+    if config.data.partition.kind != "natural":  # otherwise the text says how many devices there are
+        config, conditions = _with_fleet(config, config.fleet.size)
     foundation = given_as.find(config.foundation.name, config.foundation.dtype, "foundation.name")
     given = given_as(config, foundation, directory)
     given.check_positions("local.sequence_length", "evaluation.sequence_length", of=config.foundation.name)
     corpus = load_corpus(config.data, given.tokenizer)
     partition = Partition(config.data.partition, corpus.group, corpus.heldout, config.seed)
+    if conditions is None:
+        config, conditions = _with_fleet(config, partition.num_devices(config.fleet.num_devices))
+        given = given.with_fleet(config.fleet)
     data = ClientData(corpus, partition, config.local, config.seed)
     algorithm = kind.build(given)
     heldout = evaluation_tasks(ALL, *data.heldout(config.evaluation))
     who_fits = fits(conditions.fleet, algorithm.memory_needs())
     return World(config, foundation, algorithm, conditions, data, heldout, who_fits)
+
+
+def _with_fleet(config: SimulationConfig, num_devices: int) -> tuple[SimulationConfig, Conditions]:
+    """The configuration with so many devices, and them."""
+    fleet = dataclasses.replace(config.fleet, num_devices=num_devices)
+    fleet.check_has("cohort_size", config.cohort_size, config.data.partition)
+    conditions = build_conditions(fleet, config.seed, config.cohort_size, config.over_sample, config.deadline_s)
+    return dataclasses.replace(config, fleet=fleet), conditions
 
 
 @contextlib.contextmanager

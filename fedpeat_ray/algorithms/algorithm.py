@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedpeat_ray.aggregation.server_optimizer import ServerState, init_server
-from fedpeat_ray.config import USES, LocalConfig, LoraConfig, ServerConfig, SimulationConfig
+from fedpeat_ray.config import USES, FleetConfig, LocalConfig, LoraConfig, ServerConfig, SimulationConfig
 from fedpeat_ray.control.plan import Decision
 from fedpeat_ray.data.client_data import ClientData, ServerData
 from fedpeat_ray.data.corpus import load_corpus
@@ -91,6 +91,12 @@ class Given:
     def client_batch_size(self) -> int:
         """Clients trained together; until that is measured, 1."""
         return 1 if self.config.client_batch_size == "auto" else self.config.client_batch_size
+
+    def with_fleet(self, fleet: FleetConfig) -> Given:
+        """With as many devices as there are; what is loaded stays loaded."""
+        given = dataclasses.replace(self, config=dataclasses.replace(self.config, fleet=fleet))
+        vars(given).update(vars(self) | vars(given))
+        return given
 
     def lora(self, config: LoraConfig) -> Lora:
         """LoRA in the foundation. Raises ConfigError for layers that it cannot be in."""

@@ -250,7 +250,7 @@ def surroundings(setting: Setting, seed: int) -> Conditions:
 
 def drawn_tokens(setting: Setting, seed: int) -> np.ndarray:
     """(F,) of each device's data in a round."""
-    drawn = generator(seed, "tokens").integers(len(setting.num_tokens), size=setting.fleet.num_devices)
+    drawn = generator(seed, "tokens").integers(len(setting.num_tokens), size=setting.fleet.size)
     return np.array(setting.num_tokens)[drawn]
 
 
@@ -259,8 +259,8 @@ def paid_by_chance(setting: Setting, conditions: Conditions, num_tokens_F: np.nd
     of some rounds, as the slowest of a cohort is a matter of luck. Quality: a round's part of what an episode of such
     rounds brings."""
     response, middle = setting.response, setting.levels[len(setting.levels) // 2]
-    held, paid, efforts = Held.nothing(setting.fleet.num_devices), [], []
-    times_F = np.zeros(setting.fleet.num_devices, int)
+    held, paid, efforts = Held.nothing(setting.fleet.size), [], []
+    times_F = np.zeros(setting.fleet.size, int)
     for round in range(1, _ROUNDS_BY_CHANCE + 1):
         device_ids = conditions.sample(round)
         tokens = num_tokens_F[device_ids]

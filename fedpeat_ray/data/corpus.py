@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,11 @@ class Corpus:
     def num_tokens(self) -> np.ndarray:
         """(D,) int64 tokens of each document, with its end."""
         return np.diff(self.offsets)
+
+    def most_common_group(self, documents: Sequence[int]) -> str:
+        """Where most of these come from; of several, the first by name."""
+        groups, counts = np.unique(self.group[list(documents)], return_counts=True)
+        return self.group_names[groups[counts.argmax()]]
 
 
 NO_TEXT = Corpus(np.zeros(0, np.uint16), np.zeros(1, np.int64), np.zeros(0, np.int32), (), np.zeros(0, bool), 0, "")

@@ -39,7 +39,7 @@ class Document(NamedTuple):
 
     text: str
     source: str = "own"
-    """Where it comes from: what dirichlet, by_source and shards group by."""
+    """Where it comes from: what dirichlet, by_source, shards and natural group by."""
     label: str | None = None
 
 

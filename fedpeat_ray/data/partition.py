@@ -2,7 +2,8 @@
 
 So a fleet of a million devices costs nothing until a device takes part. The price is that devices
 draw independently: within a device no document comes twice, but two devices may hold the same one,
-as two people may. An assignment of each document to one owner would need the whole fleet at once.
+as two people may. An assignment of each document to one owner would need the whole fleet at once;
+only where the text names its owners, each document can have one (natural).
 
 Shapes: D documents, G groups (sources or labels).
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Literal
 
 import numpy as np
 
@@ -29,11 +31,13 @@ class Partition:
                has one group, with alpha -> infinity it has the mixture of the whole. As there, a group
                with no document left takes no further part and the others share its place.
     by_source  one group a device, chosen with probability p.
+    natural    a device is a group: each that has documents to train on is one device, which has all of
+               them. Which of these users is device i is a function of the seed.
     shards     documents sorted by group are cut into num_shards equal pieces, and the device has
                shards_per_device different ones (McMahan et al. 2017, section 3); if those hold more
                than the device's number of documents, it has a sample of them.
 
-    The number of documents is log-normal with median documents_per_device, rounded, at least 1 and at
+    Otherwise the number of documents is log-normal with median documents_per_device, rounded, at least 1 and at
     most what the device's groups or shards hold. With documents_per_device = inf it is all of them:
     for iid and dirichlet every document there is.
     """
@@ -55,14 +59,28 @@ class Partition:
         self._train_D, self._starts_G, self._sizes_G = _sorted_by_group(group_D, ~heldout_D, num_groups)
         self._prior_G = self._sizes_G / max(1, self._sizes_G.sum())
         self._present = np.flatnonzero(self._prior_G)
+        self._users = generator(seed, "users").permutation(self._present) if config.kind == "natural" else self._present
         self._concentration = config.alpha * self._prior_G[self._present]
         if not len(self._train_D) or not heldout_D.any():
             counts = f"{len(self._train_D)} to train on and {heldout_D.sum()} held out"
             raise DataError(f"a partition needs at least one document of each kind; there are {counts}")
         self._check()
 
+    def num_devices(self, wanted: int | Literal["auto"]) -> int:
+        """Of a natural fleet: all users that have text to train on, or so many of them. Raises ConfigError if there are
+        not so many."""
+        num_users = len(self._users)
+        if wanted == "auto":
+            return num_users
+        if wanted > num_users:
+            allowed = f"auto, or at most the number of users with text to train on, {num_users}"
+            raise ConfigError.of("fleet.num_devices", wanted, allowed)
+        return wanted
+
     def num_documents(self, device_ids: np.ndarray) -> np.ndarray:
         """How many documents each device is to have: (N,) -> (N,) int64, at least 1."""
+        if self._config.kind == "natural":
+            return self._sizes_G[self._users[device_ids]]
         spread_N = normals(derive_seed(self._seed, "number of documents"), device_ids)
         log_number_N = np.log(self._config.documents_per_device) + self._config.quantity_sigma * spread_N
         number_N = np.exp(np.minimum(log_number_N, math.log(len(self._train_D))))
@@ -81,6 +99,8 @@ class Partition:
         elif self._config.kind == "shards":
             pool = self._shard_positions(device_id)
             chosen = rng.choice(pool, min(num_documents, len(pool)), replace=False)
+        elif self._config.kind == "natural":
+            chosen = self._starts_G[self._users[device_id]] + np.arange(num_documents)
         else:
             counts_G = _counts(rng, self.mixture(device_id), self._sizes_G, num_documents)
             chosen = np.concatenate(
@@ -103,6 +123,8 @@ class Partition:
                 mixture_G[self._present] = rng.dirichlet(self._concentration)
             case "by_source":
                 mixture_G[rng.choice(len(prior_G), p=prior_G)] = 1.0
+            case "natural":
+                mixture_G[self._users[device_id]] = 1.0
             case "shards":
                 group = np.searchsorted(self._starts_G, self._shard_positions(device_id), side="right") - 1
                 mixture_G = np.bincount(group, minlength=len(prior_G)) / len(group)

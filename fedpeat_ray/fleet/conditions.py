@@ -93,5 +93,5 @@ def build_conditions(
 ) -> Conditions:
     """Draw the fleet and its surroundings. Raises ConfigError or DataError for settings that do not fit."""
     fleet = build_fleet(config, seed)
-    availability = build_availability(config.availability, config.num_devices, seed)
+    availability = build_availability(config.availability, fleet.num_devices, seed)
     return Conditions(fleet, config, availability, seed, cohort_size, over_sample, deadline_s)

@@ -73,7 +73,7 @@ def build_fleet(config: FleetConfig, seed: int) -> Fleet:
 
     Raises ConfigError if `tier_shares` does not fit the tiers.
     """
-    device_ids = np.arange(config.num_devices)
+    device_ids = np.arange(config.size)
 
     def draw(purpose: str) -> np.ndarray:
         return uniforms(derive_seed(seed, purpose), device_ids)

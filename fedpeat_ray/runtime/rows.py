@@ -9,11 +9,12 @@ import numpy as np
 
 from fedpeat_ray.aggregation.server_optimizer import UPDATES
 from fedpeat_ray.algorithms.algorithm import RoundResult
+from fedpeat_ray.data.corpus import Corpus
 from fedpeat_ray.fleet.population import Fleet
 from fedpeat_ray.records import COMPLETED, DROPPED, NON_FINITE, SKIPPED
 
 
-def client_columns(round: int, result: RoundResult, fleet: Fleet) -> dict[str, np.ndarray]:
+def client_columns(round: int, result: RoundResult, fleet: Fleet, corpus: Corpus) -> dict[str, np.ndarray]:
     """Columns of the clients table for one round, a sampled device a position; those skipped are in their places."""
     reports = {report.device_id: report for report in result.reports}
     refused = NON_FINITE if result.refused == UPDATES else None
@@ -35,6 +36,7 @@ def client_columns(round: int, result: RoundResult, fleet: Fleet) -> dict[str, n
         "round": [round] * len(tasks),
         "device_id": device_ids,
         "tier": [fleet.tier_names[tier] for tier in fleet.tier[device_ids]],
+        "group": [corpus.most_common_group(task.documents) for task in tasks],
         "outcome": with_skipped(outcomes, SKIPPED),
         "drop_reason": with_skipped(reasons, None),
         "level": with_skipped([None] * num_asked if result.levels is None else result.levels, None),

@@ -101,8 +101,9 @@ def test_a_round_accounts_for_every_device_that_was_sampled(world, serial):
     assert sorted([*result.device_ids.tolist(), *skipped]) == world.conditions.sample(1).tolist()
     completed = result.device_ids[result.admission.completed].tolist()
     assert sorted(report.device_id for report in result.reports if report.device_id >= 0) == completed
-    columns = client_columns(1, result, world.conditions.fleet)
+    columns = client_columns(1, result, world.conditions.fleet, world.data.corpus)
     assert {len(values) for values in columns.values()} == {len(result.device_ids) + len(skipped)}
+    assert set(columns["group"]) <= set(world.data.corpus.group_names)
     row = round_row(1, columns, 0.0)
     assert row["num_completed"] == len(completed) and row["num_skipped"] == len(skipped)
 

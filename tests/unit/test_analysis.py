@@ -27,7 +27,7 @@ from analysis.compare import ComparisonError, Group, Groups, group_runs, short_n
 from analysis.load import NotARunError, Run, load_run
 from analysis.report import SECTIONS, render, write_report
 from analysis.tables import describe
-from fedpeat_ray.config import LoraConfig, SimulationConfig
+from fedpeat_ray.config import FleetConfig, LoraConfig, SimulationConfig
 from fedpeat_ray.records import DEADLINE, MEMORY, SKIPPED, UNAVAILABLE
 from fedpeat_ray.runtime.run_log import RunLog
 
@@ -42,12 +42,13 @@ def client(round: int, device_id: int, reason: str | None, emulators: bool = Fal
     if skipped:
         row = {name: value and 0 for name, value in client(round, device_id, UNAVAILABLE).items()}
         about = {"round": round, "device_id": device_id, "tier": TIERS[device_id % 3], "memory_cap_bytes": 60_000_000}
-        return row | about | {"outcome": SKIPPED, "drop_reason": None}
+        return row | about | {"group": f"user {device_id}", "outcome": SKIPPED, "drop_reason": None}
     asked = reason not in (UNAVAILABLE, MEMORY)
     return {
         "round": round,
         "device_id": device_id,
         "tier": TIERS[device_id % 3],
+        "group": f"user {device_id}",
         "outcome": "dropped" if reason else "completed",
         "drop_reason": reason,
         "level": 1 + device_id // 3 % 2 if emulators else None,
@@ -92,6 +93,7 @@ def write_run(
 ) -> Path:
     algorithm = "fed-peat" if emulators else "fed-peft"
     config = config or SimulationConfig(algorithm=algorithm, rounds=rounds)
+    config = dataclasses.replace(config, fleet=FleetConfig(2000))
     other_on_devices = emulators or config.algorithm == "fed-pt"
     log = RunLog.create(directory, config.to_dict(), {"levels": LEVELS} if emulators else {}, data_digest="abc")
     for round in range(1, rounds + 1):
@@ -123,9 +125,10 @@ def write_run(
 def without_new_columns(directory: Path, *rounds: int) -> Path:
     """As an older version wrote these rounds."""
     for round in rounds:
-        part = directory / "rounds" / f"{round:05d}.parquet"
-        later = ["num_skipped", "figures", "emulator_bytes", "device_perplexity"]
-        pq.write_table(pq.read_table(part).drop_columns(later), part)
+        later = {"rounds": ["num_skipped", "figures", "emulator_bytes", "device_perplexity"], "clients": ["group"]}
+        for folder, columns in later.items():
+            part = directory / folder / f"{round:05d}.parquet"
+            pq.write_table(pq.read_table(part).drop_columns(columns), part)
     return directory
 
 
@@ -200,6 +203,7 @@ def test_rounds_of_an_older_version_are_read(tmp_path, older):
     new = [round for round in (1, 2, 3) if round not in older]
     assert run.rounds["num_skipped"].tolist() == [2 if round in new else 0 for round in (1, 2, 3)]
     assert "figures" not in run.rounds
+    assert run.clients["group"].notna().tolist() == [round in new for round in (1, 2, 3) for _ in range(9)]
     if new:
         assert run.rounds.set_index("round")["figures.pace"].dropna().to_dict() == {n: n / 2 for n in new}
     assert shown(render(group_runs([run]))) == ALL | (LOGGED if new else set())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -158,7 +159,7 @@ def test_every_number_has_its_bounds():
     [
         ("local.optimizer", "adam", "adamw, sgd"),
         ("foundation.dtype", "float16", "auto, float32, bfloat16, float64"),
-        ("data.partition.kind", "non-iid", "iid, dirichlet, by_source, shards"),
+        ("data.partition.kind", "non-iid", "iid, dirichlet, by_source, shards, natural"),
         ("hosts.backend", None, "ray, serial"),
         ("lora.targets", "c_attn", "tuple[str, ...]"),
         ("lora.targets", ("c_attn", 3), "tuple[str, ...]"),
@@ -183,6 +184,8 @@ def test_a_value_of_another_kind_is_refused_before_it_means_something_else(path,
     ("changes", "said"),
     [
         ({"cohort_size": 2001}, "cohort_size = 2001 is not allowed: at most fleet.num_devices = 2000"),
+        ({"cohort_size": 9, "fleet.num_devices": 8}, "cohort_size = 9 is not allowed: at most fleet.num_devices = 8"),
+        ({"fleet.num_devices": "all"}, "fleet.num_devices = 'all' is not allowed: an integer of at least 1"),
         ({"fleet.availability.kind": "trace"}, "fleet.availability.trace = None is not allowed: a CSV file"),
         ({"fleet.availability.min_share": 0.96}, "min_share = 0.96 is not allowed: at most fleet.availability.max"),
         ({"out": Path("a"), "resume": Path("b")}, "out = 'a' is not allowed: unset together with resume"),
@@ -195,6 +198,21 @@ def test_settings_that_do_not_go_together_are_refused(changes, said):
         config = with_value(config, path, value)
     with pytest.raises(ConfigError, match=re.escape(said)):
         config.validate()
+
+
+def test_how_many_users_there_are_is_not_known_before_the_text_is_read():
+    users = with_value(with_value(SimulationConfig(), "data.partition.kind", "natural"), "cohort_size", 3000)
+    users.validate()
+    for num_devices, said in (
+        (2999, "at most fleet.num_devices = 2999, as data.partition.kind = 'natural'"),
+        (3000, None),
+    ):
+        config = with_value(users, "fleet.num_devices", num_devices)
+        with pytest.raises(ConfigError, match=said) if said else contextlib.nullcontext():
+            config.validate()
+    by_label = with_value(with_value(users, "data.partition.group_by", "label"), "fleet.num_devices", 1)
+    with pytest.raises(ConfigError, match=r"makes a device of each label \(data.label_column\)$"):
+        by_label.validate()
 
 
 @pytest.mark.parametrize(
@@ -248,6 +266,12 @@ def test_every_field_has_its_help_text():
         ({"control.level": 2}, ["control.level"]),
         ({"control.level": 2, "control.kind": "fixed"}, []),
         ({"data.partition.kind": "iid", "data.partition.alpha": 1.0}, ["data.partition.alpha"]),
+        ({"data.partition.kind": "natural", "data.partition.alpha": 1.0}, ["data.partition.alpha"]),
+        (
+            {"data.partition.kind": "natural", "data.partition.documents_per_device": 9.0},
+            ["data.partition.documents_per_device"],
+        ),
+        ({"data.partition.kind": "natural", "data.partition.group_by": "label", "fleet.num_devices": 9}, []),
         ({"data.text_column": "body"}, ["data.text_column"]),
         ({"data.text_column": "body", "data.name": "somewhere"}, []),
         ({"data.text_column": "body", "data.public_name": "somewhere"}, []),

@@ -385,7 +385,7 @@ def test_embedded_text_has_two_sides(tmp_path, monkeypatch, tokenizer: PreTraine
 GROUP_D = np.repeat(np.arange(20), 50)
 HELDOUT_D = np.arange(1000) % 10 == 0
 TRAIN = np.flatnonzero(~HELDOUT_D)
-KINDS = ("iid", "dirichlet", "by_source", "shards")
+KINDS = ("iid", "dirichlet", "by_source", "shards", "natural")
 
 
 def partition(seed: int = 0, **fields) -> Partition:
@@ -394,14 +394,14 @@ def partition(seed: int = 0, **fields) -> Partition:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_share_is_a_function_of_seed_and_device(kind):
-    shares = [partition(kind=kind).documents(device_id) for device_id in range(30)]
+    shares = [partition(kind=kind).documents(device_id) for device_id in range(20)]
     asked_backwards = partition(kind=kind)
-    for device_id in reversed(range(30)):
+    for device_id in reversed(range(20)):
         assert np.array_equal(asked_backwards.documents(device_id), shares[device_id])
     for share in shares:
         assert share.dtype == np.int64 and len(share) >= 1
         assert np.array_equal(share, np.unique(share)) and not HELDOUT_D[share].any()
-    assert len({share.tobytes() for share in shares}) == 30
+    assert len({share.tobytes() for share in shares}) == 20
     assert not np.array_equal(partition(seed=1, kind=kind).documents(0), shares[0])
 
 
@@ -438,6 +438,32 @@ def test_by_source_gives_one_group_in_proportion_to_its_size():
     groups = [set(group_D[shares.documents(device_id)]) for device_id in range(400)]
     assert all(len(group) == 1 for group in groups)
     assert np.mean([group == {1} for group in groups]) == pytest.approx(0.75, abs=0.07)
+
+
+def test_natural_makes_one_device_of_every_user_with_text_to_train_on():
+    heldout_D = HELDOUT_D | (GROUP_D == 3)
+    orders = []
+    for seed in (0, 1):
+        natural = Partition(PartitionConfig("natural"), GROUP_D, heldout_D, seed)
+        assert natural.num_devices("auto") == 19
+        shares = [natural.documents(device_id) for device_id in range(19)]
+        assert np.array_equal(np.sort(np.concatenate(shares)), np.flatnonzero(~heldout_D))
+        assert natural.num_documents(np.arange(19)).tolist() == list(map(len, shares))
+        orders.append([int(group) for share in shares for group in set(GROUP_D[share])])
+    assert len(orders[0]) == 19 and orders[0] != sorted(orders[0]) and orders[0] != orders[1]
+
+
+def test_of_users_there_may_be_fewer_but_not_more():
+    natural = partition(kind="natural")
+    assert [natural.num_devices(wanted) for wanted in ("auto", 20, 7)] == [20, 20, 7]
+    with pytest.raises(ConfigError, match=r"^fleet.num_devices = 21 is not allowed: auto, or at most .* 20$"):
+        natural.num_devices(21)
+
+
+def test_documents_are_called_after_the_group_that_most_of_them_are_of():
+    corpus = corpus_of([1] * 6, [0, 1, 1, 2, 2, 0], [False] * 6)
+    cases = {(0, 1, 2): "1", (3, 4, 5): "2", (5,): "0", (2, 3): "1", (4, 3, 2, 1): "1"}
+    assert {documents: corpus.most_common_group(documents) for documents in cases} == cases
 
 
 def test_shards_are_pieces_of_the_documents_sorted_by_group():

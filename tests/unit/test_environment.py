@@ -101,6 +101,7 @@ def test_the_same_plans_cost_the_same_as_in_a_simulation(deep_gpt2_dir: Path, te
         assert settled.admission.drop_reason.tolist() == reasons
         assert episode.now_s == rounds["virtual_s"].iloc[round - 1]
     assert (clients["emulator_age"] > 0).any() and (clients["outcome"] == "skipped").any()
+    assert clients["group"].isin(["harbour", "kitchen", "workshop"]).all(), "also of those skipped"
     assert episode.is_over
 
 

@@ -30,7 +30,8 @@ def round_row(round: int, **values) -> dict:
 
 def client_row(round: int, device_id: int, **values) -> dict:
     row = {column.name: 1 for column in CLIENT_COLUMNS} | {"round": round, "device_id": device_id}
-    return row | {"tier": "phone", "outcome": "completed", "drop_reason": None, "level": None} | values
+    names = {"tier": "phone", "group": "user 7", "outcome": "completed", "drop_reason": None}
+    return row | names | {"level": None} | values
 
 
 @pytest.fixture

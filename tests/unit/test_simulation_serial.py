@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,9 @@ from fedpeat_ray.config import (
     PartitionConfig,
     ServerConfig,
 )
+from fedpeat_ray.data.corpus import load_corpus
 from fedpeat_ray.errors import ConfigError, RunDirError, RunFailedError
+from fedpeat_ray.models.foundation import load_tokenizer
 from fedpeat_ray.records import CLIENT_COLUMNS, DROP_REASONS, ROUND_COLUMNS
 from fedpeat_ray.runtime.run_log import RunLog, read_config
 from fedpeat_ray.simulation import gap_closed
@@ -284,6 +287,70 @@ def test_a_directory_with_another_run_is_refused_before_anything_is_loaded(run, 
 def test_what_cannot_be_run_is_refused_and_nothing_is_written(run, tmp_path, change, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         run(**change)
+    assert not (tmp_path / "run").exists()
+
+
+# Users as devices
+
+
+@pytest.fixture
+def users(tiny: SimulationConfig, tmp_path: Path) -> SimulationConfig:
+    """Two rounds of all of twelve users, who wrote six lines each in one file."""
+    rng = random.Random(1)
+    lines = [f"{user:03},{' '.join(rng.choices(WORDS, k=12))}\n" for user in range(12) for _ in range(6)]
+    (tmp_path / "letters.csv").write_text("user,text\n" + "".join(lines))
+    data = DataConfig(str(tmp_path / "letters.csv"), source_column="user", partition=PartitionConfig("natural"))
+    fleet = FleetConfig(availability=ALWAYS)
+    return dataclasses.replace(tiny, rounds=2, cohort_size=12, over_sample=1.0, data=data, fleet=fleet)
+
+
+WORDS = "ship rope tide anchor gull mast sail wind pan salt bread oven knife butter onion broth".split()
+
+
+def test_every_user_is_one_device_and_the_log_names_them(users, tmp_path):
+    def run(name: str, **changes: Any) -> Path:
+        Simulation(dataclasses.replace(users, **({"out": tmp_path / name} | changes))).run()
+        return changes.get("resume") or tmp_path / name
+
+    directory = run("run")
+    config = SimulationConfig.from_dict(read_config(directory)["config"])
+    assert config.fleet.num_devices == 12 and read_config(directory)["resolved"]["fits"]["num_devices"]["all"] == 12
+    clients = table(directory, "clients")
+    names = [f"{user:03}" for user in range(12)]
+    for _, round in clients.groupby("round"):
+        assert round["device_id"].tolist() == list(range(12)) and sorted(round["group"]) == names
+        assert round["group"].tolist() == clients["group"].tolist()[:12] != names
+
+    Simulation(dataclasses.replace(config, out=tmp_path / "again")).run()
+    assert_same_bits(directory, tmp_path / "again")
+    whole = run("whole", rounds=3)
+    assert_same_bits(whole, run("", resume=directory, out=None, rounds=3))
+
+    some = table(run("some", fleet=FleetConfig(5, availability=ALWAYS), cohort_size=5), "clients")
+    assert some["group"].tolist()[:5] == clients["group"].tolist()[:5], "so many of the same"
+
+
+def test_users_whose_text_is_held_out_are_no_devices(users, tmp_path):
+    data = dataclasses.replace(users.data, heldout_by="source", heldout_share=0.25)
+    Simulation(dataclasses.replace(users, out=tmp_path / "run", data=data, cohort_size=9)).run()
+    assert read_config(tmp_path / "run")["config"]["fleet"]["num_devices"] == 9
+    corpus = load_corpus(data, load_tokenizer(Path(users.foundation.name)))
+    heldout = {corpus.group_names[group] for group in corpus.group[corpus.heldout]}
+    assert len(heldout) == 3 and heldout.isdisjoint(table(tmp_path / "run", "clients")["group"])
+
+
+def test_more_devices_than_users_are_refused_and_nothing_is_written(users, tmp_path):
+    of_a_file = dataclasses.replace(users.data, source_column=None)
+    for changes, said in (
+        ({"cohort_size": 13}, "cohort_size = 13 is not allowed: at most fleet.num_devices = 12"),
+        ({"fleet": FleetConfig(13)}, "fleet.num_devices = 13 is not allowed: auto, or at most"),
+        (
+            {"data": of_a_file},
+            "at most fleet.num_devices = 1, as data.partition.kind = 'natural' makes a device of each",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            Simulation(dataclasses.replace(users, out=tmp_path / "run", **changes)).run()
     assert not (tmp_path / "run").exists()
 
 
