@@ -8,7 +8,7 @@ with the field, its value and what is allowed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,10 +24,12 @@ from fedpeat_ray.settings import (
     PositiveInt,
     SequenceLength,
     Share,
+    as_words,
     check,
     differences,
     from_plain,
     of_today,
+    one_of,
     to_plain,
 )
 
@@ -38,6 +40,9 @@ REMOVED = {
 
 RENAMED = {"evaluation.upper_bound": "centralised"}
 """What settings in config.json of older runs are called now."""
+
+TIER_NAMES = ("sbc", "phone-low", "phone-mid", "phone-high", "laptop", "edge-gpu", "edge-gpu-large")
+"""Those of fleet/tiers.py, in their order, in which config.json of older runs has their shares."""
 
 
 @dataclass(frozen=True)
@@ -305,14 +310,39 @@ class ChannelConfig:
     """A link slower than this, either way, is an outage: the device drops out with reason link."""
 
 
+def shares_by_name(words: list[str]) -> dict[str, float]:
+    """From NAME=SHARE each. Raises ConfigError."""
+    shares: dict[str, float] = {}
+    for word in words:
+        name, _, share = word.rpartition("=")
+        if name in shares:
+            raise ConfigError.of("fleet.tier_shares", word, f"{name} once; it has {shares[name]} already")
+        try:
+            shares[name] = float(share)
+        except ValueError:
+            name = ""
+        if not name:
+            allowed = "NAME=SHARE of one or more tiers, e.g. phone-low=0.5 phone-mid=0.5"
+            raise ConfigError.of("fleet.tier_shares", word, allowed)
+    return shares
+
+
+def _words_of(shares: Mapping[str, float]) -> list[str]:
+    return [f"{name}={share}" for name, share in shares.items()]
+
+
+_SHARES = ("NAME=SHARE", shares_by_name, _words_of)
+
+
 @dataclass(frozen=True)
 class FleetConfig:
     """The simulated population."""
 
     num_devices: PositiveInt | Literal["auto"] = "auto"
     """Devices in the fleet; auto: 2000, or with data.partition.kind natural one a user."""
-    tier_shares: tuple[float, ...] = ()
-    """Share of each tier, in the order of fleet/tiers.py; empty: the shares given there. Any sum."""
+    tier_shares: Annotated[Mapping[str, float], as_words(*_SHARES)] = field(default_factory=dict, hash=False)
+    """Shares by name, any sum, e.g. phone-low=0.5 phone-mid=0.5; tiers that are not named have none. Empty: each
+    tier's own share. Names: sbc, phone-low, phone-mid, phone-high, laptop, edge-gpu, edge-gpu-large."""
     spread: NonNegative = 0.25
     """Standard deviation of the log of speed, of memory and of link (one draw each) inside a tier."""
     memory_scale: Positive = 1.0
@@ -321,6 +351,21 @@ class FleetConfig:
     """Arithmetic in which devices train: which of the tier's speeds counts."""
     availability: AvailabilityConfig = field(default_factory=AvailabilityConfig)
     channel: ChannelConfig = field(default_factory=ChannelConfig)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tier_shares, tuple) and len(self.tier_shares) in (0, len(TIER_NAMES)):
+            object.__setattr__(self, "tier_shares", dict(zip(TIER_NAMES, self.tier_shares, strict=False)))
+
+    def check_shares(self, names: Collection[str]) -> None:
+        """Raise ConfigError if `tier_shares` are none of tiers with these names."""
+        for name, share in self.tier_shares.items():
+            if name not in names:
+                raise ConfigError.of("fleet.tier_shares", name, one_of(name, names))
+            if not 0 <= share < math.inf:
+                raise ConfigError.of("fleet.tier_shares", f"{name}={share}", "a finite number of at least 0")
+        if self.tier_shares and not 0 < sum(self.tier_shares.values()) < math.inf:
+            allowed = "shares of which one is above 0, with a finite sum"
+            raise ConfigError.of("fleet.tier_shares", " ".join(_words_of(self.tier_shares)), allowed)
 
     @property
     def size(self) -> int:
@@ -420,6 +465,7 @@ class SimulationConfig:
         """Raise ConfigError for the first setting that cannot be used; reads no file, loads nothing."""
         check(self)
         self.fleet.check_has("cohort_size", self.cohort_size, self.data.partition)
+        self.fleet.check_shares(TIER_NAMES)
         availability = self.fleet.availability
         if availability.kind == "trace" and availability.trace is None:
             raise ConfigError.of("fleet.availability.trace", None, "a CSV file when fleet.availability.kind is trace")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import collections.abc
 import dataclasses
+import difflib
 import math
+import sys
 import types
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fedpeat_ray.errors import ConfigError
+from fedpeat_ray.errors import ConfigError, FedPeatError
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,9 @@ def _is_a(value: object, hint: Any) -> bool:
             return isinstance(value, str) and value in typing.get_args(hint)
         case builtins.tuple:
             return isinstance(value, tuple) and all(_is_a(item, typing.get_args(hint)[0]) for item in value)
+        case collections.abc.Mapping:
+            of_key, of_item = typing.get_args(hint)
+            return isinstance(value, Mapping) and all(_is_a(k, of_key) and _is_a(v, of_item) for k, v in value.items())
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, int | float if hint is float else hint)
@@ -75,7 +81,37 @@ def _in_words(hint: Any) -> str:
         return bounds.allowed
     if typing.get_origin(hint) is Literal:
         return ", ".join(typing.get_args(hint))
+    if typing.get_origin(hint) is Annotated:
+        return _in_words(typing.get_args(hint)[0])
     return f"of type {hint.__name__ if isinstance(hint, type) else hint}"
+
+
+def one_of(word: str, known: Collection[str]) -> str:
+    """What an error says is allowed: these words, and the one that was perhaps meant."""
+    near = difflib.get_close_matches(word, known, 1)
+    return f"one of {', '.join(known)}" + "".join(f"; did you mean {meant}?" for meant in near)
+
+
+def as_words(word: str, read: Callable[[list[str]], Any], write: Callable[[Any], list[str]]) -> Any:
+    """For `Annotated`: a command line says such a value in words that look like `word`. Hints are text until somebody
+    asks for them, so tyro is there if it is tyro that asks; nobody else needs this, or has to load tyro."""
+    if "tyro" not in sys.modules:
+        return None
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    def value_of(words: list[str]) -> Any:
+        try:
+            return read(words)
+        except ConfigError as error:
+            raise FedPeatError(str(error)) from None  # tyro draws a frame around what is a ValueError
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"[{word} [{word} ...]]",
+        instance_from_str=value_of,
+        is_instance=lambda value: True,
+        str_from_instance=write,
+    )
 
 
 def get(config: object, path: str) -> Any:
@@ -103,9 +139,11 @@ def directory_to_resume(arguments: list[str]) -> Path | None:
 
 
 def to_plain(value: Any) -> Any:
-    """Values for JSON: dataclasses as dictionaries, paths as strings, tuples as lists, infinity as "inf"."""
+    """Values for JSON: dataclasses and mappings as dictionaries, paths as strings, tuples as lists, infinity "inf"."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {item.name: to_plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: to_plain(item) for name, item in value.items()}
     if isinstance(value, tuple):
         return [to_plain(item) for item in value]
     if isinstance(value, Path):

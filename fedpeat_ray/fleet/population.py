@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fedpeat_ray.config import FleetConfig
-from fedpeat_ray.errors import ConfigError
-from fedpeat_ray.fleet.tiers import TIERS
+from fedpeat_ray.fleet.tiers import TIERS, Tier
 from fedpeat_ray.seeding import derive_seed, generator, normals, uniforms
 
 _MOST_BYTES = 2.0**62  # more than anything needs; beyond int64 a cap would turn negative
@@ -73,6 +73,7 @@ def build_fleet(config: FleetConfig, seed: int) -> Fleet:
 
     Raises ConfigError if `tier_shares` does not fit the tiers.
     """
+    config.check_shares([tier.name for tier in TIERS])
     device_ids = np.arange(config.size)
 
     def draw(purpose: str) -> np.ndarray:
@@ -81,7 +82,7 @@ def build_fleet(config: FleetConfig, seed: int) -> Fleet:
     def spread(purpose: str) -> np.ndarray:
         return np.exp(config.spread * normals(derive_seed(seed, purpose), device_ids))
 
-    tier = np.searchsorted(_cumulative_shares(config.tier_shares), draw("tier"), side="right").astype(np.int8)
+    tier = np.searchsorted(_cumulative_shares(config.tier_shares, TIERS), draw("tier"), side="right").astype(np.int8)
 
     def of_tier(figures: list[float]) -> np.ndarray:
         return np.array(figures, np.float32)[tier]
@@ -107,10 +108,7 @@ def _float32(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def _cumulative_shares(tier_shares: tuple[float, ...]) -> np.ndarray:
+def _cumulative_shares(by_name: Mapping[str, float], tiers: Sequence[Tier]) -> np.ndarray:
     """Upper ends of all tiers but the last, in (0, 1); shares are relative to their sum."""
-    shares = np.array(tier_shares or [tier.share for tier in TIERS], np.float64)
-    if len(shares) != len(TIERS) or not np.isfinite(shares).all() or (shares < 0).any() or not shares.sum() > 0:
-        names = ", ".join(tier.name for tier in TIERS)
-        raise ConfigError.of("fleet.tier_shares", tier_shares, f"{len(TIERS)} numbers of at least 0, for {names}")
+    shares = np.array([by_name.get(tier.name, 0.0) if by_name else tier.share for tier in tiers], np.float64)
     return np.cumsum(shares / shares.sum())[:-1]

@@ -95,7 +95,7 @@ def test_devices_that_can_hold_an_emulator_and_not_the_foundation_train_on_it(po
         client_batch_size=1,
         data={"public_name": None},
         emulator={"first": 1, "last": 1, "shares": (0.2,), "weights": "foundation"},
-        fleet={"num_devices": 2, "availability": AvailabilityConfig("always"), "tier_shares": (0, 0, 0, 0, 1, 0, 0)},
+        fleet={"num_devices": 2, "availability": AvailabilityConfig("always"), "tier_shares": {"laptop": 1}},
     )
     need = prepare(whole_runs.changed(config, emulator={"give_foundation": True}), tmp_path).fits.memory_bytes
     laptop = next(tier for tier in TIERS if tier.name == "laptop")

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tyro
 
 from fedpeat_ray.algorithms.find import find_algorithm
 from fedpeat_ray.config import (
     COUNTS_ONLY,
     REMOVED,
     RENAMED,
+    TIER_NAMES,
     AvailabilityConfig,
     DataConfig,
     FleetConfig,
@@ -28,7 +30,9 @@ from fedpeat_ray.config import (
     SimulationConfig,
 )
 from fedpeat_ray.errors import ConfigError, FedPeatError
+from fedpeat_ray.fleet.tiers import TIERS
 from fedpeat_ray.settings import Bounds, bounds_of, differences, get
+from workloads.large_scale import main
 
 
 def with_value(config: Any, path: str, value: Any) -> Any:
@@ -70,7 +74,7 @@ FULL = SimulationConfig(
     lora=LoraConfig(targets=("c_attn", "c_fc")),
     data=DataConfig(subset="x", partition=PartitionConfig(kind="iid", documents_per_device=math.inf)),
     fleet=FleetConfig(
-        tier_shares=(1, 0, 0, 0.5, 0, 0, 0),
+        tier_shares={"sbc": 1, "phone-high": 0.5},
         availability=AvailabilityConfig(kind="trace", trace=Path("trace.csv"), slot_s=60),
     ),
     hosts=HostsConfig(num_gpus=0.5, memory_gib=2.0),
@@ -164,6 +168,8 @@ def test_every_number_has_its_bounds():
         ("lora.targets", "c_attn", "tuple[str, ...]"),
         ("lora.targets", ("c_attn", 3), "tuple[str, ...]"),
         ("hosts.exclusive", 1, "bool"),
+        ("fleet.tier_shares", (1.0,), "Mapping[str, float]"),
+        ("fleet.tier_shares", {"sbc": "1"}, "Mapping[str, float]"),
         ("local", {"batch_size": 3}, "LocalConfig"),
         ("client_batch_size", "automatic", "an integer of at least 1"),
         ("client_batch_size", 2.0, "an integer of at least 1"),
@@ -190,6 +196,15 @@ def test_a_value_of_another_kind_is_refused_before_it_means_something_else(path,
         ({"fleet.availability.min_share": 0.96}, "min_share = 0.96 is not allowed: at most fleet.availability.max"),
         ({"out": Path("a"), "resume": Path("b")}, "out = 'a' is not allowed: unset together with resume"),
         ({"hosts.exclusive": True, "hosts.backend": "serial"}, "hosts.exclusive = True is not allowed"),
+        (
+            {"fleet.tier_shares": {"phone-lo": 1}},
+            "fleet.tier_shares = 'phone-lo' is not allowed: one of sbc, phone-low, ",
+        ),
+        ({"fleet.tier_shares": {"phone-lo": 1}}, "edge-gpu-large; did you mean phone-low?"),
+        ({"fleet.tier_shares": {"sbc": -1.0}}, "fleet.tier_shares = 'sbc=-1.0' is not allowed: a finite number of at"),
+        ({"fleet.tier_shares": {"sbc": math.nan}}, "fleet.tier_shares = 'sbc=nan' is not allowed: a finite number"),
+        ({"fleet.tier_shares": {"sbc": 0, "laptop": 0}}, "fleet.tier_shares = 'sbc=0 laptop=0' is not allowed: shares"),
+        ({"fleet.tier_shares": {"sbc": 1e308, "laptop": 1e308}}, "shares of which one is above 0, with a finite sum"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(changes, said):
@@ -234,6 +249,44 @@ def test_the_learning_rate_suits_what_is_trained(changes, rate):
         config = with_value(config, path, value)
     assert config.local.learning_rate == "auto"
     assert find_algorithm(config.algorithm).learning_rate(config) == rate
+
+
+def test_shares_of_tiers_are_said_by_name_and_those_of_older_runs_by_place():
+    said = ["--fleet.tier-shares", "phone-low=0.5", "phone-mid=2"]
+    config = tyro.cli(SimulationConfig, args=said)
+    assert config.fleet.tier_shares == {"phone-low": 0.5, "phone-mid": 2.0}
+    assert config.to_dict()["fleet"]["tier_shares"] == {"phone-low": 0.5, "phone-mid": 2.0}
+    assert tyro.cli(SimulationConfig, args=[], default=config) == config
+    assert hash(config) == hash(tyro.cli(SimulationConfig, args=said))
+    old = SimulationConfig.from_dict({"fleet": {"tier_shares": [0, 0.5, 2, 0, 0, 0, 0]}})
+    old.validate()
+    assert {name: share for name, share in old.fleet.tier_shares.items() if share} == config.fleet.tier_shares
+    assert SimulationConfig.from_dict({"fleet": {"tier_shares": []}}) == SimulationConfig()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("phone-low", "fleet.tier_shares = 'phone-low' is not allowed: NAME=SHARE of one or more tiers"),
+        ("0.5 0.5", "fleet.tier_shares = '0.5' is not allowed: NAME=SHARE of one or more tiers"),
+        ("phone-low=half", "fleet.tier_shares = 'phone-low=half' is not allowed: NAME=SHARE"),
+        ("=0.5", "fleet.tier_shares = '=0.5' is not allowed: NAME=SHARE"),
+        ("sbc=1 sbc=2", "fleet.tier_shares = 'sbc=2' is not allowed: sbc once; it has 1.0 already"),
+        ("laptp=1", "edge-gpu-large; did you mean laptop?"),
+    ],
+)
+def test_shares_that_cannot_be_read_are_refused_in_one_line(words, said, capsys):
+    assert main(["--fleet.tier-shares", *words.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and said in line
+
+
+def test_tiers_are_known_by_the_names_of_the_fleet(capsys):
+    assert tuple(tier.name for tier in TIERS) == TIER_NAMES
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out.split("--fleet.tier-shares")[1].split("--fleet.spread")[0]
+    assert set(TIER_NAMES) <= set(re.findall(r"[a-z-]+", shown)) and "NAME=SHARE" in shown
 
 
 def test_differences_name_the_path_and_both_values():

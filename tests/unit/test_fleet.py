@@ -73,8 +73,7 @@ def test_shares_and_medians_are_those_of_the_tiers():
 
 
 def test_settings_of_the_fleet_have_their_effect():
-    only_laptops = tuple(float(tier.name == "laptop") for tier in TIERS)
-    fleet = fleet_of(50, tier_shares=only_laptops, spread=0.0, memory_scale=0.5, precision="float16")
+    fleet = fleet_of(50, tier_shares={"laptop": 3}, spread=0.0, memory_scale=0.5, precision="float16")
     laptop = next(tier for tier in TIERS if tier.name == "laptop")
     assert {fleet.tier_names[index] for index in fleet.tier} == {"laptop"}
     assert set(fleet.memory_cap_bytes) == {laptop.memory_cap_bytes // 2}
@@ -87,10 +86,19 @@ def test_devices_are_spread_evenly_over_the_cell():
     assert np.median(distance_m) == pytest.approx(500 / math.sqrt(2), rel=0.02)
 
 
-@pytest.mark.parametrize("shares", [(1.0,), (-1.0,) * len(TIERS), (0.0,) * len(TIERS), (math.nan,) * len(TIERS)])
-def test_shares_that_do_not_fit_are_refused(shares: tuple[float, ...]):
+@pytest.mark.parametrize("shares", [{"kiosk": 1.0}, {"sbc": -1.0}, {"sbc": 0.0, "laptop": 0.0}, {"sbc": math.nan}])
+def test_shares_that_do_not_fit_are_refused(shares: dict[str, float]):
     with pytest.raises(ConfigError, match="fleet.tier_shares"):
         fleet_of(10, tier_shares=shares)
+
+
+def test_shares_by_name_draw_the_fleet_that_shares_by_place_drew():
+    by_place = fleet_of(1000, tier_shares=(0, 0.2, 0, 0, 0.6, 0, 0.1))
+    by_name = fleet_of(1000, tier_shares={"edge-gpu-large": 0.1, "laptop": 0.6, "phone-low": 0.2})
+    own = fleet_of(1000, tier_shares={tier.name: tier.share for tier in TIERS})
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(by_name, name), getattr(by_place, name))
+        np.testing.assert_array_equal(getattr(own, name), getattr(fleet_of(1000), name))
 
 
 def test_a_sample_is_sorted_without_repeats_and_reproducible():

@@ -277,7 +277,7 @@ def test_a_directory_with_another_run_is_refused_before_anything_is_loaded(run, 
         ({"local": LocalConfig(sequence_length=65)}, "local.sequence_length = 65 is not allowed: at most 64"),
         ({"evaluation": EvaluationConfig(sequence_length=65)}, "evaluation.sequence_length = 65"),
         ({"data": DataConfig("python_docs", partition=PartitionConfig(alpha=-1))}, "data.partition.alpha = -1"),
-        ({"fleet": FleetConfig(num_devices=40, tier_shares=(1.0,))}, "fleet.tier_shares = (1.0,)"),
+        ({"fleet": FleetConfig(num_devices=40, tier_shares={"phone": 1})}, "fleet.tier_shares = 'phone'"),
         (
             {"fleet": FleetConfig(num_devices=40, memory_scale=1e-9)},
             "fleet.memory_scale = 1e-09 is not allowed",
