@@ -340,9 +340,12 @@ class FleetConfig:
 
     num_devices: PositiveInt | Literal["auto"] = "auto"
     """Devices in the fleet; auto: 2000, or with data.partition.kind natural one a user."""
+    tiers: Path | None = None
+    """TOML or CSV file with tiers of your own, as docs/fleet.md says; unset: the seven that are described there."""
     tier_shares: Annotated[Mapping[str, float], as_words(*_SHARES)] = field(default_factory=dict, hash=False)
     """Shares by name, any sum, e.g. phone-low=0.5 phone-mid=0.5; tiers that are not named have none. Empty: each
-    tier's own share. Names: sbc, phone-low, phone-mid, phone-high, laptop, edge-gpu, edge-gpu-large."""
+    tier's own share. Names: sbc, phone-low, phone-mid, phone-high, laptop, edge-gpu, edge-gpu-large; or those in the
+    file of tiers."""
     spread: NonNegative = 0.25
     """Standard deviation of the log of speed, of memory and of link (one draw each) inside a tier."""
     memory_scale: Positive = 1.0
@@ -353,6 +356,8 @@ class FleetConfig:
     channel: ChannelConfig = field(default_factory=ChannelConfig)
 
     def __post_init__(self) -> None:
+        if isinstance(self.tiers, Path):  # it lies where the person was who named it
+            object.__setattr__(self, "tiers", self.tiers.absolute())
         if isinstance(self.tier_shares, tuple) and len(self.tier_shares) in (0, len(TIER_NAMES)):
             object.__setattr__(self, "tier_shares", dict(zip(TIER_NAMES, self.tier_shares, strict=False)))
 
@@ -465,7 +470,8 @@ class SimulationConfig:
         """Raise ConfigError for the first setting that cannot be used; reads no file, loads nothing."""
         check(self)
         self.fleet.check_has("cohort_size", self.cohort_size, self.data.partition)
-        self.fleet.check_shares(TIER_NAMES)
+        if self.fleet.tiers is None:
+            self.fleet.check_shares(TIER_NAMES)
         availability = self.fleet.availability
         if availability.kind == "trace" and availability.trace is None:
             raise ConfigError.of("fleet.availability.trace", None, "a CSV file when fleet.availability.kind is trace")

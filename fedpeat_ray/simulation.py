@@ -310,11 +310,12 @@ def _documents(corpus: Corpus) -> dict[str, Any]:
 
 def _inputs(world: World) -> dict[str, str | None]:
     """Digests of what the rounds read, by their names in config.json; None where there is nothing of the kind."""
-    availability = world.config.fleet.availability
+    tiers, availability = world.config.fleet.tiers, world.config.fleet.availability
     trace = availability.trace
     return {
         "data_digest": world.data.corpus.digest,
         "foundation_sha256": world.foundation.digest,
+        "tiers_sha256": tiers and file_sha256(tiers),
         "trace_sha256": file_sha256(trace) if trace and availability.kind == "trace" else None,
         **world.algorithm.digests(),
     }

@@ -9,8 +9,7 @@ import numpy as np
 
 from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.fleet.population import Fleet
-
-WHOLE_FLEET = "all"
+from fedpeat_ray.fleet.tiers import WHOLE_FLEET
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedpeat_ray.config import FleetConfig
+from fedpeat_ray.fleet.own_tiers import read_tiers
 from fedpeat_ray.fleet.tiers import TIERS, Tier
 from fedpeat_ray.seeding import derive_seed, generator, normals, uniforms
 
@@ -19,8 +20,10 @@ class Fleet:
     """The simulated population. Every array has shape (num_devices,); index i is device i."""
 
     seed: int
+    tiers: tuple[Tier, ...]
+    """The classes of hardware that there are."""
     tier: np.ndarray
-    """int8, index into `tier_names`."""
+    """int8, index into `tiers`."""
     flops_per_s: np.ndarray
     """float32, sustained training speed in the configured precision."""
     memory_cap_bytes: np.ndarray
@@ -44,7 +47,7 @@ class Fleet:
     @property
     def tier_names(self) -> tuple[str, ...]:
         """Names of the tiers, in the order that `tier` indexes."""
-        return tuple(tier.name for tier in TIERS)
+        return tuple(tier.name for tier in self.tiers)
 
     def nominal_rates(self, device_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(N,) down and up, float64: what these devices' own links carry."""
@@ -71,9 +74,10 @@ def build_fleet(config: FleetConfig, seed: int) -> Fleet:
     normal z for each of the three (both directions of the link share theirs), so that the median is the
     tier's figure. Power is the tier's. Positions are uniform over the disc of the cell.
 
-    Raises ConfigError if `tier_shares` does not fit the tiers.
+    Raises ConfigError if `tier_shares` does not fit the tiers, or what `read_tiers` raises.
     """
-    config.check_shares([tier.name for tier in TIERS])
+    tiers = read_tiers(config.tiers) if config.tiers else TIERS
+    config.check_shares([tier.name for tier in tiers])
     device_ids = np.arange(config.size)
 
     def draw(purpose: str) -> np.ndarray:
@@ -82,24 +86,25 @@ def build_fleet(config: FleetConfig, seed: int) -> Fleet:
     def spread(purpose: str) -> np.ndarray:
         return np.exp(config.spread * normals(derive_seed(seed, purpose), device_ids))
 
-    tier = np.searchsorted(_cumulative_shares(config.tier_shares, TIERS), draw("tier"), side="right").astype(np.int8)
+    tier = np.searchsorted(_cumulative_shares(config.tier_shares, tiers), draw("tier"), side="right").astype(np.int8)
 
     def of_tier(figures: list[float]) -> np.ndarray:
         return np.array(figures, np.float32)[tier]
 
     link_spread = spread("link")
-    memory_bytes = np.array([config.memory_scale * each.memory_cap_bytes for each in TIERS])[tier]
+    memory_bytes = np.array([config.memory_scale * each.memory_cap_bytes for each in tiers])[tier]
     cell = config.channel
     distance_m = np.maximum(cell.min_distance_m, cell.cell_radius_m * np.sqrt(draw("distance")))
     return Fleet(
         seed=seed,
+        tiers=tiers,
         tier=tier,
-        flops_per_s=_float32(of_tier([each.flops_per_s(config.precision) for each in TIERS]) * spread("speed")),
+        flops_per_s=_float32(of_tier([each.flops_per_s(config.precision) for each in tiers]) * spread("speed")),
         memory_cap_bytes=np.minimum(memory_bytes * spread("memory"), _MOST_BYTES).astype(np.int64),
-        downlink_bytes_per_s=_float32(of_tier([each.downlink_bytes_per_s for each in TIERS]) * link_spread),
-        uplink_bytes_per_s=_float32(of_tier([each.uplink_bytes_per_s for each in TIERS]) * link_spread),
-        compute_power_w=of_tier([each.compute_power_w for each in TIERS]),
-        radio_power_w=of_tier([each.radio_power_w for each in TIERS]),
+        downlink_bytes_per_s=_float32(of_tier([each.downlink_bytes_per_s for each in tiers]) * link_spread),
+        uplink_bytes_per_s=_float32(of_tier([each.uplink_bytes_per_s for each in tiers]) * link_spread),
+        compute_power_w=of_tier([each.compute_power_w for each in tiers]),
+        radio_power_w=of_tier([each.radio_power_w for each in tiers]),
         distance_m=_float32(distance_m),
     )
 

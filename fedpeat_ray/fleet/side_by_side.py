@@ -6,7 +6,7 @@ Device i of fleet e has the id e F + i. Legend: E fleets of F devices each, N de
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -54,10 +54,10 @@ class SideBySide(Conditions):
 def side_by_side(conditions: Sequence[Conditions]) -> SideBySide:
     """Of fleets that differ in nothing but their seeds, their devices and the sizes of their cohorts."""
     first = conditions[0]
-    columns = [item.name for item in fields(Fleet) if item.name != "seed"]
+    columns = [item.name for item in fields(Fleet) if item.name not in ("seed", "tiers")]
     long = {name: np.concatenate([getattr(each.fleet, name) for each in conditions]) for name in columns}
     return SideBySide(
-        Fleet(first.fleet.seed, **long),
+        replace(first.fleet, **long),
         first.config,
         first.availability,
         first.seed,

@@ -30,6 +30,9 @@ _MOBILE = (56.74 * _MBIT, 12.61 * _MBIT)
 _MOBILE_SLOW = (36.35 * _MBIT, 8.08 * _MBIT)
 _FIXED = (93.99 * _MBIT, 48.36 * _MBIT)
 
+WHOLE_FLEET = "all"
+"""The name beside those of tiers, and so that of none."""
+
 
 @dataclass(frozen=True)
 class Tier:

@@ -121,7 +121,7 @@ def fits_table(found: Fits, title: str = "devices that have the memory to train"
     for task, need in found.memory_bytes.items():
         table.add_column(f"{task}, {human_bytes(need)}", justify="right")
     for tier, shares in found.shares.items():
-        table.add_row(tier, f"{found.num_devices[tier]:,}", *(f"{share:.1%}" for share in shares.values()))
+        table.add_row(Text(tier), f"{found.num_devices[tier]:,}", *(f"{share:.1%}" for share in shares.values()))
     return table
 
 

@@ -23,7 +23,6 @@ from fedpeat_ray import own
 from fedpeat_ray.config import HostsConfig
 from fedpeat_ray.errors import HostLostError
 from fedpeat_ray.fleet.population import Fleet
-from fedpeat_ray.fleet.tiers import TIERS
 from fedpeat_ray.models.foundation import Foundation
 from fedpeat_ray.records import Assignment, ClientTask
 from fedpeat_ray.runtime.host_jobs import MOST_BATCHES, Away, HostJobs, Job
@@ -241,7 +240,7 @@ class ExclusiveHosts(RayHosts):
             return super()._take(job, num_running)
         if num_running >= self._num_slots:
             return None
-        tier = TIERS[self._fleet.tier[task.device_id]]
+        tier = self._fleet.tiers[self._fleet.tier[task.device_id]]
         num_gpus = tier.gpu_fraction if self._has_gpus else 0
         cap = int(_TOLERANCE * self._fleet.memory_cap_bytes[task.device_id])
         arguments = self._arguments(driver=None)  # a device has no part in the driver's work

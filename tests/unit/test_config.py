@@ -74,7 +74,8 @@ FULL = SimulationConfig(
     lora=LoraConfig(targets=("c_attn", "c_fc")),
     data=DataConfig(subset="x", partition=PartitionConfig(kind="iid", documents_per_device=math.inf)),
     fleet=FleetConfig(
-        tier_shares={"sbc": 1, "phone-high": 0.5},
+        tiers=Path("tiers.toml"),
+        tier_shares={"sbc": 1, "kiosk": 0.5},
         availability=AvailabilityConfig(kind="trace", trace=Path("trace.csv"), slot_s=60),
     ),
     hosts=HostsConfig(num_gpus=0.5, memory_gib=2.0),
@@ -287,6 +288,11 @@ def test_tiers_are_known_by_the_names_of_the_fleet(capsys):
         main(["--help"])
     shown = capsys.readouterr().out.split("--fleet.tier-shares")[1].split("--fleet.spread")[0]
     assert set(TIER_NAMES) <= set(re.findall(r"[a-z-]+", shown)) and "NAME=SHARE" in shown
+
+
+def test_a_file_of_tiers_is_where_the_person_was_who_named_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert FleetConfig(tiers=Path("my.toml")).tiers == tmp_path / "my.toml"
 
 
 def test_differences_name_the_path_and_both_values():

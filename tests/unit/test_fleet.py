@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from fedpeat_ray.fleet.channel import both_fadings, fading_power, link_ok, link_
 from fedpeat_ray.fleet.costs import Admission, Costs, Task, admit, spent, task_costs, training_flops
 from fedpeat_ray.fleet.fits import WHOLE_FLEET, check_fits, fits
 from fedpeat_ray.fleet.memory import Figure, Memory, ModelShape, bias_parameters, training_memory
+from fedpeat_ray.fleet.own_tiers import read_tiers
 from fedpeat_ray.fleet.population import Fleet, build_fleet
-from fedpeat_ray.fleet.tiers import TIERS
+from fedpeat_ray.fleet.tiers import TIERS, Tier
 from fedpeat_ray.models.foundation import empty
 from fedpeat_ray.models.shape import model_shape
 
@@ -99,6 +101,131 @@ def test_shares_by_name_draw_the_fleet_that_shares_by_place_drew():
     for name in ARRAYS:
         np.testing.assert_array_equal(getattr(by_name, name), getattr(by_place, name))
         np.testing.assert_array_equal(getattr(own, name), getattr(fleet_of(1000), name))
+
+
+# Tiers of one's own
+
+KIOSK = """
+share = 1
+float32_flops_per_s = 2e9
+memory_cap_bytes = 1e9
+downlink_bytes_per_s = 10e6
+uplink_bytes_per_s = 1_000_000
+compute_power_w = 5
+radio_power_w = 1.5
+"""
+
+
+def tiers_of(tmp_path: Path, text: str, suffix: str = ".toml") -> tuple[Tier, ...]:
+    """Read from a file with this text."""
+    path = tmp_path / f"tiers{suffix}"
+    path.write_text(text)
+    return read_tiers(path)
+
+
+def test_the_tiers_of_the_documentation_can_be_read(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "fleet.md").read_text()
+    kiosk, gateway = tiers_of(tmp_path, page.split("## Tiers of your own")[1].split("```")[1])
+    laptop = next(tier for tier in TIERS if tier.name == "laptop")
+    sources = str(tmp_path / "tiers.toml")
+    assert kiosk == replace(laptop, name="kiosk", share=0.3, memory_cap_bytes=3 * 10**9, sources=sources)
+    assert gateway == Tier(
+        "gateway", "LTE gateway", 0.7, 200e9, 200e9, 2 * 10**9, 0.1, 10e6, 2e6, 10.0, 2.0, sources=sources
+    )
+    assert isinstance(gateway.memory_cap_bytes, int)
+
+
+def test_what_need_not_be_given_of_a_tier(tmp_path):
+    plain, halves, like = tiers_of(
+        tmp_path,
+        f"[plain]{KIOSK}[halves]{KIOSK}float16_flops_per_s = 5e9\ngpu_fraction = 1\ndescription = 'of two kinds'\n"
+        "[like]\nlike = 'sbc'\nfloat32_flops_per_s = 1e9\n",
+    )
+    assert (plain.description, plain.float16_flops_per_s, plain.gpu_fraction) == ("", 2e9, 0.1)
+    assert (halves.description, halves.float16_flops_per_s, halves.gpu_fraction) == ("of two kinds", 5e9, 1.0)
+    assert like.float16_flops_per_s == like.float32_flops_per_s == 1e9 and like.share == TIERS[0].share
+
+
+def test_tiers_in_rows_are_those_in_tables(tmp_path):
+    tables = "[a]\nlike = 'sbc'\nshare = 2\n['b, c']\nlike = 'laptop'\nradio_power_w = 3\n"
+    rows = '\ufeffname, like ,share,radio_power_w\na,sbc,2,\n\n,,,\n"b, c",laptop, ,3\n'
+    assert [replace(tier, sources="") for tier in tiers_of(tmp_path, tables)] == [
+        replace(tier, sources="") for tier in tiers_of(tmp_path, rows, ".csv")
+    ]
+
+
+def test_a_fleet_of_own_tiers(tmp_path):
+    tiers_of(tmp_path, f"[small]\nlike = 'phone-low'\nshare = 3\n[large]{KIOSK}float16_flops_per_s = 5e9\n")
+    path = tmp_path / "tiers.toml"
+    fleet = fleet_of(len(IDS), tiers=path)
+    assert fleet.tier_names == ("small", "large") and fleet.tier.dtype == np.int8
+    assert (fleet.tier == 1).mean() == pytest.approx(0.25, abs=0.01)
+    assert np.median(fleet.flops_per_s[fleet.tier == 1]) == pytest.approx(2e9, rel=0.02)
+    large = fleet_of(50, tiers=path, tier_shares={"large": 1}, spread=0.0, memory_scale=0.5, precision="float16")
+    assert set(large.tier) == {1} and set(large.memory_cap_bytes) == {500_000_000} and set(large.flops_per_s) == {5e9}
+    with pytest.raises(
+        ConfigError, match="fleet.tier_shares = 'larg' is not allowed: one of small, large; did you mean"
+    ):
+        fleet_of(10, tiers=path, tier_shares={"larg": 1})
+    assert list(fits(large, {"model": 1}).shares) == ["large", WHOLE_FLEET]
+
+
+def test_127_tiers_can_be_told_apart(tmp_path):
+    path = tmp_path / "tiers.csv"
+    path.write_text("name,like,share\n" + "".join(f"t{i},sbc,1\n" for i in range(127)))
+    fleet = fleet_of(len(IDS), tiers=path)
+    assert set(fleet.tier) == set(range(127)) and fits(fleet, {"model": 1}).num_devices[WHOLE_FLEET] == len(IDS)
+    path.write_text(path.read_text() + "one more,sbc,1\n")
+    with pytest.raises(DataError, match="tiers.csv: 128 tiers, must be 1 to 127"):
+        fleet_of(10, tiers=path)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text", "message"),
+    [
+        (".toml", "", "0 tiers, must be 1 to 127"),
+        (".toml", "share = 1", "tier 'share': must be a table"),
+        (".toml", "[a]\nshar = 1", "tier 'a', shar: must be one of .*; did you mean share?"),
+        (".toml", f"[a]{KIOSK}[b]\nshare = 1", "tier 'b', float32_flops_per_s: is missing, and so is `like`"),
+        (".toml", f"[a]{KIOSK}gpu_fraction = 1.5", "tier 'a', gpu_fraction = 1.5: must be .* to 1$"),
+        (".toml", "[a]\nlike = 'phone-lo'", "tier 'a', like = 'phone-lo': must be one of .*; did you mean phone-low?"),
+        (".toml", "[all]\nlike = 'sbc'", "tier 'all': must be a name"),
+        (".toml", "['']\nlike = 'sbc'", "tier '': must be a name"),
+        *(
+            (".toml", f"[a]\nlike = 'sbc'\nshare = {value}", "tier 'a', share = .*: must be a number above 0")
+            for value in ("0", "-1", "nan", "inf", "1e39", "1e-39", "true", "'many'", "[1]")
+        ),
+        (".csv", "", "line 1: the header is ''"),
+        (".csv", "name,like,like\na,sbc,sbc\n", "line 1: the header is 'name,like,like'"),
+        (".csv", "name,like\n", "0 tiers"),
+        (".csv", "name,like\na,sbc,1\n", "line 2: 3 values, must be at most 2"),
+        (".csv", "name,like\na,sbc\na,laptop\n", "tier 'a': is there twice"),
+        (".csv", "name,lik\na,sbc\n", "tier 'a', lik: must be one of .*; did you mean like?"),
+        (".csv", "name,like,share\na,sbc,x\n", "tier 'a', share = 'x': must be a number"),
+        (".csv", "name,like,share\na,sbc,0\n", "tier 'a', share = '0': must be a number above 0"),
+    ],
+)
+def test_tiers_that_cannot_be_used_say_which_and_why(tmp_path, suffix: str, text: str, message: str):
+    with pytest.raises(DataError, match=message) as caught:
+        tiers_of(tmp_path, text, suffix)
+    assert str(tmp_path / f"tiers{suffix}") in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("none.toml", None, "No such file"),
+        ("tiers.txt", "x", "its name ends in '.txt', not in .toml or .csv"),
+        ("tiers.toml", "[a", "readable TOML or CSV file"),
+        ("tiers.toml", "[a]\nlike = 'sbc'\n[a]\nlike = 'sbc'", "twice"),
+        ("tiers.csv", b"\xff\xfe", "can't decode"),
+    ],
+)
+def test_a_file_of_tiers_that_cannot_be_read_is_a_wrong_setting(tmp_path, name: str, text, message: str):
+    if text is not None:
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=f"fleet.tiers = .*{name}.*{message}"):
+        fleet_of(10, tiers=tmp_path / name)
 
 
 def test_a_sample_is_sorted_without_repeats_and_reproducible():

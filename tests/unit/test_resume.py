@@ -23,6 +23,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from whole_runs import assert_same_bits, events, summary
 
+from analysis.report import write_report
 from fedpeat_ray import Simulation, SimulationConfig
 from fedpeat_ray.aggregation.server_optimizer import ServerState
 from fedpeat_ray.config import AvailabilityConfig, DistilConfig, FleetConfig
@@ -156,6 +157,23 @@ def test_another_trace_of_availability_is_refused(run, resume, tmp_path):
     trace.write_text(trace.read_text() + "13,2e9,3e9\n")
     with pytest.raises(RunDirError, match="trace_sha256 was"):
         resume(directory, fleet=fleet)
+
+
+def test_tiers_of_one_s_own_are_in_the_log_and_another_file_of_them_is_refused(run, resume, tmp_path, capsys):
+    tiers = tmp_path / "tiers.toml"
+    tiers.write_text("[kiosk]\nlike = 'laptop'\n['gate [/way] $x$']\nlike = 'edge-gpu'\n[unused]\nlike = 'sbc'\n")
+    fleet = FleetConfig(num_devices=14, tiers=tiers, tier_shares={"kiosk": 1, "gate [/way] $x$": 1})
+    directory = run(fleet=fleet)
+    assert "gate [/way] $x$" in capsys.readouterr().out
+    assert set(whole_runs.table(directory, "clients")["tier"]) == {"kiosk", "gate [/way] $x$"}
+    was = read_config(directory)
+    assert was["config"]["fleet"]["tiers"] == str(tiers)
+    assert was["resolved"]["tiers"] == ["kiosk", "gate [/way] $x$", "unused"]
+    assert write_report([directory]).exists()
+    resume(directory, rounds=3, fleet=fleet)
+    tiers.write_text(tiers.read_text() + "# as it was, and a word\n")
+    with pytest.raises(RunDirError, match=f"tiers_sha256 was {was['resolved']['tiers_sha256'][:12]}"):
+        resume(directory, rounds=3, fleet=fleet)
 
 
 def test_emulators_distilled_anew_with_other_bits_are_refused(run, resume, deep_gpt2_dir, public_dir):

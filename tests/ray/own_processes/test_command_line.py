@@ -77,6 +77,7 @@ def refusal(
         (("--lora.targets", "no_such_module"), "lora.targets", "c_attn"),
         (("--fleet.tier-shares", 1, 2), "fleet.tier_shares = '1'", "NAME=SHARE"),
         (("--fleet.tier-shares", "phone=1"), "fleet.tier_shares = 'phone'", "phone-low"),
+        (("--fleet.tiers", "/no/file.toml"), "fleet.tiers", "/no/file.toml"),
         (("--fleet.availability.kind", "trace"), "fleet.availability.trace", "a CSV file"),
         (("--fleet.availability.kind", "trace", "--fleet.availability.trace", "/no/file.csv"), "trace", "/no/file.csv"),
     ],
