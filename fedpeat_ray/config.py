@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fedpeat_ray.errors import ConfigError
+from fedpeat_ray.errors import ConfigError, one_of
 from fedpeat_ray.settings import (
     Bounds,
     Decay,
@@ -29,7 +29,6 @@ from fedpeat_ray.settings import (
     differences,
     from_plain,
     of_today,
-    one_of,
     to_plain,
 )
 

@@ -10,7 +10,8 @@ FedPeatError
 └── RunFailedError   a run came to its end without a result; what it wrote down stays
 """
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Collection, Mapping
 from typing import Any
 
 
@@ -52,3 +53,9 @@ class RunFailedError(FedPeatError):
     def __init__(self, message: str, summary: Mapping[str, Any]):
         super().__init__(message)
         self.summary = summary
+
+
+def one_of(word: str, known: Collection[str]) -> str:
+    """What an error says is allowed: these words, after the one that was perhaps meant."""
+    near = difflib.get_close_matches(word, known, 1)
+    return "".join(f"did you mean {meant}? " for meant in near) + f"one of {', '.join(known)}"

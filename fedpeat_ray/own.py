@@ -15,9 +15,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fedpeat_ray.errors import ConfigError
+from fedpeat_ray.errors import ConfigError, one_of
 
 _OURS = __name__.split(".")[0]
+_PATHS = ", or an import path, module:Name or file.py:Name"
 _given: dict[str, Any] = {}
 _modules: dict[str, ModuleType] = {}
 
@@ -31,7 +32,7 @@ def find(field: str, name: str, ours: Mapping[str, str]) -> Any:
     if path in _given:
         return _given[path]
     if not is_import_path(path):
-        raise ConfigError.of(field, name, _allowed(ours))
+        raise ConfigError.of(field, name, one_of(name, ours) + _PATHS)
     place, _, attribute = path.rpartition(":")
     if name in ours:
         return getattr(importlib.import_module(place), attribute)
@@ -40,7 +41,7 @@ def find(field: str, name: str, ours: Mapping[str, str]) -> Any:
         return getattr(module, attribute)
     except Exception as error:  # whatever a file of the user's may raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError.of(field, name, f"{_allowed(ours)}; this one: {reason}") from error
+        raise ConfigError.of(field, name, f"{', '.join(ours)}{_PATHS}; this one: {reason}") from error
 
 
 def given(what: Any) -> str:
@@ -66,10 +67,6 @@ def short(name: str) -> str:
 def modules() -> list[ModuleType]:
     """Those of users that were met: other processes cannot import them, or perhaps not the same."""
     return list(_modules.values())
-
-
-def _allowed(ours: Mapping[str, str]) -> str:
-    return f"{', '.join([*ours, ''])}or an import path, module:Name or file.py:Name"
 
 
 def _from_module(name: str) -> ModuleType:

@@ -121,7 +121,7 @@ def _rounds(world: World, num_rounds: int) -> Iterator[tuple[dict[str, Any], dic
         state, result = algorithm.settle(state, round, now_s, conditions, world.data.assignments)
         state = algorithm.learn(state, result, None)
         now_s += result.admission.round_s
-        clients = client_columns(round, result, conditions.fleet)
+        clients = client_columns(round, result, conditions.fleet, world.data.corpus)
         server = {"server_flops": result.server.flops, "server_memory_bytes": result.server.memory_bytes}
         done = np.where(clients["outcome"] == COMPLETED, clients["flops"], 0.0).sum()
         row = round_row(round, clients, now_s) | server | {"trained_flops": float(done)}

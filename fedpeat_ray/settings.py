@@ -6,7 +6,6 @@ import argparse
 import builtins
 import collections.abc
 import dataclasses
-import difflib
 import math
 import sys
 import types
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fedpeat_ray.errors import ConfigError, FedPeatError
+from fedpeat_ray.errors import ConfigError, FedPeatError, one_of
 
 
 @dataclass(frozen=True)
@@ -84,12 +83,6 @@ def _in_words(hint: Any) -> str:
     if typing.get_origin(hint) is Annotated:
         return _in_words(typing.get_args(hint)[0])
     return f"of type {hint.__name__ if isinstance(hint, type) else hint}"
-
-
-def one_of(word: str, known: Collection[str]) -> str:
-    """What an error says is allowed: these words, and the one that was perhaps meant."""
-    near = difflib.get_close_matches(word, known, 1)
-    return f"one of {', '.join(known)}" + "".join(f"; did you mean {meant}?" for meant in near)
 
 
 def as_words(word: str, read: Callable[[list[str]], Any], write: Callable[[Any], list[str]]) -> Any:
@@ -169,7 +162,7 @@ def from_plain(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     built = {}
     for name, value in values.items():
         if name not in known:
-            raise ConfigError.of(f"{prefix}{name}", value, f"one of {', '.join(sorted(known))}")
+            raise ConfigError.of(f"{prefix}{name}", value, one_of(name, sorted(known)))
         hint = hints[name]
         options = typing.get_args(hint) or (hint,)
         if dataclasses.is_dataclass(hint):

@@ -11,9 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedpeat_ray.errors import ConfigError, DataError
+from fedpeat_ray.errors import ConfigError, DataError, one_of
 from fedpeat_ray.fleet.tiers import TIERS, WHOLE_FLEET, Tier
-from fedpeat_ray.settings import one_of
 
 FIGURES = (
     "share",
