@@ -52,7 +52,7 @@ class AlwaysAvailable:
     """Every device, at all times."""
 
     def available(self, device_ids: np.ndarray, now_s: float) -> np.ndarray:
-        return np.ones(len(device_ids), bool)
+        return np.full(device_ids.shape, True)
 
 
 @dataclass(frozen=True)

@@ -68,16 +68,25 @@ class Conditions:
         """
         asked = np.full(device_ids.shape, True) if asked is None else asked
         available = self.available(device_ids, now_s)
-        num_sharing = np.maximum(1, (asked & available).sum(axis=-1, keepdims=True))
-        own, channel = self.fleet.nominal_rates(device_ids), self.config.channel
-        rates = link_rates(self.fleet, channel, device_ids, own, self.fading(round, device_ids), num_sharing)
-        downlink, uplink = (np.where(available, rate, nominal) for rate, nominal in zip(rates, own, strict=True))
+        downlink, uplink = self.rates(round, device_ids, available, asked)
         costs = task_costs(self.fleet, device_ids, task, downlink, uplink)
-        in_reach = link_ok(channel, downlink, uplink)
+        in_reach = link_ok(self.config.channel, downlink, uplink)
         admission = admit(costs, available, in_reach, self.num_places, self.deadline_s, asked)
         slot_s, round_s = self.config.availability.slot_s, admission.round_s
         admission = replace(admission, round_s=np.where(round_s == 0.0, slot_s, round_s)[()])
         return spent(costs, admission), admission
+
+    def rates(
+        self, round: int, device_ids: np.ndarray, available: np.ndarray, asked: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) down and up, in bytes per second; (P, N) for P cases of `asked`. Nobody sends to unavailable devices:
+        theirs are those of their own links."""
+        own, channel = self.fleet.nominal_rates(device_ids), self.config.channel
+        if channel.kind == "nominal":
+            return own
+        num_sharing = np.maximum(1, (asked & available).sum(axis=-1, keepdims=True))
+        shared = link_rates(self.fleet, channel, device_ids, own, self.fading(round, device_ids), num_sharing)
+        return np.where(available, shared[0], own[0]), np.where(available, shared[1], own[1])
 
     def available(self, device_ids: np.ndarray, now_s: float | np.ndarray) -> np.ndarray:
         """(N,) bool: who can be asked at that time."""

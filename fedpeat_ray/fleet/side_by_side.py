@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
 
+from fedpeat_ray.fleet.availability import AlwaysAvailable
 from fedpeat_ray.fleet.channel import both_fadings
 from fedpeat_ray.fleet.conditions import Conditions
 from fedpeat_ray.fleet.population import Fleet
@@ -21,21 +23,27 @@ class SideBySide(Conditions):
 
     of: Sequence[Conditions]
 
-    @property
+    @cached_property
     def num_places(self) -> np.ndarray:
         """(E, 1)."""
         return np.array([[each.cohort_size] for each in self.of])
 
     def sample(self, round: int, num_candidates: int | None = None) -> np.ndarray:
         """(E, N) device ids; N must be the same for all."""
+        if num_candidates and num_candidates >= self._num_devices:
+            return np.arange(self.fleet.num_devices).reshape(len(self.of), -1)
         return np.stack([each.sample(round, num_candidates) for each in self.of]) + self._first_ids
 
     def cohort_of(self, round: int, num_candidates: int) -> np.ndarray:
         """(E, N)."""
+        if num_candidates <= self._fewest_asked:
+            return np.full((len(self.of), num_candidates), True)
         return np.stack([each.cohort_of(round, num_candidates) for each in self.of])
 
     def available(self, device_ids: np.ndarray, now_s: float | np.ndarray) -> np.ndarray:
         """(E, N)."""
+        if isinstance(self.availability, AlwaysAvailable):
+            return self.availability.available(device_ids, 0.0)
         own_ids, now_s = device_ids - self._first_ids, np.broadcast_to(now_s, len(self.of))
         return np.stack(
             [each.available(ids, float(now)) for each, ids, now in zip(self.of, own_ids, now_s, strict=True)]
@@ -43,12 +51,26 @@ class SideBySide(Conditions):
 
     def fading(self, round: int, device_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(E, N) down and up."""
-        seeds = np.array([[each.seed] for each in self.of], np.uint64)
-        return both_fadings(self.config.channel, seeds, round, device_ids - self._first_ids)
+        return both_fadings(self.config.channel, self._seeds, round, device_ids - self._first_ids)
 
     @property
+    def _num_devices(self) -> int:
+        """Of one fleet."""
+        return self.of[0].fleet.num_devices
+
+    @cached_property
+    def _fewest_asked(self) -> int:
+        return min(each.num_asked for each in self.of)
+
+    @cached_property
+    def _seeds(self) -> np.ndarray:
+        """(E, 1)."""
+        return np.array([[each.seed] for each in self.of], np.uint64)
+
+    @cached_property
     def _first_ids(self) -> np.ndarray:
-        return np.arange(0, self.fleet.num_devices, self.of[0].fleet.num_devices)[:, None]
+        """(E, 1), of each fleet."""
+        return np.arange(0, self.fleet.num_devices, self._num_devices)[:, None]
 
 
 def side_by_side(conditions: Sequence[Conditions]) -> SideBySide:
