@@ -165,8 +165,9 @@ def admit(
     reason = np.full(total_s.shape, COMPLETES, np.int8)
     # the last to be written counts
     for name, failed in ((DEADLINE, late), (LINK, ~link_ok), (MEMORY, too_large), (UNAVAILABLE, ~available)):
-        np.copyto(reason, DROP_REASONS.index(name), where=failed)
-    np.copyto(reason, NOT_ASKED, where=~np.asarray(asked))
+        if failed.any():
+            reason = np.where(failed, np.int8(DROP_REASONS.index(name)), reason)
+    reason = np.where(asked, reason, np.int8(NOT_ASKED))
     able = reason == COMPLETES
     if (able.sum(axis=-1, keepdims=True) > cohort_size).any():
         by_speed = np.argsort(np.where(able, total_s, np.inf), axis=-1, kind="stable")
@@ -196,16 +197,23 @@ def spent(costs: Costs, admission: Admission) -> Costs:
     if completed.all():
         return costs
     late, not_needed = (admission.reason == DROP_REASONS.index(name) for name in (DEADLINE, NOT_NEEDED))
-    worked = completed | late | not_needed
-    left_s = np.where(worked, np.where(completed, np.inf, np.expand_dims(admission.round_s, -1)), 0.0)
+    cut_short = late | not_needed
+    some_cut_short = cut_short.any()
+    left_s = np.where(completed, np.inf, 0.0)
+    if some_cut_short:
+        left_s = np.where(cut_short, np.expand_dims(admission.round_s, -1), left_s)
     download_s = np.minimum(costs.download_s, left_s)
     compute_s = np.minimum(costs.compute_s, left_s - download_s)
     upload_s = np.minimum(costs.upload_s, left_s - download_s - compute_s)
-    part = np.divide(download_s, costs.download_s, out=worked.astype(np.float64), where=costs.download_s > 0)
+    download_bytes = costs.download_bytes * completed
+    if some_cut_short:
+        worked = completed | cut_short
+        part = np.divide(download_s, costs.download_s, out=worked.astype(np.float64), where=costs.download_s > 0)
+        download_bytes = np.round(costs.download_bytes * part).astype(np.int64)
     return replace(
         costs,
-        download_bytes=np.round(costs.download_bytes * part).astype(np.int64),
-        upload_bytes=np.where(completed, costs.upload_bytes, 0),
+        download_bytes=download_bytes,
+        upload_bytes=costs.upload_bytes * completed,
         download_s=download_s,
         compute_s=compute_s,
         upload_s=upload_s,

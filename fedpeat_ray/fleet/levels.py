@@ -31,14 +31,15 @@ class EmulatorCosts:
 
     def exchange_bytes(self, level_N: np.ndarray, held_N: np.ndarray) -> np.ndarray:
         """(N,) of emulators that must be sent: a device that holds that of its level (0: none) needs no other."""
-        return np.where(held_N == level_N, 0, self.emulator_bytes_L[level_N - 1])
+        return self.emulator_bytes_L[level_N - 1] * (held_N != level_N)
 
     def task(self, level_N: np.ndarray, exchange_bytes_N: np.ndarray, num_tokens_N: np.ndarray) -> Task:
         """What a round asks of each device: the emulators that must be sent, the adapter both ways, training."""
-        adapter_bytes = self.adapter_bytes_L[level_N - 1]
+        row_N = level_N - 1
+        adapter_bytes = self.adapter_bytes_L[row_N]
         return Task(
             download_bytes=exchange_bytes_N + adapter_bytes,
             upload_bytes=adapter_bytes,
-            flops=self.flops_per_token_L[level_N - 1] * num_tokens_N,
-            memory_bytes=self.memory_bytes_L[level_N - 1],
+            flops=self.flops_per_token_L[row_N] * num_tokens_N,
+            memory_bytes=self.memory_bytes_L[row_N],
         )
