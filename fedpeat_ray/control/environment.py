@@ -82,15 +82,20 @@ class Response:
         completed_N: np.ndarray,
     ) -> np.ndarray:
         """Of a round in which these devices trained; (P,) for P cases of shape (P, N)."""
-        fresh = self.freshness ** np.arange(1 + ages_N.max(initial=0))
-        novel = self.novelty ** np.arange(1 + times_N.max(initial=0))
-        gain_N = np.array([0.0, *self.gain_L])[levels_N] * fresh[ages_N] * novel[times_N] * tokens_N
+        fresh_N, novel_N = powers(self.freshness, ages_N), powers(self.novelty, times_N)
+        gain_N = np.array([0.0, *self.gain_L])[levels_N] * fresh_N * novel_N * tokens_N
         return (gain_N * completed_N).sum(axis=-1) ** self.power
 
     def after(self, perplexity: float | np.ndarray, effort: np.ndarray) -> np.ndarray:
         """Perplexity after a round of that effort."""
         before = (self.start / perplexity) ** (1 / self.exponent)
         return perplexity * (before / (before + effort)) ** self.exponent
+
+
+def powers(base: float, exponents_N: np.ndarray) -> np.ndarray | float:
+    """(N,) from a table, as exponents are small; 1 if all are."""
+    largest = exponents_N.max(initial=0)
+    return 1.0 if base == 1.0 or largest == 0 else (base ** np.arange(1 + largest))[exponents_N]
 
 
 @dataclass(frozen=True)
@@ -217,10 +222,10 @@ class Episode:
         setting = self.setting
         self.device_ids = self.conditions.sample(self.round, setting.num_candidates)
         history = self.device_seen.history(self.conditions, self.round, self.device_ids, self.perplexities[-2:])
-        num_tokens = self.num_tokens_F[self.device_ids]
+        self.num_tokens_N, self.times_N = self.num_tokens_F[self.device_ids], history.times_N
         where = (setting.emulators, setting.levels, self.conditions, self.held, self.version)
         realigns = setting.realign_every > 0
-        self.seen: Prospects = prospects(*where, self.round, self.device_ids, num_tokens, realigns, history)
+        self.seen: Prospects = prospects(*where, self.round, self.device_ids, self.num_tokens_N, realigns, history)
 
     def _settled(self, answer: Plan | np.ndarray) -> Settled:
         decided = decision(self.round, self.device_ids, self.seen, answer)
@@ -229,8 +234,8 @@ class Episode:
     def _terms(self, settled: Settled) -> dict[str, Any]:
         """In their units."""
         before = self.perplexities[-1]
-        tokens_N, times_N = self.num_tokens_F[self.device_ids], self.device_seen.times_F[self.device_ids]
-        after = self.setting.response.after(before, effort_of(self.setting.response, tokens_N, times_N, settled))
+        effort = effort_of(self.setting.response, self.num_tokens_N, self.times_N, settled)
+        after = self.setting.response.after(before, effort)
         paid = {"quality": np.log(after / before), **paid_by(settled)}
         return {name: paid[name] / self._units[name] for name in TERMS}
 

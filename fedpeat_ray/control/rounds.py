@@ -36,7 +36,7 @@ class Held:
         """(N,) level of the emulator that each of these devices has, and how many versions it is behind."""
         level_N = self.level_F[device_ids]
         version_N = 0 if self.version_F is None else self.version_F[device_ids].astype(int)
-        return level_N, np.where(level_N > 0, version - version_N, 0)
+        return level_N, (version - version_N) * (level_N > 0)
 
     def after(self, settled: Settled, version: int) -> Self:
         """What is held after a round in which emulators of this version were sent."""
@@ -71,15 +71,17 @@ class Seen:
 
         def measured(before_F: np.ndarray, num_bytes_N: np.ndarray, seconds_N: np.ndarray) -> np.ndarray:
             known_N = (seconds_N > 0) & (num_bytes_N > 0)
-            rates_N = np.divide(num_bytes_N, seconds_N, out=np.zeros(seconds_N.shape), where=known_N)
+            rates_N = num_bytes_N / np.where(known_N, seconds_N, 1.0)
             return written(before_F, device_ids, known_N, rates_N)
 
+        times_F = self.times_F.copy()
+        times_F[device_ids] += settled.admission.completed
         return replace(
             self,
             last_round_F=written(self.last_round_F, device_ids, costs.download_s > 0, round),
             downlink_F=measured(self.downlink_F, costs.download_bytes, costs.download_s),
             uplink_F=measured(self.uplink_F, costs.upload_bytes, costs.upload_s),
-            times_F=written(self.times_F, device_ids, settled.admission.completed, self.times_F[device_ids] + 1),
+            times_F=times_F,
         )
 
     def history(
@@ -102,7 +104,8 @@ class Seen:
 def written(column_F: np.ndarray, device_ids: np.ndarray, which_N: np.ndarray, values: np.ndarray | int) -> np.ndarray:
     """(F,) the column with new values for which of these devices, of the type it had."""
     new_F = column_F.copy()
-    new_F[device_ids] = np.where(which_N, values, column_F[device_ids]).astype(column_F.dtype)
+    values_N = np.asarray(values).astype(column_F.dtype)
+    new_F[device_ids] = np.where(which_N, values_N, column_F[device_ids])
     return new_F
 
 
@@ -148,7 +151,7 @@ def prospects(
 ) -> Prospects:
     """What each level would cost each candidate; `version` is the current one of emulators."""
     level_N, age_N = held.at(version, device_ids)
-    current_N, stale = np.where(age_N == 0, level_N, 0), None
+    current_N, stale = level_N * (age_N == 0), None
     levels_L = np.array(levels).reshape(-1, *[1] * device_ids.ndim)
 
     def total_s(levels: np.ndarray, held_N: np.ndarray) -> np.ndarray:
@@ -156,7 +159,7 @@ def prospects(
         return conditions.nominal_s(device_ids, task)
 
     if realigns:
-        stale_N = np.where(age_N > 0, level_N, 0)
+        stale_N = level_N * (age_N > 0)
         stale = Stale(stale_N, age_N, total_s(np.maximum(1, stale_N), stale_N))
     return Prospects(
         emulators.memory_bytes_L[: len(levels)],
@@ -186,7 +189,9 @@ def decision(round: int, device_ids: np.ndarray, seen: Prospects, answer: Plan |
 def settle(emulators: EmulatorCosts, conditions: Conditions, now_s: float | np.ndarray, decided: Decision) -> Settled:
     """What comes of a decision, training apart."""
     seen, levels_N, ages_N = decided.prospects, decided.levels_N, np.asarray(decided.ages_N)
-    asked_N, held_N = levels_N != SKIP, np.where(ages_N > 0, levels_N, seen.held_level_N)
+    asked_N, held_N = levels_N != SKIP, seen.held_level_N
+    if seen.stale:
+        held_N = np.where(ages_N > 0, levels_N, held_N)
     of_level_N = np.maximum(1, levels_N)
     sent_bytes_N = emulators.exchange_bytes(of_level_N, held_N)
     demand = emulators.task(of_level_N, sent_bytes_N, np.asarray(seen.num_tokens_N))
