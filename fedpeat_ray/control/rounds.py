@@ -40,11 +40,12 @@ class Held:
 
     def after(self, settled: Settled, version: int) -> Self:
         """What is held after a round in which emulators of this version were sent."""
-        level_F = written(self.level_F, settled.device_ids, settled.received_N, settled.levels_N)
-        version_F = self.version_F
+        received = np.flatnonzero(settled.received_N)
+        device_ids, levels = settled.device_ids.ravel()[received], settled.levels_N.ravel()[received]
+        level_F, version_F = written(self.level_F, device_ids, levels), self.version_F
         if version or version_F is not None:
             version_F = np.zeros(len(level_F), np.int16) if version_F is None else version_F
-            version_F = written(version_F, settled.device_ids, settled.received_N, version)
+            version_F = written(version_F, device_ids, version)
         return replace(self, level_F=level_F, version_F=version_F)
 
 
@@ -67,21 +68,20 @@ class Seen:
 
     def after(self, settled: Settled, round: int) -> Self:
         """What was seen once a round is over."""
-        costs, device_ids = settled.costs, settled.device_ids
+        costs, device_ids = settled.costs, settled.device_ids.ravel()
 
         def measured(before_F: np.ndarray, num_bytes_N: np.ndarray, seconds_N: np.ndarray) -> np.ndarray:
-            known_N = (seconds_N > 0) & (num_bytes_N > 0)
-            rates_N = num_bytes_N / np.where(known_N, seconds_N, 1.0)
-            return written(before_F, device_ids, known_N, rates_N)
+            known = np.flatnonzero((seconds_N > 0) & (num_bytes_N > 0))
+            return written(before_F, device_ids[known], num_bytes_N.ravel()[known] / seconds_N.ravel()[known])
 
-        times_F = self.times_F.copy()
-        times_F[device_ids] += settled.admission.completed
+        took_part = device_ids[np.flatnonzero(costs.download_s > 0)]
+        completed = device_ids[np.flatnonzero(settled.admission.completed)]
         return replace(
             self,
-            last_round_F=written(self.last_round_F, device_ids, costs.download_s > 0, round),
+            last_round_F=written(self.last_round_F, took_part, round),
             downlink_F=measured(self.downlink_F, costs.download_bytes, costs.download_s),
             uplink_F=measured(self.uplink_F, costs.upload_bytes, costs.upload_s),
-            times_F=times_F,
+            times_F=written(self.times_F, completed, self.times_F[completed] + 1),
         )
 
     def history(
@@ -92,8 +92,8 @@ class Seen:
         downlink_N, uplink_N = self.downlink_F[device_ids], self.uplink_F[device_ids]
         last, before = (*reversed(perplexities), None, None)[:2]
         return History(
-            np.where(downlink_N > 0, downlink_N, fleet.downlink_bytes_per_s[device_ids]),
-            np.where(uplink_N > 0, uplink_N, fleet.uplink_bytes_per_s[device_ids]),
+            downlink_N + fleet.downlink_bytes_per_s[device_ids] * (downlink_N == 0),
+            uplink_N + fleet.uplink_bytes_per_s[device_ids] * (uplink_N == 0),
             round - self.last_round_F[device_ids],
             self.times_F[device_ids],
             last,
@@ -101,11 +101,10 @@ class Seen:
         )
 
 
-def written(column_F: np.ndarray, device_ids: np.ndarray, which_N: np.ndarray, values: np.ndarray | int) -> np.ndarray:
-    """(F,) the column with new values for which of these devices, of the type it had."""
+def written(column_F: np.ndarray, device_ids: np.ndarray, values: np.ndarray | int) -> np.ndarray:
+    """(F,) the column with new values for these devices, of the type it had."""
     new_F = column_F.copy()
-    values_N = np.asarray(values).astype(column_F.dtype)
-    new_F[device_ids] = np.where(which_N, values_N, column_F[device_ids])
+    new_F[device_ids] = np.asarray(values).astype(column_F.dtype)
     return new_F
 
 
@@ -182,7 +181,7 @@ def decision(round: int, device_ids: np.ndarray, seen: Prospects, answer: Plan |
     ages_N = np.zeros(plan.levels_N.shape, int)
     if seen.stale:
         goes_on = plan.stale_N & (plan.levels_N == seen.stale.level_N)
-        ages_N = np.where(goes_on, seen.stale.age_N, 0)
+        ages_N = seen.stale.age_N * goes_on
     return Decision(round, device_ids, seen, plan.levels_N, ages_N)
 
 
