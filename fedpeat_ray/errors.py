@@ -55,7 +55,7 @@ class RunFailedError(FedPeatError):
         self.summary = summary
 
 
-def one_of(word: str, known: Collection[str]) -> str:
-    """What an error says is allowed: these words, after the one that was perhaps meant."""
+def one_of(word: str, known: Collection[str], more: str = "") -> str:
+    """What an error says is allowed: these words, and the one that was perhaps meant."""
     near = difflib.get_close_matches(word, known, 1)
-    return "".join(f"did you mean {meant}? " for meant in near) + f"one of {', '.join(known)}"
+    return f"one of {', '.join(known)}{more}" + "".join(f"; did you mean {meant}?" for meant in near)

@@ -32,7 +32,7 @@ def find(field: str, name: str, ours: Mapping[str, str]) -> Any:
     if path in _given:
         return _given[path]
     if not is_import_path(path):
-        raise ConfigError.of(field, name, one_of(name, ours) + _PATHS)
+        raise ConfigError.of(field, name, one_of(name, ours, _PATHS))
     place, _, attribute = path.rpartition(":")
     if name in ours:
         return getattr(importlib.import_module(place), attribute)

@@ -94,7 +94,8 @@ def _tier(path: Path, name: str, given: object) -> Tier:
     if missing := [field for field in FIGURES if field not in values]:
         raise DataError(f"{place}, {missing[0]}: is missing, and so is `like` with a tier to take it from")
     values |= {"name": name, "sources": str(path), "memory_cap_bytes": int(values["memory_cap_bytes"])}
-    return Tier(**values | {"description": str(given.get("description", values["description"]))})
+    values["description"] = str(given.get("description", values["description"]))
+    return Tier(**values)
 
 
 def _number(place: str, field: str, value: Any) -> float:
