@@ -24,6 +24,7 @@ import tyro
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fedpeat_ray.algorithms.algorithm import ALL, level_group
 from fedpeat_ray.algorithms.fed_peat import FedPEAT
 from fedpeat_ray.config import (
     DistilConfig,
@@ -129,14 +130,15 @@ def one_seed(settings: Settings, sweep: Sweep, seed: int, progress: Progress) ->
         tuned = [(state.model_P.double() + delta_P).float() for delta_P in deltas]
         progress.stage(f"seed {seed}: judging them")
         evaluator = on_all(ladder, algorithm.adapter.evaluator(), algorithm)
-        zero_shot = perplexities(map_clients, evaluator, state.model_P, by_level(world, [None, *levels]))
+        zero_shot = perplexities(map_clients, evaluator, state.model_P, by_level(world, levels))
         rows = []
         for (kind, share), rung, adapter_P in zip(names, rungs, tuned[1:], strict=True):
-            after = perplexities(map_clients, evaluator, adapter_P, by_level(world, [None, rung.level]))
+            own = level_group(rung.level)
+            after = perplexities(map_clients, evaluator, adapter_P, by_level(world, [rung.level]))
             row = {"seed": seed, "kind": kind, "share": share, "blocks": " ".join(map(str, rung.blocks))}
-            row |= {"emulator_zero_shot": zero_shot[rung.level], "emulator_tuned": after[rung.level]}
-            rows.append(row | {"plug_in": after[None], "zero_shot": zero_shot[None]})
-        bound = perplexities(map_clients, evaluator, tuned[0], by_level(world, [None]))[None]
+            row |= {"emulator_zero_shot": zero_shot[own], "emulator_tuned": after[own]}
+            rows.append(row | {"plug_in": after[ALL], "zero_shot": zero_shot[ALL]})
+        bound = perplexities(map_clients, evaluator, tuned[0], by_level(world, []))[ALL]
     return pd.DataFrame(rows).assign(centralised=bound)
 
 
@@ -168,21 +170,22 @@ def on_all(ladder: Ladder, work, algorithm: FedPEAT) -> OnEmulators:
     return OnEmulators(ladder, work, tuple((work, everything) for _ in ladder.rungs))
 
 
-def by_level(world: World, levels: Sequence[int | None]) -> list[EvaluationTask]:
-    """The held-out text for each level; the group is the level's number, or None."""
-    return [dataclasses.replace(task, group=level, level=level) for level in levels for task in world.heldout]
+def by_level(world: World, levels: Sequence[int]) -> list[EvaluationTask]:
+    """The held-out text for the foundation, and for each level."""
+    return [*world.heldout, *world.heldout_by_level(levels)]
 
 
-def perplexities(map_clients: MapClients, evaluator: OnEmulators, adapter_P: Tensor, tasks) -> dict[int | None, float]:
-    """Held-out perplexity by level."""
+def perplexities(map_clients: MapClients, evaluator: OnEmulators, adapter_P: Tensor, tasks) -> dict[str, float]:
+    """Held-out perplexity by group."""
     scores = map_clients(evaluator, adapter_P, tasks, ScoreSum())[0].result()
     return {group: score.perplexity for group, score in scores.items()}
 
 
 def markdown(table: pd.DataFrame) -> str:
     """Mean over seeds, and the range of the plug-in."""
-    ways = {"emulator_zero_shot": "mean", "emulator_tuned": "mean", "plug_in": ["mean", "min", "max"]}
-    groups = table.groupby(["kind", "share"], sort=False).agg(ways)
+    groups = table.groupby(["kind", "share"], sort=False).agg(
+        {"emulator_zero_shot": "mean", "emulator_tuned": "mean", "plug_in": ["mean", "min", "max"]}
+    )
     lines = ["| emulator | share kept | zero-shot | tuned | plug-in | plug-in, range |", "|---|---|---|---|---|---|"]
     for key, row in groups.iterrows():
         (kind, share), (zero, tuned, plug, low, high) = cast(tuple[str, float], key), row
