@@ -51,7 +51,7 @@ lint: $(SETUP)
 	$(VENV)/lint-imports --no-logo
 
 types: $(SETUP)
-	$(VENV)/pyright --pythonpath $(VENV)/python
+	$(VENV)/pyrefly check --python-interpreter-path $(VENV)/python --output-format min-text --progress-bar no
 
 tests: $(SETUP)
 	$(PYTEST) -m "not full"

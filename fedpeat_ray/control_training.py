@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -190,7 +190,7 @@ def train(config: TrainConfig, settings: Sequence[Setting], directory: Path) -> 
     from fedpeat_ray.control.branching_ppo import Training
 
     checkpoint, table = directory / "checkpoint", directory / "progress.csv"
-    rows = pd.read_csv(table).to_dict("records") if checkpoint.exists() else []
+    rows = cast(list[dict[str, Any]], pd.read_csv(table).to_dict("records")) if checkpoint.exists() else []
     training = Training(
         settings, config.ppo, config.iterations, config.seed, checkpoint if checkpoint.exists() else None
     )

@@ -204,7 +204,7 @@ def _run(
                 log.event(report.failure, round=round, device_id=report.device_id)
         if result.refused:
             log.event("refused", round=round, what=result.refused, why="the server's state would be not finite")
-        state = algorithm.learn(state, result, score and score.perplexity)
+        state = algorithm.learn(state, result, score.perplexity if score else None)
         facts = Facts(round, row["virtual_s"], facts.num_tokens + row["num_tokens"])
         if round % config.checkpoint_every == 0 or round == config.rounds:
             save_checkpoint(log.directory, state, facts.at(time.monotonic() - run_started))

@@ -153,7 +153,7 @@ def hosts(
             yield HostsAndDriver(ray_hosts, driver) if driver else ray_hosts, ray_hosts.num_hosts
     else:
         with process_settings(config.num_threads):
-            serial = Serial(foundations.load_backbone(world.held), large and foundations.load_backbone(large))
+            serial = Serial(foundations.load_backbone(world.held), foundations.load_backbone(large) if large else None)
             yield HostsAndDriver(serial, driver) if driver else serial, 1
 
 

@@ -71,11 +71,11 @@ class Study:
     of_run: Setting
     """With the costs of the ladder and the tokens of devices."""
 
-    def setting(self, candidates: int, **changes: object) -> Setting:
+    def setting(self, candidates: int, **changes: Any) -> Setting:
         """Half of a fleet to choose from; all of one of eight."""
         fleet = dataclasses.replace(self.of_run.fleet, num_devices=candidates if candidates < 100 else 2 * candidates)
         plain: dict[str, Any] = {"smallest_cohort": None, "realign_every": 0, "fleet": fleet}
-        size = {"cohort_size": SIZES[candidates][0], "num_candidates": candidates}
+        size: dict[str, Any] = {"cohort_size": SIZES[candidates][0], "num_candidates": candidates}
         return dataclasses.replace(self.of_run, **(plain | size | changes))
 
     def trained(self, name: str, settings: Sequence[Setting], seed: int = 0, times: int = 1, **ppo: object) -> Path:
@@ -94,8 +94,11 @@ class Study:
             smallest_cohort=None,
             fleet=settings[0].fleet,
         )
-        place = {"resume": directory} if (directory / "config.json").exists() else {"out": directory}
-        directory = begun(dataclasses.replace(config, **place))
+        if (directory / "config.json").exists():
+            config = dataclasses.replace(config, resume=directory)
+        else:
+            config = dataclasses.replace(config, out=directory)
+        directory = begun(config)
         done = directory / "progress.csv"
         if not done.exists() or len(pd.read_csv(done)) < iterations:
             print(f"training {name}", flush=True)
@@ -227,7 +230,7 @@ def sizes(study: Study) -> str:
 
 def ratios(study: Study) -> str:
     """Learning curves: a ratio a branch, one for the whole action, and a head for each device."""
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         USUAL: {},
         "joint ratio": {"ratio": "joint"},
         "independent heads": {"network": "independent"},

@@ -159,7 +159,7 @@ def steps_of(directory: Path, zero_shot: float) -> Steps:
     devices = [
         tuple(done[done["round"] == round][name].to_numpy(int) for name in columns) for round in run.rounds["round"]
     ]
-    return Steps(np.array([zero_shot, *run.rounds["perplexity"].astype(float)]), devices)  # type: ignore[arg-type]
+    return Steps(np.array([zero_shot, *run.rounds["perplexity"].astype(float)]), devices)
 
 
 def after(response: Response, perplexity: float, devices: tuple[np.ndarray, ...]) -> float:

@@ -77,7 +77,7 @@ def hosts_that_start_meanwhile(config: SimulationConfig, stack: contextlib.ExitS
 
 def where_it_stopped(simulation: Simulation | None) -> str:
     """A line about an interrupted run: what is there, and how to go on with it."""
-    directory = simulation and (simulation.directory or simulation.config.resume)
+    directory = (simulation.directory or simulation.config.resume) if simulation else None
     if simulation is None or directory is None:
         return "interrupted before the run directory was made"
     from fedpeat_ray.runtime.run_log import last_round

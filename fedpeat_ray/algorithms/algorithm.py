@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from torch import Tensor
@@ -169,17 +169,28 @@ class Algorithm(ABC):
 
     about: ClassVar[str] = ""
     """A line for the report."""
-    adapter: Adapter
-    """What is trained and sent."""
-    foundation: Foundation
-    """The model it is trained in, as hosts are to have it."""
-    local: LocalConfig
-    server: ServerConfig
     levels: Sequence[int] = ()
     """Of the models on devices that are judged too: all before the first round and at the end, the last of them
     whenever the foundation is."""
     public: ServerData | None = None
     """Text of the server, if it is read."""
+    if TYPE_CHECKING:  # what is read only: a field of one algorithm, a property of another
+
+        @property
+        def adapter(self) -> Adapter:
+            """What is trained and sent."""
+
+        @property
+        def foundation(self) -> Foundation:
+            """The model it is trained in, as hosts are to have it."""
+
+        @property
+        def local(self) -> LocalConfig:
+            """What a client does in a round."""
+
+        @property
+        def server(self) -> ServerConfig:
+            """What the server does with the mean update."""
 
     # Asked of the class, before anything is loaded.
 
@@ -297,7 +308,7 @@ class Algorithm(ABC):
 
     def digests(self) -> dict[str, str | None]:
         """Of what rounds read besides foundation and private text, by name: a run is resumed with the same only."""
-        return {"public_digest": self.public and self.public.corpus.digest}
+        return {"public_digest": self.public.corpus.digest if self.public else None}
 
     def made(self) -> dict[str, str | None]:
         """The same of what `furnished` made."""

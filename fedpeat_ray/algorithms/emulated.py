@@ -110,12 +110,12 @@ class Emulated(Algorithm):
         return self.with_control_memory(state, memory)
 
     @property
-    def adapter(self) -> Adapter:  # type: ignore[override]
+    def adapter(self) -> Adapter:
         """What is trained in the blocks that every emulator has."""
         return self.emulators.adapter
 
     @property
-    def foundation(self) -> Foundation:  # type: ignore[override]
+    def foundation(self) -> Foundation:
         """What hosts load: with several shards, the blocks that emulators have."""
         return self.emulators.workshop.foundation
 

@@ -121,12 +121,12 @@ class Steered(Algorithm):
         return self.costs_of_a_step.times(self.config.steps)
 
     @property
-    def adapter(self) -> LoraAdapter:  # type: ignore[override]
+    def adapter(self) -> LoraAdapter:
         """That of the small model."""
         return LoraAdapter(self.small.lora)
 
     @property
-    def foundation(self) -> Foundation:  # type: ignore[override]
+    def foundation(self) -> Foundation:
         """The small model."""
         return self.small.foundation
 

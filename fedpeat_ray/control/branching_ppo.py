@@ -160,8 +160,9 @@ class BranchingModule(TorchRLModule, ValueFunctionAPI):
 
     def setup(self) -> None:
         """Networks for any number of candidates, or for this one."""
+        assert isinstance(self.model_config, dict) and isinstance(self.observation_space, gymnasium.spaces.Box)
         columns, width = Columns(self.model_config["num_levels"]), self.model_config["width"]
-        num_candidates = self.observation_space.shape[0]  # type: ignore[union-attr, index]
+        num_candidates = self.observation_space.shape[0]
         shared = self.model_config["network"] == "shared"
         self.columns = columns
         self.network = SharedNetwork(columns, width) if shared else IndependentHeads(columns, width, num_candidates)
@@ -196,7 +197,7 @@ class Branches(TorchDistribution):
         self.log_p = [part.log_softmax(dim=-1) for part in split]
 
     @classmethod
-    def from_logits(cls, logits: Tensor, **kwargs: Any) -> Self:
+    def from_logits(cls, logits: Tensor, **kwargs: Any) -> Self:  # type: ignore[override]  # tensors of PyTorch only
         """(B, N, K)."""
         return cls(logits)
 
@@ -208,7 +209,7 @@ class Branches(TorchDistribution):
         noisy = [log_p - torch.empty_like(log_p).exponential_().log() for log_p in self.log_p]
         return torch.stack([each.argmax(dim=-1) for each in noisy], dim=-1)
 
-    def logp(self, value: Tensor, **kwargs: Any) -> Tensor:
+    def logp(self, value: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]  # tensors of PyTorch only
         """(B, N, 2) -> (B, N, 2)."""
         chosen = value.long().unbind(dim=-1)
         found = [p.gather(-1, a[..., None])[..., 0] for p, a in zip(self.log_p, chosen, strict=True)]
@@ -223,7 +224,7 @@ class Branches(TorchDistribution):
         """Numbers a candidate."""
         raise NotImplementedError("networks are built for their columns, not for a space")
 
-    def to_deterministic(self) -> Likeliest:
+    def to_deterministic(self) -> Likeliest:  # type: ignore[override]  # what is asked of such a distribution
         """As Policy.choose does."""
         of_levels, of_exchange = self.log_p
         takes_part = 1 - of_levels[..., 0].exp()
@@ -288,7 +289,7 @@ _TIMERS = {"sampling_s": ENV_RUNNER_SAMPLING_TIMER, "learning_s": LEARNER_UPDATE
 class LogTerms(RLlibCallback):
     """The reward and each of its terms, means of the rounds of an iteration."""
 
-    def on_episode_step(self, *, episode: Any, env_runner: Any, metrics_logger: Any, **kwargs: Any) -> None:
+    def on_episode_step(self, *, episode: Any, env_runner: Any, metrics_logger: Any, **kwargs: Any) -> None:  # type: ignore[override]  # gets both
         """Called by RLlib after each round of each episode."""
         info, window = episode.get_infos(-1), env_runner.config.train_batch_size_per_learner
         for name in LOGGED:
@@ -344,7 +345,7 @@ class Training:
         def decide(episode: Episode) -> Plan:
             rows = torch.from_numpy(observe(episode.round, episode.seen, masked=self.ppo.penalty is None))[None]
             with torch.no_grad():
-                branches = module.action_dist_cls.from_logits(module.masked_logits(rows))
+                branches = branches_of(module.columns).from_logits(module.masked_logits(rows))
             return plan_of(branches.to_deterministic().sample()[0].numpy(), episode.seen)
 
         return decide

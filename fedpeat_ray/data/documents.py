@@ -95,6 +95,7 @@ def _public(config: DataConfig, cache_dir: Path | None) -> tuple[pa.Table, Remov
     if config.public_name == PYTHON_DOCS:
         table, removed = _half(public=True, cache_dir=cache_dir)
     else:
+        assert config.public_name is not None
         named = dataclasses.replace(config, name=config.public_name, heldout_by="document")
         table, num_equal = hub.load(named, "data.public_name")
         removed = Removed(equal=num_equal)

@@ -108,7 +108,8 @@ class Emulators:
         """What a resumed run must find as it was: blocks and weights by level."""
         rungs = self.ladder.rungs
         return {f"blocks of level {rung.level}": str(list(rung.blocks)) for rung in rungs} | {
-            f"weights_sha256 of level {rung.level}": rung.weights and file_sha256(rung.weights) for rung in rungs
+            f"weights_sha256 of level {rung.level}": file_sha256(rung.weights) if rung.weights else None
+            for rung in rungs
         }
 
     def _places(self, level: int) -> Tensor:

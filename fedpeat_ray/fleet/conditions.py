@@ -73,7 +73,8 @@ class Conditions:
         in_reach = link_ok(self.config.channel, downlink, uplink)
         admission = admit(costs, available, in_reach, self.num_places, self.deadline_s, asked)
         slot_s, round_s = self.config.availability.slot_s, admission.round_s
-        admission = replace(admission, round_s=np.where(round_s == 0.0, slot_s, round_s)[()])
+        round_s = np.where(round_s == 0.0, slot_s, round_s)[()]
+        admission = replace(admission, round_s=round_s)  # type: ignore[arg-type]  # numpy annotates an array
         return spent(costs, admission), admission
 
     def rates(

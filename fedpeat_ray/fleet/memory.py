@@ -236,4 +236,4 @@ class _Value:
 
     def most(self, moments: tuple[Terms, ...]) -> Figure:
         """At the greatest of some moments; 0 if there are none."""
-        return reduce(np.maximum, map(self, moments), 0)
+        return reduce(np.maximum, [0, *map(self, moments)])

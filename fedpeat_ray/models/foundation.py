@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import peft
 import torch
@@ -100,7 +100,7 @@ class Backbone:
     """Around a device's optimizer steps: holds it to its memory, where that is done."""
 
 
-def fast_training_dtype() -> str:
+def fast_training_dtype() -> Literal["bfloat16", "float32"]:
     """bfloat16 where this machine multiplies it natively, otherwise float32."""
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
@@ -283,7 +283,7 @@ def save_weights(directory: Path, foundation: Foundation, layout: Layout, weight
 def load_tokenizer(config_dir: Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside the model. Raises ModelError if there is none or it has no end-of-text token."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config_dir, trust_remote_code=False)
+        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(config_dir, trust_remote_code=False))
     except (OSError, ValueError) as error:
         raise ModelError(f"{config_dir} holds no tokenizer: {error}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files

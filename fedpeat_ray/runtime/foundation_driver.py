@@ -21,7 +21,7 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 from torch import Tensor, distributed, nn
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import TCPStore
 
 from fedpeat_ray import own
 from fedpeat_ray.errors import ConfigError, DriverLostError
@@ -183,7 +183,7 @@ class ShardedFoundation(MapClients):
             shard_bytes = -(-foundation.weights.stat().st_size // num_shards)
             self._driver = ray.remote(num_cpus=0)(FoundationDriver).remote(num_shards, share, num_threads)
             what = [ray.put(foundation), ray.put(send([foundation.weights], {}))]
-            self._get(self._driver.start.remote(shard_bytes, what))
+            self._get(self._driver.start.remote(shard_bytes, what))  # type: ignore[attr-defined]  # annotated as its class
         except BaseException:
             self.close()
             raise

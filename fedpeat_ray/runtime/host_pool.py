@@ -31,7 +31,8 @@ class Host:
         os.environ["OMP_NUM_THREADS"] = str(num_threads)  # read when PyTorch is loaded
         with loading():
             from fedpeat_ray.runtime.host_work import HostWork
-        self._new, self._work = HostWork, None
+        self._new = HostWork
+        self._work: HostWork | None = None
 
     def hold(self, *arguments: Any) -> None:
         """Load the models of a simulation; the arguments are HostWork's."""

@@ -60,7 +60,7 @@ class HostWork:
         receive(files, self._known_files)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         backbone = load_backbone(foundation, device)
-        self._serial = Serial(backbone, driver and load_backbone(driver, device))
+        self._serial = Serial(backbone, load_backbone(driver, device) if driver else None)
         if room_bytes is not None:
             torch.ones(2**20).exp_()  # starts the threads, whose stacks are not the device's
             limit = functools.partial(limited_memory, room_bytes, device)

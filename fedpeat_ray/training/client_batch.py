@@ -191,7 +191,7 @@ class _StackedLora(torch.autograd.Function):
         return y_KNO
 
     @staticmethod
-    def backward(ctx, grad_KNO):
+    def backward(ctx, grad_KNO):  # type: ignore[override]  # torch annotates any number of gradients
         x_KNI, weight_IO, a_KRI, b_KOR, h_KNR = ctx.saved_tensors
         grad_h_KNR = torch.bmm(grad_KNO, b_KOR).mul_(ctx.scaling)
         grad_b_KOR = torch.bmm(grad_KNO.transpose(1, 2), h_KNR).mul_(ctx.scaling)
@@ -233,7 +233,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return loss.view(labels_KN.shape).sum(dim=1)
 
     @staticmethod
-    def backward(ctx, grad_K):
+    def backward(ctx, grad_K):  # type: ignore[override]
         (grad_KND,) = ctx.saved_tensors
         return grad_KND * grad_K.to(grad_KND.dtype)[:, None, None], None, None
 

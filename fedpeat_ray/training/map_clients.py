@@ -87,7 +87,8 @@ class HostsAndDriver(MapClients):
 
 def split(tasks: Tasks, batch_size: int) -> list[Tasks]:
     """Consecutive batches of at most batch_size tasks; of an array, of its rows."""
-    return [tasks[start : start + batch_size] for start in range(0, len(tasks), batch_size)]
+    starts = range(0, len(tasks), batch_size)
+    return [tasks[start : start + batch_size] for start in starts]  # type: ignore[return-value]  # a part is of its kind
 
 
 def halves(span: Span) -> tuple[Span, Span]:

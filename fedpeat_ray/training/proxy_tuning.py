@@ -106,7 +106,7 @@ class TeacherLogits:
         results = []
         with self.small.pair(adapter_P) as pair:
             for batch in batches:
-                parts = []
+                parts: list[tuple[Tensor, Tensor | None]] = []
                 for tokens_BT in torch.from_numpy(batch.tokens_BT).long().split(ROWS_AT_A_TIME):
                     logits_BTV = _steered(backbone.exact, pair, tokens_BT, self.alpha).cpu()
                     if self.top_k is None or self.top_k >= logits_BTV.shape[-1]:

@@ -122,7 +122,7 @@ def test_its_state_survives_a_checkpoint(world, serial, tmp_path):
 def test_hosts_can_receive_its_work(world):
     state = world.algorithm.init(3)
     for work in (world.algorithm.trainer(state), world.algorithm.evaluator(state)):
-        sent: bytes = cloudpickle.dumps(work)  # pyright: ignore[reportPrivateImportUsage]
+        sent: bytes = cloudpickle.dumps(work)
         assert callable(cloudpickle.loads(sent))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,7 +127,7 @@ def test_resident_terms_are_exact(setting: Setting) -> None:
 
 def test_fewer_blocks_are_the_smaller_model() -> None:
     full, smaller = (shape_of(Setting("gpt2", depth, 64, 256, 1, 16, "lora")) for depth in (6, 2))
-    arguments = {"batch_size": 2, "sequence_length": 16, "trainable": "lora", "lora_rank": 4}
+    arguments: dict[str, Any] = {"batch_size": 2, "sequence_length": 16, "trainable": "lora", "lora_rank": 4}
     assert training_memory(full, **arguments, num_blocks=2) == training_memory(smaller, **arguments)
     assert lora_parameters(full, 4, num_blocks=2) == lora_parameters(smaller, 4)
 

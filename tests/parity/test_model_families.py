@@ -16,7 +16,7 @@ from plain_loops import train_lora
 from sweeps import sweep
 from tiny_models import FAMILIES, VOCABULARY, write_family
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.pytorch_utils import Conv1D
 
@@ -167,7 +167,7 @@ def test_sequences_longer_than_a_models_table_of_positions_are_refused(family_di
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(family_dir, text_dir, tmp_path):
     directory = Path(shutil.copytree(family_dir("GPT2"), tmp_path / "model"))
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = foundations.load_tokenizer(directory)
     tokenizer.add_tokens(["<one>", "<two>"])
     tokenizer.save_pretrained(directory)
     config = whole_runs.tiny(directory, text_dir, algorithm="fed-peft", out=tmp_path / "run")
@@ -198,7 +198,7 @@ def _some_rows(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
 
 def _reading_weights(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
     gate, up, down = (layer.weight for layer in (self.gate_proj, self.up_proj, self.down_proj))
-    return (nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T  # type: ignore[operator]
+    return (nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
 @pytest.mark.parametrize("forward", [_in_another_order, _some_rows, _reading_weights])

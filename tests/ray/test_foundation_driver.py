@@ -18,7 +18,7 @@ from driver_work import Values
 from patience import OutOfPatience
 from processes import Known, below, living
 from safetensors.torch import load_file, save_file
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import TCPStore
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedpeat_ray.errors import ConfigError, DriverLostError

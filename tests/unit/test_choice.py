@@ -25,6 +25,7 @@ from fedpeat_ray.models.foundation import prepare as find_foundation
 from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.training.client_batch import ClientUpdate
 from fedpeat_ray.training.map_clients import Call
+from fedpeat_ray.training.with_data import WithData
 
 
 @pytest.fixture
@@ -156,6 +157,7 @@ def test_it_trains_on_the_version_that_it_has(tiny, tmp_path):
                 (update,) = call.train(self.backbone, call.shared, [task])
                 if isinstance(update, ClientUpdate):
                     updates[task.device_id] = update.delta_P
+            assert isinstance(call.train, WithData) and isinstance(call.train.train, OnEmulators)
             stale, by_age = call.train.train, dict(call.train.train.stale)
             plain = OnEmulators(by_age[2], stale.whole, stale.parts)
             task = next(task for task in call.tasks if task.age == 2)

@@ -63,7 +63,7 @@ def plain_emulator(model_dir: Path, kept: tuple[int, ...], stand_ins: dict[int, 
     whole = plain(model_dir)
     config = copy.deepcopy(whole.config)
     config.num_hidden_layers = len(kept)
-    model = type(whole)._from_config(config).eval()  # type: ignore[attr-defined]
+    model = type(whole)._from_config(config).eval()
     name = BLOCKS[config.model_type]
     state = {key: tensor for key, tensor in whole.state_dict().items() if not key.startswith(name)}
     for number, block in enumerate(kept):

@@ -190,7 +190,7 @@ def test_fleets_side_by_side_are_each_what_they_are_alone():
         for number, (one, plan) in enumerate(zip(alone, plans, strict=True)):
             own = one.step(plan)
             assert {name: of[number] for name, of in terms.items()} == pytest.approx(own, rel=1e-12)
-            assert one.now_s == together.now_s[number]  # type: ignore[index]
+            assert one.now_s == together.now_s[number]
             ids = together.last.device_ids[number] - 200 * number
             assert ids.tolist() == one.last.device_ids.tolist()
             reasons = together.last.admission.drop_reason[number]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save, save_file
 from sweeps import sweep
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from whole_runs import ENDS, EVERYBODY, Unsettled, assert_same_bits, changed, summary, table
 
 from fedpeat_ray import Simulation, SimulationConfig
@@ -41,7 +41,7 @@ from fedpeat_ray.errors import ConfigError, DataError
 from fedpeat_ray.files import user_cache_dir
 from fedpeat_ray.fleet.memory import training_memory
 from fedpeat_ray.fleet.tiers import TIERS
-from fedpeat_ray.models.foundation import load, load_backbone
+from fedpeat_ray.models.foundation import load, load_backbone, load_tokenizer
 from fedpeat_ray.models.foundation import prepare as find_foundation
 from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.records import DROP_REASONS, SERVER, TextBatch
@@ -327,7 +327,7 @@ def test_a_round_with_the_server_in_it_is_the_mean_of_each_element_by_those_that
 
     ((place, own, update),) = [entry for entry in record.updates if entry[1].device_id == SERVER]
     assert place == "driver" and own.level is None and own.num_steps == 2 and own.num_examples == 4
-    text = AutoTokenizer.from_pretrained(tiny.foundation.name).decode(
+    text = load_tokenizer(Path(tiny.foundation.name)).decode(
         own.tokens_SBT[np.arange(32) < own.lengths_SB[..., None]].tolist(), skip_special_tokens=True
     )
     assert set("PUBLIC") < set(text) <= set("PUBLIC WORDS ONLY"), "no word of a device"

@@ -16,7 +16,7 @@ import torch
 import whole_runs
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from whole_runs import assert_same_bits, changed, summary, table
 
 from fedpeat_ray import Simulation, SimulationConfig
@@ -29,7 +29,7 @@ from fedpeat_ray.config import (
 from fedpeat_ray.errors import ConfigError, FedPeatError
 from fedpeat_ray.fleet.costs import forward_flops, training_flops
 from fedpeat_ray.fleet.memory import training_memory
-from fedpeat_ray.models.foundation import load
+from fedpeat_ray.models.foundation import load, load_tokenizer
 from fedpeat_ray.models.foundation import prepare as find_foundation
 from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.runtime.run_log import RunLog
@@ -248,7 +248,7 @@ def test_settings_that_do_not_go_together_are_refused_and_nothing_is_written(run
 def test_a_small_model_of_another_vocabulary_is_refused(run, gpt2_dir, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(gpt2_dir, other)
-    tokenizer = AutoTokenizer.from_pretrained(gpt2_dir)
+    tokenizer = load_tokenizer(gpt2_dir)
     tokenizer.add_tokens(["harbour"])
     tokenizer.save_pretrained(other)
     said = rf"^proxy.small = {re.escape(repr(str(other)))} is not allowed: .*token 'harbour' differs, for one$"
@@ -261,7 +261,7 @@ def test_a_text_longer_than_the_small_model_reads_is_refused(run, llama_dir, tmp
     short: Any = LlamaForCausalLM.from_pretrained(llama_dir)
     short.config.max_position_embeddings = 30
     short.save_pretrained(tmp_path / "short")
-    AutoTokenizer.from_pretrained(llama_dir).save_pretrained(tmp_path / "short")
+    load_tokenizer(llama_dir).save_pretrained(tmp_path / "short")
     for part in ("local", "evaluation"):
         lengths = {"local": {"sequence_length": 30}, "evaluation": {"sequence_length": 30}}
         said = rf"^{part}.sequence_length = 31 is not allowed: at most 30, the positions of both models$"

@@ -511,8 +511,10 @@ ADAPTED = ("lora", "bias", "blocks")
 
 def emulator_memory(trainable, num_blocks: Figure = 12, adapter_blocks=(2, 2), shape=GPT2, **settings) -> Memory:
     rank = 4 if trainable == "lora" else 0
-    sizes = {"batch_size": 2, "sequence_length": 32, "num_blocks": num_blocks, "adapter_blocks": adapter_blocks}
-    return training_memory(shape, trainable=trainable, lora_rank=rank, **(sizes | settings))
+    sizes: dict[str, Any] = {"batch_size": 2, "sequence_length": 32} | settings
+    return training_memory(
+        shape, trainable=trainable, lora_rank=rank, num_blocks=num_blocks, adapter_blocks=adapter_blocks, **sizes
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

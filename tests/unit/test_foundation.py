@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, ViTConfig, ViTModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, ViTConfig, ViTModel
 
 from fedpeat_ray.config import DataConfig
 from fedpeat_ray.data.corpus import load_corpus
@@ -189,7 +189,7 @@ def test_a_directory_without_a_tokenizer_is_refused(model_dir, tmp_path):
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(gpt2_dir, tmp_path):
     directory = copy_of(gpt2_dir, tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(directory)
     with pytest.raises(ModelError, match="has no end-of-text token"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from fedpeat_ray import Simulation, SimulationConfig
 from fedpeat_ray.__main__ import main
@@ -28,6 +28,7 @@ from fedpeat_ray.config import (
     PartitionConfig,
     ProxyConfig,
 )
+from fedpeat_ray.models.foundation import load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers will rename
 
@@ -105,7 +106,7 @@ def with_adapter(directory: Path, run: Path) -> Any:
 
 def text_of(directory: Path, *weighted: tuple[float, Any]) -> str:
     """The likeliest tokens by a weighted sum of models' logits, without caches."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     for _ in range(NUM_TOKENS):
         with torch.no_grad():
@@ -113,7 +114,7 @@ def text_of(directory: Path, *weighted: tuple[float, Any]) -> str:
         ids = torch.cat([ids, logits.argmax(dim=1, keepdim=True)], dim=1)
         if ids[0, -1] == tokenizer.eos_token_id:
             break
-    return tokenizer.decode(ids[0], skip_special_tokens=True)
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)[0]
 
 
 def test_fed_pt_shows_the_large_model_the_tuned_small_one_and_both_together(finished, shown, deep_gpt2_dir, gpt2_dir):

@@ -13,11 +13,11 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+from transformers import AutoModelForCausalLM, LogitsProcessorList
 
 from fedpeat_ray.config import LoraConfig, ProxyConfig
 from fedpeat_ray.errors import ConfigError
-from fedpeat_ray.models.foundation import Backbone, load, prepare
+from fedpeat_ray.models.foundation import Backbone, load, load_tokenizer, prepare
 from fedpeat_ray.models.lora import find_lora, save_adapter
 from fedpeat_ray.models.proxy import ProxyLogits, check_vocabularies, proxy_logits
 from fedpeat_ray.records import TextBatch
@@ -107,7 +107,7 @@ def test_columns_that_one_model_alone_has_are_left_out(large_width, small_width)
 
 
 def test_models_of_one_vocabulary_fit_and_others_are_refused(gpt2_dir, deep_llama_dir):
-    large, small = AutoTokenizer.from_pretrained(deep_llama_dir), AutoTokenizer.from_pretrained(gpt2_dir)
+    large, small = load_tokenizer(deep_llama_dir), load_tokenizer(gpt2_dir)
     for large_width, small_width in ((257, 257), (264, 257), (257, 264)):
         check_vocabularies(large, large_width, small, small_width)
     said = rf"^proxy.small = {re.escape(repr(str(gpt2_dir)))} is not allowed: "
@@ -126,7 +126,8 @@ def test_models_of_one_vocabulary_fit_and_others_are_refused(gpt2_dir, deep_llam
 def by_hand(models: Any, ids: Tensor, alpha: float, num_tokens: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
     """Token by token, everything read anew each time."""
     for _ in range(num_tokens):
-        ids = torch.cat([ids, choose(proxy_logits(*(last_logits(model, ids) for model in models), alpha))], dim=1)
+        large, tuned, original = (last_logits(model, ids) for model in models)
+        ids = torch.cat([ids, choose(proxy_logits(large, tuned, original, alpha))], dim=1)
     return ids
 
 

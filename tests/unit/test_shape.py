@@ -35,7 +35,7 @@ def shape_of(config, weight_bytes: int = 4) -> ModelShape:
 
 
 def memory(shape: ModelShape, **settings) -> int:
-    sizes = {"batch_size": 2, "sequence_length": 16, "trainable": "lora", "lora_rank": 4}
+    sizes: dict[str, Any] = {"batch_size": 2, "sequence_length": 16, "trainable": "lora", "lora_rank": 4}
     return int(training_memory(shape, **(sizes | settings)).peak_bytes)
 
 

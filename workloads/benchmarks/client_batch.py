@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -130,7 +131,7 @@ def measure(config: BenchmarkConfig, shape: str, folder: Path, console: Console,
     weights = sum(i * o for _, i, o in lora.modules) + model.config.vocab_size * model.config.hidden_size
     train = TrainClientBatch(lora, LocalConfig(learning_rate=1e-3))
     loop = PlainLoop(folder, start_P)
-    loops = [ray.remote(num_cpus=0)(PlainLoop).remote(folder, start_P, 1) for _ in range(2)]
+    loops: list[Any] = [ray.remote(num_cpus=0)(PlainLoop).remote(folder, start_P, 1) for _ in range(2)]
     for dtype in config.dtypes:
         foundation, peak = foundations.prepare(str(folder), dtype), matrix_rate(getattr(torch, dtype))
         with (
