@@ -144,7 +144,7 @@ def _ranks(world: World) -> Fits | None:
 def by_tier(clients: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """Means over the devices of each tier that were asked (of those that completed: seconds), and of all tiers."""
     tiers = [*dict.fromkeys(clients["tier"].tolist())]
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for tier in (*sorted(tiers), WHOLE_FLEET):
         asked = (clients["outcome"] != SKIPPED) & ((clients["tier"] == tier) | (tier == WHOLE_FLEET))
         completed = asked & (clients["outcome"] == COMPLETED)

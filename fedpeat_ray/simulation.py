@@ -315,7 +315,7 @@ def _inputs(world: World) -> dict[str, str | None]:
     return {
         "data_digest": world.data.corpus.digest,
         "foundation_sha256": world.foundation.digest,
-        "tiers_sha256": tiers and file_sha256(tiers),
+        "tiers_sha256": file_sha256(tiers) if tiers else None,
         "trace_sha256": file_sha256(trace) if trace and availability.kind == "trace" else None,
         **world.algorithm.digests(),
     }

@@ -86,8 +86,8 @@ def _tier(path: Path, name: str, given: object) -> Tier:
         ours, like = {tier.name: tier for tier in TIERS}, str(given["like"])
         if like not in ours:
             raise DataError(f"{place}, like = {like!r}: must be {one_of(like, list(ours))}")
-        values = asdict(ours[like])
-    figures = {field: _number(place, field, given[field]) for field in FIGURES if field in given}
+        values |= asdict(ours[like])
+    figures: dict[str, Any] = {field: _number(place, field, given[field]) for field in FIGURES if field in given}
     if "float32_flops_per_s" in figures:
         values["float16_flops_per_s"] = figures["float32_flops_per_s"]
     values |= figures

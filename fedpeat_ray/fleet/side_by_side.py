@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +78,9 @@ def side_by_side(conditions: Sequence[Conditions]) -> SideBySide:
     """Of fleets that differ in nothing but their seeds, their devices and the sizes of their cohorts."""
     first = conditions[0]
     columns = [item.name for item in fields(Fleet) if item.name not in ("seed", "tiers")]
-    long = {name: np.concatenate([getattr(each.fleet, name) for each in conditions]) for name in columns}
+    long: dict[str, Any] = {
+        name: np.concatenate([getattr(each.fleet, name) for each in conditions]) for name in columns
+    }
     return SideBySide(
         replace(first.fleet, **long),
         first.config,

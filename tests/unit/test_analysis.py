@@ -647,7 +647,7 @@ def three_seeds(folder: Path, **run: Any) -> list[Path]:
         config = SimulationConfig(algorithm="fed-peft", rounds=3, seed=seed, lora=LoraConfig(rank=rank))
         perplexity = {"zero_shot": 60.0, "tuned": 45.0 + seed, "centralised": None}
         directory = folder / f"rank{rank}-{seed}"
-        about = {"dropouts": seed > 0, **run}
+        about: dict[str, Any] = {"dropouts": seed > 0, **run}
         directories.append(write_run(directory, config=config, perplexity=perplexity, gap_closed=None, **about))
     return directories
 

@@ -13,6 +13,7 @@ import runpy
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def parse_python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         raise Parsed
 
     if words[:2] == ["-m", "fedpeat_ray"]:
-        for command in (commands.generate, commands.plan):
+        known: tuple[Callable[..., None], ...] = (commands.generate, commands.plan)
+        for command in known:
 
             @functools.wraps(command)
             def understood(*_: Any, **__: Any) -> None:

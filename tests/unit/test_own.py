@@ -18,7 +18,10 @@ RAISES = "raise RuntimeError('no \\n such luck')"
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"algorithm": "fed_avg"}, "algorithm = 'fed_avg' is not allowed: one of fed-peat, fed-peft, fed-pt, fed-avg, or an"),
+        (
+            {"algorithm": "fed_avg"},
+            "algorithm = 'fed_avg' is not allowed: one of fed-peat, fed-peft, fed-pt, fed-avg, or an",
+        ),
         ({"algorithm": "nowhere.py:It"}, "algorithm = 'nowhere.py:It' is not allowed: .* FileNotFoundError"),
         ({"algorithm": "no_module:It"}, "algorithm = 'no_module:It' is not allowed: .* No module named 'no_module'"),
         ({"algorithm": "mine.py:Other"}, "algorithm = 'mine.py:Other' is not allowed: .* no attribute 'Other'"),
@@ -29,7 +32,10 @@ RAISES = "raise RuntimeError('no \\n such luck')"
             {"control": ControlConfig("greedier")},
             "control.kind = 'greedier' is not allowed: one of fixed, random, greedy, .* or",
         ),
-        ({"server": ServerConfig(aggregator="mean")}, "server.aggregator = 'mean' is not allowed: one of weighted-mean, or"),
+        (
+            {"server": ServerConfig(aggregator="mean")},
+            "server.aggregator = 'mean' is not allowed: one of weighted-mean, or",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, str) else str(value),
 )

@@ -55,7 +55,7 @@ def test_what_a_plan_says_is_what_the_run_logs(
     for name in COSTS:
         assert [row[name] for row in planned["rounds"]] == rounds[name].to_list(), name
     assert planned["run"]["download_bytes"] == rounds["download_bytes"].sum()
-    assert planned["tiers"] == by_tier({name: clients[name].to_numpy() for name in clients})
+    assert planned["tiers"] == by_tier({str(name): clients[name].to_numpy() for name in clients})
     resolved = json.loads((tmp_path / "run" / "config.json").read_text())["resolved"]
     assert planned["fits"] == resolved["fits"]
     assert planned["model"]["payload_bytes"] == resolved["payload_bytes"]
