@@ -4,14 +4,50 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fedpeat_ray.config import SimulationConfig
+from fedpeat_ray.config import (
+    AvailabilityConfig,
+    ChannelConfig,
+    ControlConfig,
+    DataConfig,
+    DistilConfig,
+    EmulatorConfig,
+    EvaluationConfig,
+    FleetConfig,
+    FoundationConfig,
+    HostsConfig,
+    LocalConfig,
+    LoraConfig,
+    PartitionConfig,
+    ProxyConfig,
+    ServerConfig,
+    SimulationConfig,
+)
 from fedpeat_ray.loading import loading
 
 if TYPE_CHECKING:
     from fedpeat_ray.simulation import Simulation
 
 __version__ = "0.1.0"
-__all__ = ["Simulation", "SimulationConfig", "__version__"]
+__all__ = [
+    "AvailabilityConfig",
+    "ChannelConfig",
+    "ControlConfig",
+    "DataConfig",
+    "DistilConfig",
+    "EmulatorConfig",
+    "EvaluationConfig",
+    "FleetConfig",
+    "FoundationConfig",
+    "HostsConfig",
+    "LocalConfig",
+    "LoraConfig",
+    "PartitionConfig",
+    "ProxyConfig",
+    "ServerConfig",
+    "Simulation",
+    "SimulationConfig",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

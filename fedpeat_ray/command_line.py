@@ -35,7 +35,7 @@ USUAL = {
     "dirichlet-alpha": "data.partition.alpha",
 }
 """What settings are called elsewhere."""
-_NEAR = 0.75  # of difflib's ratio: one slip of the keyboard, not another word
+_NEAR = 0.7  # of difflib's ratio: one slip of the keyboard, not another word
 
 
 def parsed(kind: Any, arguments: Sequence[str], **options: Any) -> Any:

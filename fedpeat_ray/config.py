@@ -23,6 +23,7 @@ from fedpeat_ray.settings import (
     Positive,
     PositiveInt,
     SequenceLength,
+    Settings,
     Share,
     as_words,
     check,
@@ -43,9 +44,12 @@ RENAMED = {"evaluation.upper_bound": "centralised"}
 TIER_NAMES = ("sbc", "phone-low", "phone-mid", "phone-high", "laptop", "edge-gpu", "edge-gpu-large")
 """Those of fleet/tiers.py, in their order, in which config.json of older runs has their shares."""
 
+SHARES = (0.25, 0.5, 0.75)
+"""Of the middle blocks, where emulator.shares is auto and the model is deep enough."""
+
 
 @dataclass(frozen=True)
-class FoundationConfig:
+class FoundationConfig(Settings):
     """The pre-trained model that is tuned."""
 
     name: str = "pydoc-base"
@@ -60,7 +64,7 @@ class FoundationConfig:
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Settings):
     """Low-rank adaptation (Hu et al. 2022), with PEFT's initialisation and scaling alpha / rank."""
 
     rank: PositiveInt = 8
@@ -74,7 +78,7 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
-class DistilConfig:
+class DistilConfig(Settings):
     """How kept blocks learn, on public text, to stand in for those left out."""
 
     steps: PositiveInt = 1200
@@ -92,15 +96,16 @@ class DistilConfig:
 
 
 @dataclass(frozen=True)
-class EmulatorConfig:
+class EmulatorConfig(Settings):
     """What devices get of the foundation in FedPEAT, and what they train in it."""
 
-    first: NonNegativeInt = 2
-    """Adapter blocks at the start of the foundation."""
-    last: NonNegativeInt = 2
-    """Adapter blocks at its end."""
-    shares: tuple[float, ...] = (0.25, 0.5, 0.75)
-    """Share of the blocks between that level 1, 2, … keeps; the level above them is the foundation itself."""
+    first: NonNegativeInt | Literal["auto"] = "auto"
+    """Adapter blocks at the start of the foundation; auto: 2, or 1 in a model of fewer than 8 blocks."""
+    last: NonNegativeInt | Literal["auto"] = "auto"
+    """Adapter blocks at its end; auto: the same."""
+    shares: tuple[float, ...] | Literal["auto"] = "auto"
+    """Share of the blocks between that level 1, 2, … keeps; the level above them is the foundation itself. auto: 0.25
+    0.5 0.75, or as many of these as keep different numbers of blocks."""
     give_foundation: bool = False
     """Whether devices may get that level too."""
     trained: Literal["lora", "bias", "blocks"] = "lora"
@@ -127,7 +132,7 @@ class EmulatorConfig:
 
 
 @dataclass(frozen=True)
-class ControlConfig:
+class ControlConfig(Settings):
     """Which emulator a device gets in a round."""
 
     kind: str = "greedy"
@@ -145,7 +150,7 @@ class ControlConfig:
 
 
 @dataclass(frozen=True)
-class ProxyConfig:
+class ProxyConfig(Settings):
     """The small model of FedPT, how it steers the foundation, and what it learns from it."""
 
     small: str = "pydoc-small"
@@ -171,7 +176,7 @@ class ProxyConfig:
 
 
 @dataclass(frozen=True)
-class LocalConfig:
+class LocalConfig(Settings):
     """What a client does in a round."""
 
     batch_size: PositiveInt = 2
@@ -193,7 +198,7 @@ class LocalConfig:
 
 
 @dataclass(frozen=True)
-class ServerConfig:
+class ServerConfig(Settings):
     """What the server does with the mean update (Reddi et al. 2021, algorithm 2)."""
 
     optimizer: Literal["sgd", "adam", "yogi"] = "sgd"
@@ -212,7 +217,7 @@ class ServerConfig:
 
 
 @dataclass(frozen=True)
-class PartitionConfig:
+class PartitionConfig(Settings):
     """Which documents a device holds: a function of its seed, worked out when needed."""
 
     kind: Literal["iid", "dirichlet", "by_source", "shards", "natural"] = "dirichlet"
@@ -233,7 +238,7 @@ class PartitionConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """The text."""
 
     name: str = "python_docs"
@@ -260,7 +265,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class AvailabilityConfig:
+class AvailabilityConfig(Settings):
     """When a device can be asked."""
 
     kind: Literal["always", "markov", "diurnal", "trace"] = "markov"
@@ -282,7 +287,7 @@ class AvailabilityConfig:
 
 
 @dataclass(frozen=True)
-class ChannelConfig:
+class ChannelConfig(Settings):
     """The radio link between devices and server."""
 
     kind: Literal["nominal", "rayleigh", "rician"] = "rayleigh"
@@ -334,7 +339,7 @@ _SHARES = ("NAME=SHARE", shares_by_name, _words_of)
 
 
 @dataclass(frozen=True)
-class FleetConfig:
+class FleetConfig(Settings):
     """The simulated population."""
 
     num_devices: PositiveInt | Literal["auto"] = "auto"
@@ -355,6 +360,7 @@ class FleetConfig:
     channel: ChannelConfig = field(default_factory=ChannelConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.tiers, Path):  # it lies where the person was who named it
             object.__setattr__(self, "tiers", self.tiers.absolute())
         if isinstance(self.tier_shares, tuple) and len(self.tier_shares) in (0, len(TIER_NAMES)):
@@ -393,7 +399,7 @@ class FleetConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Settings):
     """Held-out private text, and the reference points."""
 
     every: PositiveInt = 1
@@ -407,7 +413,7 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class HostsConfig:
+class HostsConfig(Settings):
     """The processes that embody devices."""
 
     backend: Literal["ray", "serial"] = "ray"
@@ -425,7 +431,7 @@ class HostsConfig:
 
 
 @dataclass(frozen=True)
-class SimulationConfig:
+class SimulationConfig(Settings):
     """A whole run."""
 
     algorithm: str = "fed-peat"
@@ -435,12 +441,6 @@ class SimulationConfig:
     """Rounds."""
     cohort_size: PositiveInt = 32
     """Devices whose updates a round waits for."""
-    over_sample: Annotated[float, Bounds(1, 1e6, "at least 1")] = 1.25
-    """Devices sampled a round, as a multiple of cohort_size; those not needed drop out."""
-    deadline_s: Positive | None = None
-    """Virtual seconds after which a round ends without the devices that would be late; unset: none."""
-    client_batch_size: PositiveInt | Literal["auto"] = "auto"
-    """Clients trained together on one backbone; auto measures a few sizes first and logs its choice."""
     seed: NonNegativeInt = 0
     """Everything random follows from it."""
     out: Path | None = None
@@ -449,19 +449,25 @@ class SimulationConfig:
     """Run directory to go on with, from its last checkpoint."""
     accept_changes: bool = False
     """Resume although other versions of what computes are installed: the bits may differ. The log says so."""
-    trace: Path | None = None
-    """File to write a timeline to: what the main process and each host did when (Chrome's trace format)."""
+    over_sample: Annotated[float, Bounds(1, 1e6, "at least 1")] = 1.25
+    """Devices sampled a round, as a multiple of cohort_size; those not needed drop out."""
+    deadline_s: Positive | None = None
+    """Virtual seconds after which a round ends without the devices that would be late; unset: none."""
+    client_batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Clients trained together on one backbone; auto measures a few sizes first and logs its choice."""
     checkpoint_every: PositiveInt = 5
     """Rounds between checkpoints; the last round always has one."""
-    local: LocalConfig = field(default_factory=LocalConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    server: ServerConfig = field(default_factory=ServerConfig)
-    emulator: EmulatorConfig = field(default_factory=EmulatorConfig)
-    control: ControlConfig = field(default_factory=ControlConfig)
-    proxy: ProxyConfig = field(default_factory=ProxyConfig)
+    trace: Path | None = None
+    """File to write a timeline to: what the main process and each host did when (Chrome's trace format)."""
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
     data: DataConfig = field(default_factory=DataConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    emulator: EmulatorConfig = field(default_factory=EmulatorConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
+    proxy: ProxyConfig = field(default_factory=ProxyConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     hosts: HostsConfig = field(default_factory=HostsConfig)
 

@@ -160,6 +160,8 @@ def settings_for(config: TrainConfig) -> list[Setting]:
     if len(response.gain_L) != len(emulators.levels):
         allowed = f"one fitted for {len(emulators.levels)} levels, not for {len(response.gain_L)}"
         raise ConfigError.of("response", str(response_file), allowed)
+    shares = world.config.emulator.shares
+    assert shares != "auto"
     some = np.arange(min(500, fleet.size))
     setting = Setting(
         emulators.costs,
@@ -175,6 +177,7 @@ def settings_for(config: TrainConfig) -> list[Setting]:
         num_tokens=tuple(int(task.num_tokens) for task in world.data.assignments(some, round=1)),
         weights=config.weights,
         shift=config.shift,
+        shares=shares,
     )
     return [dataclasses.replace(setting, realign_every=every) for every in config.realign_every]
 
@@ -215,7 +218,7 @@ def train(config: TrainConfig, settings: Sequence[Setting], directory: Path) -> 
                 progress.update(bar, completed=number)
                 if due:
                     training.save(checkpoint)
-                    _save(config, training, pd.DataFrame(rows), directory)
+                    _save(config, settings[0].shares, training, pd.DataFrame(rows), directory)
     finally:
         writer.close()
         training.close()
@@ -243,15 +246,16 @@ def _line(rows: list[dict[str, Any]], iterations: int) -> str:
     return f"{done}  {row['wall_s']:.1f} s  {left_s / 60:.1f} min left"
 
 
-def _save(config: TrainConfig, training: Training, frame: pd.DataFrame, directory: Path) -> None:
+def _save(
+    config: TrainConfig, shares: tuple[float, ...], training: Training, frame: pd.DataFrame, directory: Path
+) -> None:
     with written_whole(directory / "progress.csv") as path:
         frame.to_csv(path, index=False)
     with written_whole(directory / "curves.png") as path:
         draw_curves(frame, path)
     if config.ppo.network == "shared" and frame["validation"].iloc[-1] == frame["validation"].max():
-        emulator = config.emulator
         said = {name: value for name, value in to_plain(config).items() if name not in ("out", "resume", "response")}
-        about = About(tuple(emulator.shares), emulator.give_foundation, said | {"iterations": len(frame)})
+        about = About(shares, config.emulator.give_foundation, said | {"iterations": len(frame)})
         training.policy(about).save(directory / "policy")
 
 

@@ -6,6 +6,7 @@ import argparse
 import builtins
 import collections.abc
 import dataclasses
+import functools
 import math
 import sys
 import types
@@ -35,6 +36,31 @@ Positive = Annotated[float, Bounds(math.ulp(0.0), 1e300, "a finite number above 
 NonNegative = Annotated[float, Bounds(0, 1e300, "a finite number of at least 0")]
 Share = Annotated[float, Bounds(0, 1, "between 0 and 1")]
 Decay = Annotated[float, Bounds(0, 1 - 2**-53, "at least 0 and below 1")]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A part of a configuration. It may be written as a person would: dictionaries for parts of it, lists for tuples,
+    strings for paths."""
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():
+            object.__setattr__(self, name, _read(getattr(self, name), hint, name))
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _read(value: Any, hint: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_plain(typing.cast(type, hint), dict(value), f"{path}.")
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and Path in typing.get_args(hint):
+        return Path(value)
+    return value
 
 
 def check(config: Any, prefix: str = "") -> None:
@@ -157,21 +183,14 @@ def of_today(
 
 def from_plain(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     """The inverse of `to_plain`; what is missing has its default. Raises ConfigError for a field there is not."""
-    hints = typing.get_type_hints(cls)
-    known = {item.name for item in dataclasses.fields(cls)}
+    hints = _hints(cls)
     built = {}
     for name, value in values.items():
-        if name not in known:
-            raise ConfigError.of(f"{prefix}{name}", value, one_of(name, sorted(known)))
+        if name not in hints:
+            raise ConfigError.of(f"{prefix}{name}", value, one_of(name, sorted(hints)))
         hint = hints[name]
-        options = typing.get_args(hint) or (hint,)
-        if dataclasses.is_dataclass(hint):
-            value = from_plain(typing.cast(type, hint), value, f"{prefix}{name}.")
-        elif isinstance(value, list):
-            value = tuple(value)
-        elif Path in options and value is not None:
-            value = Path(value)
-        elif float in options and isinstance(value, str) and not _is_a(value, hint):
+        value = _read(value, hint, f"{prefix}{name}")
+        if float in (typing.get_args(hint) or (hint,)) and isinstance(value, str) and not _is_a(value, hint):
             value = float(value)
         built[name] = value
     return cls(**built)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fedpeat_ray import own
 from fedpeat_ray.aggregation.find import find_aggregator
@@ -19,7 +20,7 @@ from fedpeat_ray.algorithms.algorithm import ALL, level_group
 from fedpeat_ray.algorithms.find import find_algorithm
 from fedpeat_ray.config import SimulationConfig
 from fedpeat_ray.data.corpus import Corpus
-from fedpeat_ray.errors import RunFailedError
+from fedpeat_ray.errors import RunDirError, RunFailedError
 from fedpeat_ray.files import file_sha256, written_whole_dir
 from fedpeat_ray.models.shape import memory_model
 from fedpeat_ray.runtime import verdict
@@ -40,6 +41,7 @@ from fedpeat_ray.runtime.run_log import (
 from fedpeat_ray.runtime.trace import MAIN, Trace, process_started_s
 from fedpeat_ray.training.evaluation import Score, ScoreSum
 from fedpeat_ray.training.map_clients import MapClients
+from fedpeat_ray.tuned import texts, tuned_model
 from fedpeat_ray.world import World, driver_of, furnished, hosts, prepare, with_measured_batch_size
 
 if TYPE_CHECKING:
@@ -69,6 +71,25 @@ class Simulation:
         self.config = with_resumed(config) if config.resume else config
         self.directory: Path | None = None
         """The run directory, known once `run` has started."""
+
+    def __repr__(self) -> str:
+        config, directory = self.config, self.directory or self.config.resume or self.config.out
+        about = f"{config.algorithm} on {config.foundation.name}, {config.rounds} rounds, seed {config.seed}"
+        return f"<Simulation: {about}; {directory or 'not run yet'}>"
+
+    def model(self) -> PreTrainedModel:
+        """The tuned model, once the run is finished: what it tuned is merged into the weights. For FedPT the small
+        one."""
+        return tuned_model(self._finished())
+
+    def generate(self, prompt: str, max_new_tokens: int = 60, temperature: float = 0.0, seed: int = 0) -> str:
+        """How the tuned model goes on with a text, once the run is finished; for FedPT the large one, steered."""
+        return [*texts(self._finished(), prompt, max_new_tokens, temperature, None, seed).values()][-1]
+
+    def _finished(self) -> Path:
+        if self.directory is None:
+            raise RunDirError("this simulation has not been run")
+        return self.directory
 
     def run(self, pool: HostPool | None = None) -> dict[str, Any]:
         """Run all rounds, on hosts from the pool if there is one. Raises a FedPeatError, with nothing written, if

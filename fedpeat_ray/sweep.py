@@ -12,8 +12,6 @@ from typing import Any, Self
 
 from fedpeat_ray.config import HostsConfig, SimulationConfig
 from fedpeat_ray.errors import FedPeatError
-from fedpeat_ray.runtime.resume import with_resumed
-from fedpeat_ray.simulation import Simulation
 
 
 class Sweep:
@@ -57,6 +55,8 @@ class Sweep:
         else:
             config = dataclasses.replace(config, out=directory)
         print(f"run {name}")
+        from fedpeat_ray import Simulation  # with PyTorch: not before settings are read
+
         return Simulation(config).run(self.pool), directory
 
 
@@ -67,6 +67,8 @@ def _finished(config: SimulationConfig) -> dict[str, Any] | None:
     summary = json.loads(path.read_text()) if path.exists() else None
     if summary is None or summary["rounds"] < config.rounds or summary.get("failure"):
         return None
+    from fedpeat_ray.runtime.resume import with_resumed  # with PyTorch
+
     with_resumed(dataclasses.replace(config, accept_changes=True))
     return summary
 

@@ -27,10 +27,12 @@ from fedpeat_ray.config import (
 )
 from fedpeat_ray.control.plan import Controller
 
+SHARES = (0.2, 0.6)
+"""Of five blocks: one, three."""
 ENDS = EmulatorConfig(
     first=1,
     last=1,
-    shares=(0.2, 0.6),  # of the five blocks between: one, three
+    shares=SHARES,
     weights="foundation",
     realign_steps=3,
     distil=DistilConfig(steps=6, batch_size=2, sequence_length=16),

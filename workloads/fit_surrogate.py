@@ -23,6 +23,7 @@ from scipy.optimize import least_squares
 
 from analysis.load import load_run
 from fedpeat_ray.config import (
+    SHARES,
     ControlConfig,
     EmulatorConfig,
     EvaluationConfig,
@@ -84,7 +85,7 @@ def main(settings: Settings) -> int:
             runs[name] = steps_of(directory, summary["perplexity"]["zero_shot"])
         seen = {name: run for name, run in runs.items() if not name.startswith("unseen")}
         unseen = {name: run for name, run in runs.items() if name.startswith("unseen")}
-        response = fitted(list(seen.values()), num_levels=len(EmulatorConfig().shares))
+        response = fitted(list(seen.values()), num_levels=len(SHARES))
         errors = [
             (name, name in seen, one_round(response, run), whole_run(response, run)[0]) for name, run in runs.items()
         ]
@@ -126,7 +127,7 @@ def configurations(settings: Settings) -> dict[str, SimulationConfig]:
         return dataclasses.replace(config(any_plan, cohort_size, seed), rounds=settings.long_rounds)
 
     any_plan, every = f"{Path(__file__).resolve()}:AnyPlan", settings.realign_every
-    levels = range(1, 1 + len(EmulatorConfig().shares))
+    levels = range(1, 1 + len(SHARES))
     return {
         **{f"level {level}": config("fixed", middle, 0, level=level) for level in levels},
         **{f"any level, cohort {size}": config(any_plan, size, 0) for size in settings.cohort_sizes},

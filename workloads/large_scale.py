@@ -13,9 +13,8 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-import tyro
-
 from fedpeat_ray import SimulationConfig
+from fedpeat_ray.command_line import check_flags, flags, parsed
 from fedpeat_ray.errors import FedPeatError, RunFailedError
 from fedpeat_ray.runtime.signals import Terminated, raised_on_sigterm
 from fedpeat_ray.settings import directory_to_resume
@@ -30,7 +29,8 @@ def main(arguments: list[str]) -> int:
     simulation, status = None, 0
     try:
         with raised_on_sigterm(), contextlib.ExitStack() as stack:
-            config = tyro.cli(SimulationConfig, args=arguments, description=__doc__, default=defaults(arguments))
+            check_flags(arguments, {*flags(SimulationConfig)})
+            config = parsed(SimulationConfig, arguments, description=__doc__, default=defaults(arguments))
             config.validate()
             print(f"{config.algorithm} on {config.foundation.name}: loading PyTorch and transformers", flush=True)
             pool = hosts_that_start_meanwhile(config, stack)

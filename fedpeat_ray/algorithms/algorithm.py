@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedpeat_ray.aggregation.server_optimizer import ServerState, init_server
-from fedpeat_ray.config import USES, FleetConfig, LocalConfig, LoraConfig, ServerConfig, SimulationConfig
+from fedpeat_ray.config import USES, LocalConfig, LoraConfig, ServerConfig, SimulationConfig
 from fedpeat_ray.control.plan import Decision
 from fedpeat_ray.data.client_data import ClientData, ServerData
 from fedpeat_ray.data.corpus import load_corpus
@@ -92,9 +92,9 @@ class Given:
         """Clients trained together; until that is measured, 1."""
         return 1 if self.config.client_batch_size == "auto" else self.config.client_batch_size
 
-    def with_fleet(self, fleet: FleetConfig) -> Given:
-        """With as many devices as there are; what is loaded stays loaded."""
-        given = dataclasses.replace(self, config=dataclasses.replace(self.config, fleet=fleet))
+    def with_config(self, config: SimulationConfig) -> Self:
+        """With what is known by now in place of auto; what is loaded stays loaded."""
+        given = dataclasses.replace(self, config=config)
         vars(given).update(vars(self) | vars(given))
         return given
 
@@ -209,6 +209,11 @@ class Algorithm(ABC):
     def learning_rate(cls, config: SimulationConfig) -> float:
         """What local.learning_rate = auto stands for."""
         return 2e-3
+
+    @classmethod
+    def with_numbers(cls, given: Given) -> SimulationConfig:
+        """The settings with what auto stands for, where that depends on the model. Raises ConfigError."""
+        return given.config
 
     @classmethod
     @abstractmethod

@@ -20,6 +20,7 @@ from fedpeat_ray.control.find import find_controller
 from fedpeat_ray.control.plan import Controller, Memory, Outcome
 from fedpeat_ray.data.client_data import ServerData
 from fedpeat_ray.emulators.emulators import Emulators, build_emulators, check_emulators
+from fedpeat_ray.emulators.ladder import numbers
 from fedpeat_ray.emulators.on_emulators import OnEmulators
 from fedpeat_ray.models.foundation import Foundation
 from fedpeat_ray.training.adapters import Adapter
@@ -60,6 +61,14 @@ class Emulated(Algorithm):
     def learning_rate(cls, config: SimulationConfig) -> float:
         """Whole weights want a smaller step than adapters."""
         return 5e-4 if config.emulator.trained == "blocks" else 2e-3
+
+    @classmethod
+    def with_numbers(cls, given: Given) -> SimulationConfig:
+        """Emulators by the depth of the model."""
+        emulator = given.config.emulator
+        first, last, shares = numbers(emulator, given.model.config.num_hidden_layers)
+        emulator = dataclasses.replace(emulator, first=first, last=last, shares=shares)
+        return dataclasses.replace(given.config, emulator=emulator)
 
     @classmethod
     def build(cls, given: Given) -> Self:

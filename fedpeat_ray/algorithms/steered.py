@@ -64,6 +64,13 @@ class Steered(Algorithm):
         return {PROXY, LORA} | emulators | ({PUBLIC_TEXT} if config.proxy.steps else set())
 
     @classmethod
+    def with_numbers(cls, given: Given) -> SimulationConfig:
+        """Emulators, if there are any, by the depth of the small model."""
+        if not given.config.proxy.emulators:
+            return given.config
+        return _kind_on_small(given.config).with_numbers(given.beside(given.config.proxy.small, "proxy.small"))
+
+    @classmethod
     def build(cls, given: Given) -> Self:
         """FedPEFT, or FedPEAT, on the small model, and what it takes to steer the large one."""
         config, proxy = given.config, given.config.proxy

@@ -149,6 +149,8 @@ class Setting:
     """That devices train on in a round: each of an episode draws one of these."""
     weights: Weights = dataclasses.field(default_factory=Weights)
     shift: Shift | None = None
+    shares: tuple[float, ...] = ()
+    """Of middle blocks, kept by the levels below the foundation: for what ladder a policy is then good."""
 
 
 class Episode:

@@ -38,12 +38,13 @@ class Learned(Controller):
     def check(cls, config: SimulationConfig) -> None:
         """See Controller: the ladder must be the one that the policy was trained for."""
         about, emulator = cls.build(config.control, config.seed).policy.about, config.emulator
-        if (about.shares, about.give_foundation) != (tuple(emulator.shares), emulator.give_foundation):
+        shares = about.shares if emulator.shares == "auto" else tuple(emulator.shares)  # auto is known with the model
+        if (about.shares, about.give_foundation) != (shares, emulator.give_foundation):
             foundation = " and the foundation" if about.give_foundation else ""
             allowed = (
                 f"a policy for the levels of this run; this one was trained for shares {about.shares}{foundation}, "
             )
-            allowed += f"emulator.shares is {tuple(emulator.shares)}"
+            allowed += f"emulator.shares is {shares}"
             raise ConfigError.of("control.policy", str(config.control.policy or SHIPPED), allowed)
 
     def digests(self) -> dict[str, str | None]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fedpeat_ray.config import EmulatorConfig, LoraConfig, SimulationConfig
+from fedpeat_ray.config import SHARES, EmulatorConfig, LoraConfig, SimulationConfig
 from fedpeat_ray.data.client_data import ServerData
 from fedpeat_ray.emulators.costs import emulator_costs
 from fedpeat_ray.emulators.ladder import Ladder, block_number, build_ladder
@@ -155,11 +155,12 @@ def build_emulators(
 def check_emulators(config: SimulationConfig) -> None:
     """Raise ConfigError for settings of emulators and their control that do not go together."""
     emulator, control = config.emulator, config.control
-    if not emulator.shares or not all(0 <= share < 1 for share in emulator.shares):
+    shares = SHARES if emulator.shares == "auto" else emulator.shares
+    if not shares or not all(0 <= share < 1 for share in shares):
         raise ConfigError.of("emulator.shares", emulator.shares, "at least one, each at least 0 and below 1")
-    if emulator.first + emulator.last == 0:
+    if emulator.first == emulator.last == 0:
         raise ConfigError.of("emulator.last", 0, "at least 1 if emulator.first = 0: there is nothing to train")
-    top = len(emulator.shares) + emulator.give_foundation
+    top = len(shares) + emulator.give_foundation
     if control.kind == "fixed" and control.level > top:
         allowed = f"at most {top}, the highest level that devices are given (emulator.give_foundation)"
         raise ConfigError.of("control.level", control.level, allowed)

@@ -13,19 +13,22 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fedpeat_ray.config import EmulatorConfig
+from fedpeat_ray.config import SHARES, EmulatorConfig
 from fedpeat_ray.errors import ConfigError, ModelError
 from fedpeat_ray.models.foundation import Backbone, Blocks, block_list_name, block_view
 from fedpeat_ray.models.lora import Lora
 from fedpeat_ray.models.weight_files import Shapes
 from fedpeat_ray.training.adapters import Adapter
+
+_ENDS = ((2, 2, 4), (1, 1, 1), (1, 0, 1))
+"""Adapter blocks at start and end, where these are auto: the first that leave so many between."""
 
 Within = TypeVar("Within", Adapter, Lora)
 
@@ -83,6 +86,31 @@ class Ladder:
         return tuple(i for i in self.rungs[level - 1].blocks if i in self.middle_blocks)
 
 
+def numbers(config: EmulatorConfig, num_blocks: int) -> tuple[int, int, tuple[float, ...]]:
+    """First, last and shares in a model of so many blocks. Raises ConfigError where none are left between."""
+
+    def end(number: int | Literal["auto"], auto: int) -> int:
+        return auto if number == "auto" else number
+
+    ends = [(end(config.first, first), end(config.last, last), least) for first, last, least in _ENDS]
+    fitting = [(first, last) for first, last, least in ends if num_blocks - first - last >= least]
+    if not fitting:
+        first, last, _ = ends[0]
+        working = f"--emulator.first 1 --emulator.last {min(1, num_blocks - 2)}, or " if num_blocks > 1 else ""
+        allowed = f"with emulator.last = {last}, fewer than {num_blocks} blocks, which are all that the model has; use "
+        raise ConfigError.of("emulator.first", first, f"{allowed}{working}--algorithm fed-peft")
+    first, last = fitting[0]
+    num_middle = num_blocks - first - last
+    if config.shares != "auto":
+        return first, last, config.shares
+    first_of = {_kept(share, num_middle): share for share in reversed(SHARES)}
+    return first, last, tuple(sorted(share for kept, share in first_of.items() if kept < num_middle))
+
+
+def _kept(share: float, num_middle: int) -> int:
+    return round(share * num_middle)
+
+
 def build_ladder(model: PreTrainedModel, config: EmulatorConfig, influence: Sequence[float] | None = None) -> Ladder:
     """The levels that the configuration asks for.
 
@@ -95,11 +123,9 @@ def build_ladder(model: PreTrainedModel, config: EmulatorConfig, influence: Sequ
     if len(set(getattr(model.config, "layer_types", None) or ["one"])) > 1:
         raise ModelError(f"{type(model).__name__} has blocks of several kinds: none can be left out")
     num_blocks = model.config.num_hidden_layers
-    first, last = config.first, config.last
-    if first + last >= num_blocks:
-        raise ConfigError.of("emulator.first", first, f"with emulator.last = {last}, fewer than {num_blocks} blocks")
+    first, last, shares = numbers(config, num_blocks)
     middle = range(first, num_blocks - last)
-    kept = [round(share * len(middle)) for share in config.shares] + [len(middle)]
+    kept = [_kept(share, len(middle)) for share in shares] + [len(middle)]
     if sorted(set(kept)) != kept:
         allowed = f"rising shares that keep different numbers of the {len(middle)} middle blocks, not {kept[:-1]}"
         raise ConfigError.of("emulator.shares", config.shares, allowed)

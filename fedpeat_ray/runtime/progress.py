@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
 from types import TracebackType
 from typing import Any
@@ -25,6 +25,15 @@ from fedpeat_ray.runtime.trace import Trace
 
 NO_VALUE = "-"  # ASCII: a log may have any encoding
 IN_WORDS = {"plug_in": "plug-in", "proxy_tuned": "steered"}  # names of perplexities that say how `tuned` came about
+
+
+_HEAD = ("round", "perplexity", "updates", "clock", "down", "up", "took", "left")
+_WIDTHS = (8, 12, 9, 12, 8, 8, 11, 11)
+
+
+def _in_columns(words: Iterable[str]) -> str:
+    """A line of the table of rounds: of fewer than 80 characters, if numbers are not very long."""
+    return "".join(f"{word:>{width}}" for word, width in zip(words, _WIDTHS, strict=True)).rstrip()
 
 
 class Progress:
@@ -50,7 +59,7 @@ class Progress:
         self._console = console or _standard_output()
         self._walls_s: list[float] = []
         self._live: LiveProgress | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:  # there only lines can be shown
             stage = TextColumn("{task.description}", markup=False)
             bar = (SpinnerColumn(), stage, BarColumn(), MofNCompleteColumn())
             self._live = LiveProgress(*bar, TextColumn("{task.fields[eta]}"), console=self._console, transient=True)
@@ -87,21 +96,23 @@ class Progress:
         """Say how a round went; `row` is its row of the rounds table."""
         self._walls_s.append(row["wall_s"])
         left = self.num_rounds - row["round"]
-        eta = human_seconds(left * sum(self._walls_s) / len(self._walls_s)) + " left" if left else ""
-        skipped = f", {row['num_skipped']} skipped" if row.get("num_skipped") else ""
-        line = (
-            f"round {row['round']:>{len(str(self.num_rounds))}}/{self.num_rounds}"
-            f"  perplexity {_number(row['perplexity']):>6}"
-            f"  {row['num_completed']} completed, {row['num_dropped']} dropped{skipped}"
-            f"  clock {human_seconds(row['virtual_s'])}"
-            f"  down {human_bytes(row['download_bytes'])}, up {human_bytes(row['upload_bytes'])}"
-            f"  took {human_seconds(row['wall_s'])}"
+        eta = human_seconds(left * sum(self._walls_s) / len(self._walls_s)) if left else ""
+        num_asked = row["num_completed"] + row["num_dropped"]
+        figures = (
+            f"{row['round']}/{self.num_rounds}",
+            _number(row["perplexity"]),
+            f"{row['num_completed']}/{num_asked}",
+            human_seconds(row["virtual_s"]),
+            human_bytes(row["download_bytes"]),
+            human_bytes(row["upload_bytes"]),
+            human_seconds(row["wall_s"]),
+            eta,
         )
+        if len(self._walls_s) == 1:
+            self._print(_in_columns(_HEAD))
+        self._print(_in_columns(figures))
         if self._live:
-            self._print(line)
-            self._live.update(self._task, description="training", completed=row["round"], eta=eta)
-        else:
-            self._print(f"{line}  {eta}".rstrip())
+            self._live.update(self._task, description="training", completed=row["round"], eta=eta and f"{eta} left")
 
     def show(self, table: Table) -> None:
         """Something to be read above the rounds."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from whole_runs import ENDS
+from whole_runs import ENDS, SHARES
 
 from fedpeat_ray.config import DataConfig, FleetConfig, FoundationConfig, LocalConfig, LoraConfig
 from fedpeat_ray.control.branching_ppo import Training
@@ -69,7 +69,7 @@ def test_it_leaves_figures_curves_and_a_policy(trained, config):
     assert progress["validation"].notna().tolist() == [False, True, True]
     assert (trained / "curves.png").stat().st_size > 10_000 and any((trained / "tensorboard").iterdir())
     about = Policy.load(trained / "policy").about
-    assert about.shares == ENDS.shares and about.trained["iterations"] in (2, 3) and about.trained["candidates"] == 12
+    assert about.shares == SHARES and about.trained["iterations"] in (2, 3) and about.trained["candidates"] == 12
 
 
 def test_it_goes_on_from_its_last_checkpoint(trained, config):
@@ -95,7 +95,7 @@ def test_an_exported_policy_decides_exactly_as_the_module_does(ppo, config):
     training = Training(settings, dataclasses.replace(ppo, learning_rate=0.05), iterations=2, seed=1)
     figures = [training.iterate() for _ in range(2)]
     assert figures[0]["policy_loss"] != figures[1]["policy_loss"]
-    module, exported = training.player(), player(Learned(training.policy(About(ENDS.shares, False, {}))))
+    module, exported = training.player(), player(Learned(training.policy(About(SHARES, False, {}))))
     decided = 0
     for seed in range(10):
         episode = Episode(settings[seed % 2], seed)
@@ -115,7 +115,7 @@ def test_independent_heads_train_and_are_not_exported(config):
     episode = Episode(settings_for(config)[0], 0)
     assert len(training.player()(episode).levels_N) == 12  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="independent"):
-        training.policy(About(ENDS.shares, False, {}))
+        training.policy(About(SHARES, False, {}))
     training.close()
 
 

@@ -15,6 +15,7 @@ import pytest
 import tyro
 
 from fedpeat_ray.algorithms.find import find_algorithm
+from fedpeat_ray.command_line import USUAL, check_flags, flags
 from fedpeat_ray.config import (
     COUNTS_ONLY,
     REMOVED,
@@ -171,7 +172,7 @@ def test_every_number_has_its_bounds():
         ("hosts.exclusive", 1, "bool"),
         ("fleet.tier_shares", (1.0,), "Mapping[str, float]"),
         ("fleet.tier_shares", {"sbc": "1"}, "Mapping[str, float]"),
-        ("local", {"batch_size": 3}, "LocalConfig"),
+        ("local", "adamw", "LocalConfig"),
         ("client_batch_size", "automatic", "an integer of at least 1"),
         ("client_batch_size", 2.0, "an integer of at least 1"),
         ("rounds", 2.5, "an integer of at least 1"),
@@ -357,3 +358,37 @@ def test_every_setting_that_may_change_nothing_exists():
     for _, _, settings in COUNTS_ONLY:
         for path in settings:
             get(SimulationConfig(), path)
+
+
+def test_parts_are_written_as_a_person_would_in_a_notebook():
+    config = SimulationConfig(
+        out="runs/mine",  # type: ignore[arg-type]  # what the annotation does not say, and a notebook does not check
+        lora={"rank": 4, "targets": ["c_attn"]},  # type: ignore[arg-type]  # as above
+        data={"name": "users.csv", "partition": {"kind": "natural"}},  # type: ignore[arg-type]  # as above
+    )
+    assert config.out == Path("runs/mine")
+    assert config.lora == LoraConfig(rank=4, targets=("c_attn",))
+    assert config.data.partition == PartitionConfig(kind="natural")
+    assert SimulationConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match=r"data\.partition\.knd = 1 is not allowed: one of .*; did you mean kind\?"):
+        SimulationConfig(data={"partition": {"knd": 1}})  # type: ignore[arg-type]  # as above
+
+
+def test_flags_that_there_are_not_are_told_from_those_that_may_be_meant():
+    known = set(flags(SimulationConfig))
+    assert {"rounds", "hosts.exclusive", "hosts.no-exclusive", "emulator.distil.steps"} <= known
+    assert set(USUAL.values()) <= known
+    check_flags(["--rounds=3", "--fleet.num_devices", "9", "-h", "--help"], known)
+    for wrong, first in {
+        "lr": "local.learning-rate",
+        "learning-rate": "local.learning-rate",
+        "local.learningrate": "local.learning-rate",
+        "num-clients": "fleet.num-devices",
+        "rank": "lora.rank",
+        "cohort": "cohort-size",
+        "round": "rounds",
+    }.items():
+        with pytest.raises(ConfigError, match=rf"there is no --{wrong}: did you mean --{first}( or|\?)"):
+            check_flags([f"--{wrong}", "1"], known)
+    with pytest.raises(ConfigError, match="there is no --xyzzy: --help has all settings"):
+        check_flags(["--xyzzy"], known)

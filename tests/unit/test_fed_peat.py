@@ -566,7 +566,7 @@ def test_re_alignment_has_the_adapter_plugged_into_both_sides_in_middle_blocks_t
         ),
         ({"control": ControlConfig("fixed", 3)}, "control.level = 3 is not allowed: at most 2"),
         ({"control": ControlConfig("fixed", 0)}, "control.level = 0 is not allowed: an integer of at least 1"),
-        ({"control": {"kind": "best"}}, "control.kind = 'best' is not allowed: fixed, random, greedy"),
+        ({"control": {"kind": "best"}}, "control.kind = 'best' is not allowed: one of fixed, random, greedy"),
         (
             {"lora": LoraConfig(blocks=(0, 7))},
             "lora.blocks = 7 is not allowed: numbers of blocks of this model, 0 to 6",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import whole_runs
 from test_environment import chance, setting
-from whole_runs import ENDS, assert_same_bits, changed, table
+from whole_runs import ENDS, SHARES, assert_same_bits, changed, table
 
 from fedpeat_ray import Simulation
 from fedpeat_ray.config import ControlConfig, EmulatorConfig, SimulationConfig
@@ -163,7 +163,7 @@ def test_the_shipped_policy_is_for_the_default_ladder_and_beats_the_rules_on_a_s
 
 
 def test_a_run_with_a_policy_has_the_same_bits_after_a_resume(deep_gpt2_dir: Path, text_dir: Path, tmp_path: Path):
-    untrained(ENDS.shares).save(tmp_path / "policy")
+    untrained(SHARES).save(tmp_path / "policy")
     control = {"kind": "learned", "policy": tmp_path / "policy", "candidates": 10}
     emulator = dataclasses.replace(ENDS, weights="elastic", realign_every=1)
     config = whole_runs.tiny(
@@ -183,7 +183,7 @@ def test_a_run_with_a_policy_has_the_same_bits_after_a_resume(deep_gpt2_dir: Pat
     assert (clients["outcome"] == "skipped").any() and clients["level"].notna().any()
     began = json.loads((tmp_path / "two" / "config.json").read_text())["resolved"]["policy_sha256"]
     assert began == hashlib.sha256((tmp_path / "policy" / "policy.safetensors").read_bytes()).hexdigest()
-    untrained(ENDS.shares, seed=1).save(tmp_path / "policy")
+    untrained(SHARES, seed=1).save(tmp_path / "policy")
     with pytest.raises(RunDirError, match=f"policy_sha256 was {began[:12]}"):
         Simulation(changed(config, resume=tmp_path / "two", rounds=5)).run()
 

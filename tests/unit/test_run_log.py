@@ -256,11 +256,12 @@ def test_progress_in_a_log_is_one_plain_line_a_round():
         progress.stage("loading [pydoc-base]")
         progress.round(round_row(1, virtual_s=125.0, download_bytes=1_500_000))
         progress.round(round_row(12, perplexity=None))
-    stage, first, last = out.getvalue().splitlines()
+    stage, head, first, last = out.getvalue().splitlines()
     assert stage == "loading [pydoc-base]"
-    assert first.startswith("round  1/12  perplexity  39.00")
-    assert "clock 2 min 05 s" in first and "down 1.5 MB" in first and first.endswith("22.0 s left")
-    assert "perplexity      -" in last and "left" not in last
+    assert head.split() == ["round", "perplexity", "updates", "clock", "down", "up", "took", "left"]
+    assert first.split()[:3] == ["1/12", "39.00", "1/2"] and first.endswith("22.0 s")
+    assert "2 min 05 s" in first and "1.5 MB" in first
+    assert last.split()[:2] == ["12/12", "-"] and len(last) < len(first) == len(head) < 80
     assert out.getvalue().isascii() and "\x1b" not in out.getvalue()
 
 
@@ -269,7 +270,15 @@ def test_progress_on_a_terminal_is_live():
     with Progress(3, first_round=2, console=Console(file=out, force_terminal=True, width=200)) as progress:
         progress.stage("measuring zero-shot")
         progress.round(round_row(2))
-    assert "\x1b" in out.getvalue() and "round 2/3" in out.getvalue()
+    assert "\x1b" in out.getvalue() and " 2/3 " in out.getvalue()
+
+
+def test_a_terminal_that_can_show_lines_only_gets_the_stages(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    out = io.StringIO()
+    with Progress(3, console=Console(file=out, force_terminal=True)) as progress:
+        progress.stage("starting hosts")
+    assert out.getvalue() == "starting hosts\n"
 
 
 def printed(summary: dict) -> dict[str, str]:
