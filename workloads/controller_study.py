@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 import tyro
 from matplotlib.figure import Figure
-from scipy import stats
 
 from fedpeat_ray.config import AvailabilityConfig, ChannelConfig, ControlConfig
 from fedpeat_ray.control.environment import TERMS, Setting, Shift
@@ -31,7 +30,6 @@ from fedpeat_ray.control.policy import Policy
 from fedpeat_ray.control.trial import HELD_OUT, Player, compare, mean_rewards, play, player
 from fedpeat_ray.control_training import TrainConfig, begun, settings_for, train
 from fedpeat_ray.errors import FedPeatError
-from fedpeat_ray.runtime.host_pool import some_ray
 from fedpeat_ray.settings import PositiveInt
 
 RULES = ("random", "greedy", "greedy-by-time", "greedy-by-holding")
@@ -120,6 +118,8 @@ def main(settings: Settings) -> int:
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
         study = Study(settings, settings_for(settings.train)[0])
+        from fedpeat_ray.runtime.host_pool import some_ray  # Ray is loaded once settings are read
+
         with some_ray(1):
             for part in settings.parts:
                 text = PARTS[part](study)
@@ -178,6 +178,8 @@ def deadline_of(setting: Setting) -> float:
 
 def paired(rows: Sequence[Mapping[str, Any]], who: str = "learned") -> str:
     """A line a controller: terms, and by how much one of them is better on the same fleets, with 95 % confidence."""
+    from scipy import stats  # a second to load, once settings are read
+
     figures = (*TERMS, "perplexity")
     of = {name: [row for row in rows if row["controller"] == name] for name in mean_rewards(rows)}
     best = np.array([row["reward"] for row in of[who]])

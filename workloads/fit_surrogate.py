@@ -19,7 +19,6 @@ from typing import Self
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
-from scipy.optimize import least_squares
 
 from analysis.load import load_run
 from fedpeat_ray.config import (
@@ -186,6 +185,8 @@ def fitted(runs: list[Steps], num_levels: int) -> Response:
         return np.concatenate([*(whole_run(response, run)[1] for run in runs), pull])
 
     first = [np.log(0.05), np.log(0.5), 3.0, 3.0, *([np.log(1e-3)] * num_levels)]
+    from scipy.optimize import least_squares  # loaded once settings are read
+
     return of(least_squares(residuals, np.array(first), x_scale="jac").x)
 
 
