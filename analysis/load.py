@@ -21,7 +21,7 @@ class NotARunError(ValueError):
     """A directory holds no run that can be read."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """What one run wrote down; `docs/run_log.md` describes every column."""
 
@@ -37,6 +37,11 @@ class Run:
     """summary.json; None while the run is unfinished."""
     events: Frame
     """Columns `time`, `kind`, and one a fact; empty if nothing happened."""
+
+    def __repr__(self) -> str:
+        state = "finished" if self.summary else "unfinished"
+        about = f"{self.settings.get('algorithm')}, {len(self.rounds)} of {self.settings.get('rounds')} rounds, {state}"
+        return f"<Run {self.name}: {about}>"
 
     @property
     def name(self) -> str:

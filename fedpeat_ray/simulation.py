@@ -128,7 +128,8 @@ class Simulation:
             world = furnished(world, driver, progress)
             if config.resume:
                 check_inputs(directory, read_config(directory), world.algorithm.made())
-            progress.stage("starting hosts")
+            if config.hosts.backend == "ray":
+                progress.stage("starting hosts")
             map_clients, num_hosts = stack.enter_context(hosts(world, on_event, driver, trace, pool))
             if world.config.client_batch_size == "auto":
                 world = with_measured_batch_size(world, map_clients, num_hosts, progress)
@@ -246,14 +247,15 @@ def _finish(
     zero_shot = evaluate(world, map_clients, world.algorithm.init(config.seed), levels)
     centralised = None
     if config.evaluation.centralised and facts.num_tokens:
-        progress.stage("tuning centrally, for comparison")
 
         def judge(model_P: Tensor) -> float:
             with_it = dataclasses.replace(state, model_P=model_P)
             return evaluate(world, map_clients, with_it)[ALL].perplexity
 
         reference = world.algorithm.reference
-        centralised = tune_centrally(reference, world.data, config, facts.num_tokens, map_clients, judge)
+        centralised = tune_centrally(
+            reference, world.data, config, facts.num_tokens, map_clients, judge, progress.stage
+        )
     perplexity = {"zero_shot": zero_shot[ALL].perplexity, "tuned": tuned[ALL].perplexity, "centralised": centralised}
     gap = gap_closed(**perplexity)
     came_of_it = world.algorithm.summary(zero_shot, tuned)

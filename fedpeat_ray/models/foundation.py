@@ -25,7 +25,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -34,6 +33,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from fedpeat_ray.errors import ConfigError, FedPeatError, ModelError
@@ -232,7 +232,7 @@ def empty(config_json: str, dtype: torch.dtype = torch.float32) -> PreTrainedMod
     """The model without memory for its parameters, and with its buffers as they are for weights of this type."""
     values = json.loads(config_json, object_hook=_float_of)
     config = _tuning_config(AutoConfig.for_model(values.pop("model_type"), **values))
-    with init_empty_weights(include_buffers=False), _NothingDrawn(), _nothing_filled():
+    with init_empty_weights(include_buffers=False), no_init_weights(), _nothing_filled():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
     return model
@@ -248,21 +248,6 @@ def _nothing_filled() -> Iterator[None]:
         yield
     finally:
         settings.fill_uninitialized_memory = before
-
-
-class _NothingDrawn(TorchFunctionMode):
-    """No random numbers for tensors without memory: PyTorch takes longer not to draw them than for all the rest."""
-
-    def __torch_function__(self, func: Callable, types: Any, args: Sequence = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", None) in _DRAWS:
-            tensor = args[0] if args else kwargs["tensor"]
-            if tensor.is_meta:
-                return tensor
-        return func(*args, **kwargs)
-
-
-_DRAWS = ("normal_", "uniform_", "kaiming_uniform_")  # of tensors, of torch.nn.init, and what transformers makes of it
 
 
 def weights_layout(model: PreTrainedModel) -> Layout:

@@ -31,12 +31,13 @@ def tune_centrally(
     num_tokens: int,
     map_clients: MapClients,
     judge: Callable[[Tensor], float],
+    say: Callable[[str], None],
 ) -> float:
     """Held-out perplexity, by `judge(adapter_P)`, of one that has everything and trains on `num_tokens` tokens.
 
     The device's optimizer and learning rate, BATCH_SIZE sequences a step, one optimizer state throughout.
     With few tokens it may end worse than federated training, which takes more and smaller steps in parallel.
-    Cached by all it depends on.
+    Cached by all it depends on; `say` hears of it only if there is something to be done.
     """
     adapter = reference.adapter
     key = [*reference.key, adapter.kind, adapter.layout.names, config.foundation.dtype, data.corpus.digest]
@@ -48,6 +49,7 @@ def tune_centrally(
     path = user_cache_dir() / f"centralised-{digest[:16]}.json"
     if kept_sha256(path):
         return json.loads(path.read_text())["perplexity"]
+    say("tuning centrally, for comparison")
     num_steps = max(1, math.ceil(num_tokens / (BATCH_SIZE * config.local.sequence_length)))
     task = data.pooled_task(num_steps, BATCH_SIZE)
     start_P, local = adapter.init(config.seed), dataclasses.replace(config.local, prox_mu=0.0)

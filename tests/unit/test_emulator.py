@@ -34,6 +34,7 @@ from fedpeat_ray.emulators.ladder import (
     emulated,
     emulator_shapes,
     load_blocks,
+    numbers,
     on_emulator,
     uniform_blocks,
 )
@@ -111,6 +112,33 @@ def ladder(model: PreTrainedModel) -> Ladder:
         (5, 0, ()),
     ],
 )
+@pytest.mark.parametrize(
+    ("num_blocks", "expected"),
+    [
+        (2, (1, 0, (0.25,))),
+        (3, (1, 1, (0.25,))),
+        (4, (1, 1, (0.25, 0.5))),
+        (6, (1, 1, (0.25, 0.5, 0.75))),
+        (7, (1, 1, (0.25, 0.5, 0.75))),
+        (8, (2, 2, (0.25, 0.5, 0.75))),
+        (80, (2, 2, (0.25, 0.5, 0.75))),
+    ],
+)
+def test_the_ladder_suits_the_depth_of_the_model(num_blocks, expected):
+    first, last, shares = numbers(EmulatorConfig(), num_blocks)
+    assert (first, last, shares) == expected
+    kept = [round(share * (num_blocks - first - last)) for share in shares]
+    assert sorted({*kept}) == kept and kept[-1] < num_blocks - first - last
+    assert numbers(EmulatorConfig(first=first, last=last, shares=(0.9,)), num_blocks) == (first, last, (0.9,))
+
+
+def test_a_ladder_that_does_not_fit_names_the_numbers_that_work():
+    with pytest.raises(ConfigError, match=r"use --emulator\.first 1 --emulator\.last 1, or --algorithm fed-peft$"):
+        numbers(EmulatorConfig(first=2, last=2), 4)
+    with pytest.raises(ConfigError, match=r"emulator\.first = 2 .* 1 blocks, .*; use --algorithm fed-peft$"):
+        numbers(EmulatorConfig(), 1)
+
+
 def test_evenly_spread_blocks_are_those_of_offsite_tuning(depth, kept, expected):
     assert uniform_blocks(depth, kept) == expected
 

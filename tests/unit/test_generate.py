@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import whole_runs
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from analysis.load import load_run
 from fedpeat_ray import Simulation, SimulationConfig
 from fedpeat_ray.__main__ import main
 from fedpeat_ray.config import (
@@ -28,7 +30,9 @@ from fedpeat_ray.config import (
     PartitionConfig,
     ProxyConfig,
 )
+from fedpeat_ray.errors import RunDirError
 from fedpeat_ray.models.foundation import load_tokenizer
+from fedpeat_ray.tuned import tuned_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers will rename
 
@@ -135,6 +139,7 @@ def test_others_show_the_foundation_before_and_after(finished, shown, deep_gpt2_
     titles = f"{deep_gpt2_dir}, as it was", f"{deep_gpt2_dir}, tuned"
     assert len(set(texts)) == 2
     assert_shows(shown(run), dict(zip(titles, texts, strict=True)))
+    assert text_of(deep_gpt2_dir, (1, tuned_model(run))) == texts[1]
 
 
 @pytest.mark.parametrize(
@@ -153,8 +158,28 @@ def test_weights_of_the_model_itself_are_plugged_in(finished, shown, deep_gpt2_d
     _, unexpected = after.load_state_dict(load_file(file), strict=False)
     texts = [text_of(deep_gpt2_dir, (1, model)) for model in (before, after)]
     assert not unexpected and len(set(texts)) == 2
+    assert text_of(deep_gpt2_dir, (1, tuned_model(run))) == texts[1]
     titles = f"{deep_gpt2_dir}, as it was", f"{deep_gpt2_dir}, tuned"
     assert_shows(shown(run), dict(zip(titles, texts, strict=True)))
+
+
+def test_a_simulation_in_a_notebook_has_its_model_and_goes_on_with_text(deep_gpt2_dir, text_dir, tmp_path):
+    config = whole_runs.tiny(deep_gpt2_dir, text_dir, algorithm="fed-peft", rounds=1, out=tmp_path / "run")
+    simulation = Simulation(config)
+    about = f"fed-peft on {deep_gpt2_dir}, 1 rounds, seed 3; {tmp_path / 'run'}"
+    assert repr(simulation) == f"<Simulation: {about}>"
+    with pytest.raises(RunDirError, match="has not been run"):
+        simulation.model()
+    simulation.run()
+    model = simulation.model()
+    text = simulation.generate(PROMPT, NUM_TOKENS)
+    assert (
+        text
+        == text_of(deep_gpt2_dir, (1, model))
+        == text_of(deep_gpt2_dir, (1, with_adapter(deep_gpt2_dir, tmp_path / "run")))
+    )
+    assert not any("lora" in name for name, _ in model.named_modules())
+    assert repr(load_run(tmp_path / "run")) == "<Run run: fed-peft, 1 of 1 rounds, finished>"
 
 
 def test_text_that_is_drawn_is_that_of_its_seed(finished, shown):
