@@ -70,6 +70,9 @@ class GivenSketch(Given):
         except ModelError:
             return foundations.load_tokenizer(foundations.model_dir(EMBEDDED[0]))
 
+    def check_tokenizer(self) -> None:
+        """That of another model knows other tokens."""
+
     def lora(self, config: LoraConfig) -> Lora:
         """Not tried on the model."""
         return find_lora(self.model, config)

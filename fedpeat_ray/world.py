@@ -89,6 +89,7 @@ def described(config: SimulationConfig, directory: Path, given_as: type[Given] =
     kind.check(config)
     given = given.with_config(config)
     given.check_positions("local.sequence_length", "evaluation.sequence_length", of=config.foundation.name)
+    given.check_tokenizer()
     corpus = load_corpus(config.data, given.tokenizer)
     partition = Partition(config.data.partition, corpus.group, corpus.heldout, config.seed)
     if conditions is None:

@@ -57,8 +57,6 @@ class Given:
     foundation: Foundation
     directory: Path
     """Of the run."""
-    field: str = "foundation.name"
-    """The setting that names the foundation."""
 
     @classmethod
     def find(cls, name: str, training_dtype: str, field: str) -> Foundation:
@@ -67,8 +65,7 @@ class Given:
 
     def beside(self, name: str, field: str) -> Self:
         """The same settings, and another model."""
-        foundation = self.find(name, self.config.foundation.dtype, field)
-        return dataclasses.replace(self, foundation=foundation, field=field)
+        return dataclasses.replace(self, foundation=self.find(name, self.config.foundation.dtype, field))
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -82,10 +79,12 @@ class Given:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """That of the foundation. Raises ModelError if there is none, or one of a larger model."""
-        tokenizer = foundations.load_tokenizer(self.foundation.config_dir)
-        check_tokenizer(tokenizer, self.model, f"{self.field} = {self.foundation.name!r}")
-        return tokenizer
+        """That of the foundation. Raises ModelError if there is none."""
+        return foundations.load_tokenizer(self.foundation.config_dir)
+
+    def check_tokenizer(self) -> None:
+        """Raise ModelError for one with tokens that the model does not know."""
+        check_tokenizer(self.tokenizer, self.model, f"foundation.name = {self.foundation.name!r}")
 
     @property
     def client_batch_size(self) -> int:

@@ -8,7 +8,7 @@ from typing import Self
 
 import numpy as np
 
-from fedpeat_ray.config import ControlConfig, SimulationConfig
+from fedpeat_ray.config import SHARES, ControlConfig, SimulationConfig
 from fedpeat_ray.control.observation import observe, plan_of
 from fedpeat_ray.control.plan import Controller, Memory, Plan, Prospects
 from fedpeat_ray.control.policy import Policy
@@ -38,7 +38,9 @@ class Learned(Controller):
     def check(cls, config: SimulationConfig) -> None:
         """See Controller: the ladder must be the one that the policy was trained for."""
         about, emulator = cls.build(config.control, config.seed).policy.about, config.emulator
-        shares = about.shares if emulator.shares == "auto" else tuple(emulator.shares)  # auto is known with the model
+        shares = SHARES if emulator.shares == "auto" else tuple(emulator.shares)
+        if emulator.shares == "auto" and {*about.shares} < {*SHARES}:  # those of a shallow model, perhaps of this one
+            return
         if (about.shares, about.give_foundation) != (shares, emulator.give_foundation):
             foundation = " and the foundation" if about.give_foundation else ""
             allowed = (

@@ -335,7 +335,7 @@ def test_the_run_directory_is_told_before_the_first_round(run, tmp_path, capsys)
     run()
     lines = capsys.readouterr().out.splitlines()
     assert lines.index(f"run directory: {tmp_path / 'run'}") < min(
-        i for i, line in enumerate(lines) if line.startswith("round ")
+        i for i, line in enumerate(lines) if line.split()[:1] == ["round"]
     )
 
 
