@@ -112,6 +112,10 @@ def ladder(model: PreTrainedModel) -> Ladder:
         (5, 0, ()),
     ],
 )
+def test_evenly_spread_blocks_are_those_of_offsite_tuning(depth, kept, expected):
+    assert uniform_blocks(depth, kept) == expected
+
+
 @pytest.mark.parametrize(
     ("num_blocks", "expected"),
     [
@@ -137,10 +141,6 @@ def test_a_ladder_that_does_not_fit_names_the_numbers_that_work():
         numbers(EmulatorConfig(first=2, last=2), 4)
     with pytest.raises(ConfigError, match=r"emulator\.first = 2 .* 1 blocks, .*; use --algorithm fed-peft$"):
         numbers(EmulatorConfig(), 1)
-
-
-def test_evenly_spread_blocks_are_those_of_offsite_tuning(depth, kept, expected):
-    assert uniform_blocks(depth, kept) == expected
 
 
 def test_evenly_spread_blocks_have_both_ends_and_lie_within_half_a_block_of_even():
