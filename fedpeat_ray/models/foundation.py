@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -261,6 +262,8 @@ def save_weights(directory: Path, foundation: Foundation, layout: Layout, weight
     model = load(foundation)
     for name, tensor in layout.unflatten(weights_P).items():
         model.get_parameter(name).data = tensor
+    # accelerate loads DeepSpeed to save a model, which prints what it finds unless it is told
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     model.save_pretrained(directory)
     load_tokenizer(foundation.config_dir).save_pretrained(directory)
 

@@ -221,7 +221,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     add("updates used", f"{summary['num_completed']:,}")
     add("devices dropped", f"{summary['num_dropped']:,}")
     for reason, count in (summary.get("drop_reasons") or {}).items():
-        add(f"  {reason}", f"{count:,}")
+        if count:
+            add(f"  {reason}", f"{count:,}")
     if summary.get("num_skipped"):
         add("devices skipped", f"{summary['num_skipped']:,}")
     table.add_section()
