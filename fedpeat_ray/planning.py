@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedpeat_ray.aggregation.server_optimizer import ServerState
-from fedpeat_ray.algorithms.algorithm import Given
+from fedpeat_ray.algorithms.algorithm import Given, level_group
 from fedpeat_ray.algorithms.find import find_algorithm
 from fedpeat_ray.config import LORA, LoraConfig, SimulationConfig
 from fedpeat_ray.data.client_data import ServerData
@@ -188,10 +188,9 @@ def _hosts(world: World) -> dict[str, Any]:
     narrow = torch.empty(0, dtype=getattr(torch, config.foundation.dtype)).element_size()
     wide = world.held.exact_dtype.itemsize
     own_bytes = 0 if narrow == wide else exact_bytes * narrow // wide
-    levels = range(1, algorithm.whole_level + 1)
+    levels = {level_group(level): level for level in range(1, algorithm.whole_level + 1)}
     step_bytes = max(
-        need - algorithm.weights_bytes(level)
-        for need, level in zip(algorithm.memory_needs().values(), levels, strict=False)
+        need - algorithm.weights_bytes(levels.get(name)) for name, need in algorithm.memory_needs().items()
     )
     return {
         "num_hosts": _num_hosts(config),
@@ -252,7 +251,5 @@ def _speed(world: World) -> Speed:
     config, lora = world.config, dataclasses.replace(world.config.lora, blocks=())
     size = _client_batch_size(config) if world.algorithm.batches_clients else 1
     tasks = world.data.tasks(world.conditions.sample(1)[:size], round=1)
-    rate = 1e-3 if config.local.learning_rate == "auto" else config.local.learning_rate
-    local = dataclasses.replace(config.local, learning_rate=rate)
     kind = lora if world.algorithm.adapter.kind == "lora" else None
-    return measured_speed(world.held, kind, local, tasks, world.heldout[0], config.hosts.num_threads)
+    return measured_speed(world.held, kind, config.local, tasks, world.heldout[0], config.hosts.num_threads)
