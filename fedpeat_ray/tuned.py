@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -32,8 +33,10 @@ def tuned_model(run_dir: Path) -> PreTrainedModel:
         return _with_weights(model, directory)
     import peft  # only where there is LoRA
 
-    with_lora: Any = peft.PeftModel.from_pretrained(model, str(directory))
-    return with_lora.merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers will rename
+        with_lora: Any = peft.PeftModel.from_pretrained(model, str(directory))
+        return with_lora.merge_and_unload()
 
 
 def texts(
