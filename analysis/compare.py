@@ -25,6 +25,7 @@ NOT_OF_THE_EXPERIMENT = (
     "foundation.num_shards",
     "foundation.num_gpus",
     "hosts.backend",
+    "hosts.address",
     "hosts.num_hosts",
     "hosts.num_gpus",
     "hosts.memory_gib",

@@ -418,6 +418,9 @@ class HostsConfig(Settings):
 
     backend: Literal["ray", "serial"] = "ray"
     """ray: host actors; serial: in this process, one batch after another (same bits)."""
+    address: str | None = None
+    """Ray to use: auto joins the cluster that runs on this machine, HOST:PORT that one, local starts one; unset:
+    $RAY_ADDRESS if it is set, as in a job, otherwise local."""
     num_hosts: PositiveInt | None = None
     """Host actors; unset: one a GPU of the cluster, or one a core."""
     num_threads: PositiveInt = 1
@@ -579,7 +582,7 @@ COUNTS_ONLY: tuple[tuple[str, Callable[[SimulationConfig, Collection[str]], bool
     (
         "hosts.backend is ray",
         lambda c, _: c.hosts.backend == "ray",
-        ("hosts.num_hosts", "hosts.num_gpus", "hosts.memory_gib"),
+        ("hosts.address", "hosts.num_hosts", "hosts.num_gpus", "hosts.memory_gib"),
     ),
 )
 """When settings count that do not always count: a reason, the same as a function, and the settings or whole parts."""

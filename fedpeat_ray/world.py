@@ -119,8 +119,9 @@ def driver_of(world: World, on_event: Callable[..., None]) -> Iterator[MapClient
         return
     from fedpeat_ray.runtime.foundation_driver import ShardedFoundation  # loads Ray and DeepSpeed
 
-    num_threads = world.config.hosts.num_threads
-    with ShardedFoundation(world.foundation, config.num_shards, config.num_gpus, on_event, num_threads) as driver:
+    hosts = world.config.hosts
+    shards = (config.num_shards, config.num_gpus, on_event, hosts.num_threads, hosts.address)
+    with ShardedFoundation(world.foundation, *shards) as driver:
         yield driver
 
 

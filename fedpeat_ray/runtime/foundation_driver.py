@@ -161,8 +161,10 @@ class ShardedFoundation(MapClients):
         num_gpus: float | None,
         on_event: Callable[..., None],
         num_threads: int = 1,
+        address: str | None = None,
     ):
-        """`num_gpus`: share of a shard; unset: 1 where the cluster has GPUs. `on_event(kind, **facts)` hears of a loss.
+        """`num_gpus`: share of a shard; unset: 1 where the cluster has GPUs. `on_event(kind, **facts)` hears of a loss;
+        `address`: of Ray (`hosts.address`).
 
         Raises ConfigError for shards that the cluster has no room for.
         """
@@ -172,7 +174,7 @@ class ShardedFoundation(MapClients):
         self._sent: dict[Path, Sent] = {}
         try:
             if self._owns_ray:
-                start_or_join(num_threads)
+                start_or_join(num_threads, address)
             cluster_gpus = ray.cluster_resources().get("GPU", 0)
             share = (1.0 if cluster_gpus else 0.0) if num_gpus is None else num_gpus
             if share * num_shards > cluster_gpus:

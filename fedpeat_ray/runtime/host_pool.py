@@ -10,11 +10,13 @@ import contextlib
 import gc
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
 import ray
+from ray._private.utils import read_ray_address
 
 from fedpeat_ray.config import HostsConfig
 from fedpeat_ray.errors import ConfigError
@@ -71,6 +73,10 @@ class Holding:
         return self.host.do.options(num_returns=2).remote(self.held, method, *arguments)
 
 
+LOCAL = "local"
+"""In place of an address: a Ray of one's own."""
+
+
 @dataclass(frozen=True)
 class Share:
     """What a host takes of the cluster."""
@@ -92,7 +98,7 @@ class HostPool:
         self._owns_ray = not ray.is_initialized()
         self._waiting: dict[Share, list[Any]] = {}
         if self._owns_ray:
-            start_or_join((config.num_hosts or 1) * config.num_threads)
+            start_or_join((config.num_hosts or 1) * config.num_threads, config.address)
 
     def __enter__(self) -> Self:
         return self
@@ -158,18 +164,48 @@ def some_ray(num_cpus: int) -> Iterator[None]:
             ray.shutdown()
 
 
-def start_or_join(num_cpus: int) -> None:
-    """Join the cluster this process was submitted to ($RAY_ADDRESS), or start a Ray of at least these cores."""
+def start_or_join(num_cpus: int, address: str | None = None) -> None:
+    """Join the Ray at an address (`hosts.address`), or start one of at least these cores.
+
+    Raises ConfigError where there is none to be joined.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or LOCAL
     with kept_sigterm():
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        if address != LOCAL:
+            allowed = "auto, local, or HOST:PORT of a Ray that runs"
+            if address != "auto" and not _answers(address):  # Ray would try for minutes
+                raise ConfigError.of("hosts.address", address, f"{allowed}; nothing answers there")
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            except ConnectionError as error:
+                raise ConfigError.of("hosts.address", address, f"{allowed}; none was found here") from error
             return
         num_cores = len(os.sched_getaffinity(0))
         ray.init(
-            address="local",  # without it, a stale cluster file would be tried first
+            address=LOCAL,  # without it, a stale cluster file would be tried first
             num_cpus=max(num_cores, num_cpus),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",
         )
+
+
+def which_ray() -> str:
+    """A line about the Ray that is in use, and about a cluster that runs here and is not."""
+    alive, resources = sum(node["Alive"] for node in ray.nodes()), ray.cluster_resources()
+    size = f"nodes {alive}, CPUs {resources.get('CPU', 0):g}, GPUs {resources.get('GPU', 0):g}"
+    used = ray.get_runtime_context().gcs_address
+    other = read_ray_address()  # what `ray start` wrote down here
+    if other is None or other == used or not _answers(other):
+        return f"Ray at {used}: {size}"
+    return f"Ray at {used}: {size}; not the cluster at {other}, which --hosts.address auto joins"
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=5):
+            return True
+    except (OSError, ValueError):
+        return False

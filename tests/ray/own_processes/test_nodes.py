@@ -25,15 +25,18 @@ class Cluster:
     """A cluster of two nodes of a core each."""
 
     environment: dict[str, str]
+    address: str
     second: int
     """Process of the second, which has an empty folder in place of all that this session writes."""
 
     def run(self, arguments: list[str], out: Path) -> None:
         """Run large_scale.py on the first node."""
         folder, said = out.parent, out.with_name("said")
-        arguments = [*arguments, "--out", str(out)]
+        arguments = [*arguments, "--hosts.address", self.address, "--out", str(out)]
         status = forked(said, said, main_at, folder, self.environment, arguments, timeout_s=300)
         assert status == 0, said.read_text()
+        if "--foundation.num-shards" not in arguments:  # otherwise shards come first
+            assert f"Ray at {self.address}: nodes 2, CPUs 2, GPUs 0" in said.read_text()
 
     def files(self, directory: Path) -> dict[str, bytes]:
         """Of a directory on the second node."""
@@ -55,7 +58,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             head(environment, folder, "--num-cpus=1", "--memory=1", "--include-dashboard=false") as (address, _),
             node(environment, address, folder, hidden, "--num-cpus=1", f"--memory={2**30}") as second,
         ):
-            yield Cluster(environment | {"RAY_ADDRESS": address}, second)
+            yield Cluster(environment, address, second)
 
 
 ON_BOTH = ("--hosts.backend", "ray", "--hosts.num-hosts", 2)
