@@ -31,10 +31,10 @@ class Sweep:
         self.out.mkdir(parents=True, exist_ok=True)
         self._stack = contextlib.ExitStack()
         if self._hosts.backend == "ray":
-            from fedpeat_ray.runtime.host_pool import HostPool, which_ray  # Ray is loaded only where it is used
+            from fedpeat_ray.runtime.host_pool import HostPool  # Ray is loaded only where it is used
 
             self.pool = self._stack.enter_context(HostPool(self._hosts))
-            print(which_ray(), flush=True)
+            print(self.pool.about, flush=True)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -67,10 +67,10 @@ def hosts_that_start_meanwhile(config: SimulationConfig, stack: contextlib.ExitS
     serial side, and where shards of the foundation take their GPUs first."""
     if config.hosts.backend != "ray" or config.foundation.num_shards > 1:
         return None
-    from fedpeat_ray.runtime.host_pool import HostPool, which_ray
+    from fedpeat_ray.runtime.host_pool import HostPool
 
     pool = stack.enter_context(HostPool(config.hosts))
-    print(which_ray(), flush=True)
+    print(pool.about, flush=True)
     if not config.hosts.exclusive:
         pool.start(config.hosts)
     return pool

@@ -108,6 +108,17 @@ class HostPool:
         if self._owns_ray:
             ray.shutdown()
 
+    @property
+    def about(self) -> str:
+        """A line about the Ray that hosts are on, and about a cluster that runs here and is not joined."""
+        alive, resources = sum(node["Alive"] for node in ray.nodes()), ray.cluster_resources()
+        used = ray.get_runtime_context().gcs_address
+        line = f"Ray at {used}: nodes {alive}, CPUs {resources.get('CPU', 0):g}, GPUs {resources.get('GPU', 0):g}"
+        other = read_ray_address()  # what `ray start` wrote down here
+        if other is None or other == used or not _answers(other):
+            return line
+        return f"{line}; not the cluster at {other}, which --hosts.address auto joins"
+
     def room(self, config: HostsConfig) -> tuple[int, Share]:
         """How many hosts there will be, and the share of each. Raises ConfigError for GPUs that are not there."""
         resources = ray.cluster_resources()
@@ -189,17 +200,6 @@ def start_or_join(num_cpus: int, address: str | None = None) -> None:
             logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",
         )
-
-
-def which_ray() -> str:
-    """A line about the Ray that is in use, and about a cluster that runs here and is not."""
-    alive, resources = sum(node["Alive"] for node in ray.nodes()), ray.cluster_resources()
-    size = f"nodes {alive}, CPUs {resources.get('CPU', 0):g}, GPUs {resources.get('GPU', 0):g}"
-    used = ray.get_runtime_context().gcs_address
-    other = read_ray_address()  # what `ray start` wrote down here
-    if other is None or other == used or not _answers(other):
-        return f"Ray at {used}: {size}"
-    return f"Ray at {used}: {size}; not the cluster at {other}, which --hosts.address auto joins"
 
 
 def _answers(address: str) -> bool:

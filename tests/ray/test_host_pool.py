@@ -11,16 +11,16 @@ from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.runtime import host_pool
 
 
-def test_which_ray_it_is_is_said_and_which_it_is_not(monkeypatch, local_ray):
+def test_which_ray_it_is_is_said_and_which_it_is_not(monkeypatch, pool):
     used = ray.get_runtime_context().gcs_address
     with socket.create_server(("127.0.0.1", 0)) as server:
         other = f"127.0.0.1:{server.getsockname()[1]}"
         for written, more in ((None, ""), (used, ""), (other, f"; not the cluster at {other}, which")):
             monkeypatch.setattr(host_pool, "read_ray_address", lambda written=written: written)
-            line = host_pool.which_ray()
+            line = pool.about
             assert line.startswith(f"Ray at {used}: nodes 1, CPUs ") and ("; not" in line) == bool(more)
             assert more in line
-    assert "; not" not in host_pool.which_ray(), "a cluster that is gone"
+    assert "; not" not in pool.about, "a cluster that is gone"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere"])

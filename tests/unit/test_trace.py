@@ -44,7 +44,12 @@ def test_a_process_began_before_now():
 def test_a_run_writes_where_its_time_went(tiny, tmp_path):
     Simulation(changed(tiny, out=tmp_path / "run", trace=tmp_path / "trace.json")).run()
     names = [span["name"] for span in spans(tmp_path / "trace.json")]
-    for name in ("starting hosts", "round 1, training", "round 3, evaluation and log", "evaluating what came out"):
+    for name in (
+        "loading Python's modules",
+        "round 1, training",
+        "round 3, evaluation and log",
+        "evaluating what came out",
+    ):
         assert name in names
 
 

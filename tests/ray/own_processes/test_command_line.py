@@ -35,6 +35,8 @@ def refusal(
     pools: list[str] = []
 
     class Pool:
+        about = "Ray at nowhere"
+
         def __init__(self, config: HostsConfig):
             pools.append("began")
 
