@@ -181,6 +181,8 @@ def _introduce(world: World, progress: Progress) -> None:
     for side, corpus in world.corpora.items():
         if corpus.removed.total:
             progress.say(f"{side} text: {corpus.num_documents} documents; left out: {corpus.removed}")
+    if caution := world.data.partition.caution:
+        progress.warn(caution)
     progress.show(fits_table(world.fits))
 
 

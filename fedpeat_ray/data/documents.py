@@ -69,7 +69,10 @@ def load_documents(
         return _private(config, cache_dir)
     name = config.public_name or config.name
     if name != PYTHON_DOCS and config.public_name is None:
-        raise DataError(f"data.name = {name!r} has no public part: name the server's text by data.public_name")
+        raise DataError(
+            f"data.name = {name!r} has no public part: name the server's text by data.public_name, or "
+            "let nothing learn from it (--emulator.weights foundation, --proxy.steps 0)"
+        )
     if name == config.name == PYTHON_DOCS:
         return _half(public=True, cache_dir=cache_dir)
     return _public(config, cache_dir)

@@ -11,7 +11,6 @@ Shapes: D documents, G groups (sources or labels).
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Literal
 
 import numpy as np
@@ -130,6 +129,14 @@ class Partition:
                 mixture_G = np.bincount(group, minlength=len(prior_G)) / len(group)
         return mixture_G
 
+    @property
+    def caution(self) -> str | None:
+        """What may not be as it was meant."""
+        kind, group = self._config.kind, self._config.group_by
+        if kind in ("dirichlet", "by_source") and np.count_nonzero(self._sizes_G) == 1:
+            return f"data.partition.kind = {kind!r} has no effect: all text is of one {group} (see data.{group}_column)"
+        return None
+
     def _shard_positions(self, device_id: int) -> np.ndarray:
         """Positions, in the order by group, of the documents of the device's shards."""
         num_shards, num_documents = self._config.num_shards, len(self._train_D)
@@ -147,12 +154,6 @@ class Partition:
         if config.kind == "shards" and config.shards_per_device > config.num_shards:
             allowed = f"at most data.partition.num_shards = {config.num_shards}"
             raise ConfigError.of("data.partition.shards_per_device", config.shards_per_device, allowed)
-        if config.kind in ("dirichlet", "by_source") and np.count_nonzero(self._sizes_G) == 1:
-            warnings.warn(
-                f"data.partition.kind = {config.kind!r} has no effect: all documents are of one {config.group_by} "
-                f"(see data.{config.group_by}_column)",
-                stacklevel=3,
-            )
 
 
 def _sorted_by_group(group_D: np.ndarray, wanted_D: np.ndarray, num_groups: int) -> tuple[np.ndarray, ...]:

@@ -495,8 +495,9 @@ def test_bad_partitions():
         partition(kind="shards", shards_per_device=41)
     with pytest.raises(DataError, match="0 to train on and 1000 held out"):
         Partition(PartitionConfig(), GROUP_D, np.ones(1000, bool), 0)
-    with pytest.warns(UserWarning, match=r"data.partition.kind = 'dirichlet' has no effect: .*source_column"):
-        Partition(PartitionConfig(), np.zeros(9, int), np.arange(9) < 3, 0)
+    one_source = Partition(PartitionConfig(), np.zeros(9, int), np.arange(9) < 3, 0)
+    caution = "data.partition.kind = 'dirichlet' has no effect: all text is of one source (see data.source_column)"
+    assert one_source.caution == caution and partition(kind="iid").caution is partition().caution is None
 
 
 # --- batches -------------------------------------------------------------------------------------------------
