@@ -73,6 +73,13 @@ def test_importing_the_package_imports_neither_ray_nor_what_only_some_runs_need(
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_commands_and_sweeps_read_their_settings_before_they_load_what_computes():
+    code = "import sys, fedpeat_ray.__main__, fedpeat_ray.sweep, workloads.large_scale, workloads.train_controller; "
+    code += "print([m for m in ('torch', 'transformers', 'deepspeed') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_nothing_draws_from_a_global_generator():
     for path in MODULES:
         tree = ast.parse(path.read_text(encoding="utf-8"))

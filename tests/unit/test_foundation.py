@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -217,3 +218,13 @@ def test_the_shape_of_a_model_is_what_it_is(gpt2_dir, llama_dir):
     assert set(one.steps) == {"all", "lora", "bias", "blocks"} and set(two.steps) == {"all", "lora", "blocks"}
     assert foundations.max_positions(gpt2) == foundations.max_positions(llama) == 64
     assert one.num_parameters == sum(p.numel() for p in gpt2.parameters()) and two.weight_bytes == 2
+
+
+def test_weights_are_saved_without_a_word_of_other_libraries(gpt2_dir, tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    foundation = prepare(str(gpt2_dir), "float32")
+    layout = weights_layout(load(foundation))
+    capfd.readouterr()
+    foundations.save_weights(tmp_path, foundation, layout, torch.zeros(layout.num_elements))
+    assert "accelerator" not in "".join(capfd.readouterr())
+    assert os.environ["DS_ACCELERATOR"] == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -334,6 +334,7 @@ def test_a_run_directory_is_where_the_person_was_whatever_the_process_does_next(
 def test_the_run_directory_is_told_before_the_first_round(run, tmp_path, capsys):
     run()
     lines = capsys.readouterr().out.splitlines()
+    assert not {"starting hosts", "tuning centrally, for comparison"} & {*lines}, "stages that do nothing"
     assert lines.index(f"run directory: {tmp_path / 'run'}") < min(
         i for i, line in enumerate(lines) if line.split()[:1] == ["round"]
     )
