@@ -422,7 +422,10 @@ class HostsConfig(Settings):
     """Ray to use: auto joins the cluster that runs on this machine, HOST:PORT that one, local starts one; unset:
     $RAY_ADDRESS if it is set, as in a job, otherwise local."""
     num_hosts: PositiveInt | None = None
-    """Host actors; unset: one a GPU of the cluster, or one a core."""
+    """Host actors; unset: one a GPU of the cluster, or one a core, also of nodes that come later."""
+    max_hosts: PositiveInt | None = None
+    """In place of a number: as many as a round has work for, at most so many. What the cluster lacks for them its
+    autoscaler is asked for, and gets back what is not needed."""
     num_threads: PositiveInt = 1
     """CPU threads of a host. Changing it may change the last bits."""
     num_gpus: NonNegative | None = None
@@ -490,6 +493,8 @@ class SimulationConfig(Settings):
             raise ConfigError.of("out", str(self.out), "unset together with resume, which goes on in its own directory")
         if self.accept_changes and self.resume is None:
             raise ConfigError.of("accept_changes", True, "only together with resume")
+        if self.hosts.max_hosts is not None and self.hosts.num_hosts is not None:
+            raise ConfigError.of("hosts.max_hosts", self.hosts.max_hosts, "unset together with hosts.num_hosts")
         if self.hosts.exclusive and self.hosts.backend != "ray":
             raise ConfigError.of("hosts.exclusive", True, "hosts.backend = 'ray'")
 
@@ -582,7 +587,7 @@ COUNTS_ONLY: tuple[tuple[str, Callable[[SimulationConfig, Collection[str]], bool
     (
         "hosts.backend is ray",
         lambda c, _: c.hosts.backend == "ray",
-        ("hosts.address", "hosts.num_hosts", "hosts.num_gpus", "hosts.memory_gib"),
+        ("hosts.address", "hosts.num_hosts", "hosts.max_hosts", "hosts.num_gpus", "hosts.memory_gib"),
     ),
 )
 """When settings count that do not always count: a reason, the same as a function, and the settings or whole parts."""

@@ -207,7 +207,7 @@ def _num_hosts(config: SimulationConfig) -> int:
     """As many as this machine would have."""
     if config.hosts.backend == "serial":
         return 1
-    return config.hosts.num_hosts or torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    return config.hosts.num_hosts or config.hosts.max_hosts or torch.cuda.device_count() or len(os.sched_getaffinity(0))
 
 
 def _client_batch_size(config: SimulationConfig) -> int:

@@ -26,6 +26,9 @@ NON_FINITE = "non_finite"
 DROP_REASONS = (UNAVAILABLE, MEMORY, LINK, DEADLINE, NOT_NEEDED, NON_FINITE)
 
 
+NO_HOST = "no_host"
+"""An event: nothing is done until the cluster has room for a host."""
+
 SERVER = -1
 """Stands for the server where a device id is asked for."""
 

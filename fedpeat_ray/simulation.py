@@ -23,6 +23,7 @@ from fedpeat_ray.data.corpus import Corpus
 from fedpeat_ray.errors import RunDirError, RunFailedError
 from fedpeat_ray.files import file_sha256, written_whole_dir
 from fedpeat_ray.models.shape import memory_model
+from fedpeat_ray.records import NO_HOST
 from fedpeat_ray.runtime import verdict
 from fedpeat_ray.runtime.centralised import tune_centrally
 from fedpeat_ray.runtime.checkpoint import Facts, load_checkpoint, save_checkpoint
@@ -100,9 +101,15 @@ class Simulation:
         if not config.resume:
             RunLog.check_free(directory)
 
+        early: list[tuple[str, dict[str, Any]]] = []  # before there is a log
+
         def on_event(kind: str, **facts: Any) -> None:
-            if log is not None:
+            if log is None:
+                early.append((kind, facts))
+            else:
                 log.event(kind, **facts)
+            if kind == NO_HOST:
+                progress.warn("no host: waiting until the cluster has room for one")
 
         before, has_locks = None, True
         with contextlib.ExitStack() as stack:
@@ -136,6 +143,8 @@ class Simulation:
             if not config.resume:
                 has_locks = stack.enter_context(only_writer(directory))
             log = _open_log(world, directory, num_hosts)
+            for kind, facts in early:
+                log.event(kind, **facts)
             self.directory = log.directory
             progress.say(f"run directory: {log.directory}")
             if not has_locks:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import shlex
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fedpeat_ray import SimulationConfig
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
             config = parsed(SimulationConfig, arguments, description=__doc__, default=defaults(arguments))
             config.validate()
             print(f"{config.algorithm} on {config.foundation.name}: loading PyTorch and transformers", flush=True)
-            pool = hosts_that_start_meanwhile(config, stack)
+            pool = hosts_that_start_meanwhile(config, stack, lambda: where_it_stopped(simulation))
 
             from transformers.utils.logging import disable_progress_bar
 
@@ -62,14 +63,16 @@ def main(arguments: list[str]) -> int:
     return status
 
 
-def hosts_that_start_meanwhile(config: SimulationConfig, stack: contextlib.ExitStack) -> HostPool | None:
+def hosts_that_start_meanwhile(
+    config: SimulationConfig, stack: contextlib.ExitStack, last_words: Callable[[], str]
+) -> HostPool | None:
     """They load what they compute with while this process does; None where hosts come later or not at all: on the
-    serial side, and where shards of the foundation take their GPUs first."""
+    serial side, and where shards of the foundation take their GPUs first. `last_words`: see HostPool."""
     if config.hosts.backend != "ray" or config.foundation.num_shards > 1:
         return None
     from fedpeat_ray.runtime.host_pool import HostPool
 
-    pool = stack.enter_context(HostPool(config.hosts))
+    pool = stack.enter_context(HostPool(config.hosts, last_words))
     print(pool.about, flush=True)
     if not config.hosts.exclusive:
         pool.start(config.hosts)

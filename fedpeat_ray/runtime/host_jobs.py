@@ -82,12 +82,13 @@ class HostJobs:
             self._reports |= zip(range(*job.span), split(reports, self._batch_size), strict=True)
         self._put(job.span, part)
 
-    def lost(self, job: Job) -> None:
+    def lost(self, job: Job, blamed: bool = True) -> None:
         """Its host is lost: batches are done again one by one, which tells one that ends its host from the others."""
+        lost_hosts = job.lost_hosts + blamed
         if job.parts is None:
-            self._train_again(job.span, job.lost_hosts + 1)
+            self._train_again(job.span, lost_hosts)
         else:
-            self._again.appendleft(Job(job.span, (), job.parts, job.lost_hosts + 1))
+            self._again.appendleft(Job(job.span, (), job.parts, lost_hosts))
 
     def parts_lost(self, merging: Job | None = None) -> None:
         """The aggregates that a job was to merge, or without one the total, are gone with the node they lay on."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import os
-import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -21,6 +21,7 @@ from ray._private.utils import read_ray_address
 from fedpeat_ray.config import HostsConfig
 from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.loading import loading
+from fedpeat_ray.runtime.head_watch import HeadWatch, answers
 from fedpeat_ray.runtime.signals import kept_sigterm
 
 _GIB = 2**30
@@ -50,6 +51,10 @@ class Host:
         """Call a method of the work; `held` is what `hold` returned."""
         return getattr(self._work, method)(*arguments)
 
+    def node(self) -> str:
+        """The id of the node it is on."""
+        return ray.get_runtime_context().get_node_id()
+
     def process_id(self) -> int:
         """For tests that kill a host."""
         return os.getpid()
@@ -61,11 +66,13 @@ class Holding:
 
     host: Any
     held: ray.ObjectRef
+    node: str | None
+    """Where it is, by Ray's id; None: not known."""
 
     @classmethod
-    def of(cls, host: Any, *arguments: Any) -> Self:
+    def of(cls, host: Any, node: str | None, *arguments: Any) -> Self:
         """Tell a host to hold something."""
-        return cls(host, host.hold.remote(*arguments))
+        return cls(host, host.hold.remote(*arguments), node)
 
     def start(self, method: str, *arguments: Any) -> list[ray.ObjectRef]:
         """Where the aggregate will be that a method returns, and its facts. If the host could not load what it was
@@ -87,6 +94,32 @@ class Share:
     num_threads: int
 
 
+@dataclass(frozen=True)
+class Room:
+    """For hosts: what each takes, and how many there should be, which follows the cluster."""
+
+    share: Share
+    taken_gpus: float
+    """By others, shards of the foundation for example."""
+    config: HostsConfig
+
+    def num_hosts(self, num_needed: int | None = None) -> int:
+        """As many as the settings say; without a number, as many as the cluster has room for as it is now. Up to
+        `hosts.max_hosts` as many as are needed: nodes for them are the autoscaler's."""
+        if self.config.num_hosts is not None:
+            return self.config.num_hosts
+        most = self.config.max_hosts
+        return max(1, self.slots() if most is None else min(most, self.slots() if num_needed is None else num_needed))
+
+    def slots(self) -> int:
+        """How many the nodes that there are now can have."""
+        nodes, share = _nodes(), self.share
+        if share.num_gpus:
+            gpus = sum(int(node.get("GPU", 0) // share.num_gpus) for node in nodes)
+            return gpus - math.ceil(self.taken_gpus / share.num_gpus)
+        return sum(int(node.get("CPU", 0) // share.num_cpus) for node in nodes)
+
+
 class HostPool:
     """Ray, joined or started, and hosts that wait for a simulation; use as a context manager.
 
@@ -94,54 +127,58 @@ class HostPool:
     the first waits for processes to start.
     """
 
-    def __init__(self, config: HostsConfig):
+    def __init__(self, config: HostsConfig, last_words: Callable[[], str] | None = None):
+        """`last_words`: what is said if the process must end because the head of Ray is lost."""
         self._owns_ray = not ray.is_initialized()
         self._waiting: dict[Share, list[Any]] = {}
         if self._owns_ray:
             start_or_join((config.num_hosts or 1) * config.num_threads, config.address)
+        self._watch = HeadWatch(ray.get_runtime_context().gcs_address, last_words).__enter__()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end_waiting()
+        self.end_waiting()
+        self._watch.__exit__()
         if self._owns_ray:
             ray.shutdown()
 
     @property
     def about(self) -> str:
         """A line about the Ray that hosts are on, and about a cluster that runs here and is not joined."""
-        alive, resources = sum(node["Alive"] for node in ray.nodes()), ray.cluster_resources()
+        alive, resources = len(_nodes()), ray.cluster_resources()
         used = ray.get_runtime_context().gcs_address
         line = f"Ray at {used}: nodes {alive}, CPUs {resources.get('CPU', 0):g}, GPUs {resources.get('GPU', 0):g}"
         other = read_ray_address()  # what `ray start` wrote down here
-        if other is None or other == used or not _answers(other):
+        if other is None or other == used or not answers(other):
             return line
         return f"{line}; not the cluster at {other}, which --hosts.address auto joins"
 
-    def room(self, config: HostsConfig) -> tuple[int, Share]:
-        """How many hosts there will be, and the share of each. Raises ConfigError for GPUs that are not there."""
-        resources = ray.cluster_resources()
-        free_gpus = ray.available_resources().get("GPU", 0.0)  # shards of the foundation have taken theirs
+    def room(self, config: HostsConfig) -> Room:
+        """For the hosts of a configuration. Raises ConfigError for GPUs that are not there and that nobody brings."""
+        total_gpus, free_gpus = (of().get("GPU", 0.0) for of in (ray.cluster_resources, ray.available_resources))
         free_gpus += sum(share.num_gpus * len(hosts) for share, hosts in self._waiting.items())
         num_gpus = float(free_gpus >= 1) if config.num_gpus is None else config.num_gpus
-        if num_gpus > free_gpus:
+        if num_gpus > free_gpus and config.max_hosts is None:
             raise ConfigError.of("hosts.num_gpus", num_gpus, f"at most the {free_gpus:g} GPUs that are free")
-        slots = free_gpus // num_gpus if num_gpus else resources["CPU"] // config.num_threads
-        num_hosts = config.num_hosts or max(1, int(slots))
-        num_cpus = min(config.num_threads, resources["CPU"] / num_hosts)
-        return num_hosts, Share(num_cpus, num_gpus, int((config.memory_gib or 0) * _GIB), config.num_threads)
+        cpus = [node.get("CPU", 0.0) for node in _nodes()]
+        num_cpus = min(config.num_threads, max(cpus) or config.num_threads)
+        if config.num_hosts is not None:
+            num_cpus = min(num_cpus, sum(cpus) / config.num_hosts or num_cpus)
+        share = Share(num_cpus, num_gpus, int((config.memory_gib or 0) * _GIB), config.num_threads)
+        return Room(share, max(0.0, total_gpus - free_gpus), config)
 
     def start(self, config: HostsConfig) -> None:
         """Start the hosts that a simulation with this configuration will take. Does not wait for them."""
-        num_hosts, share = self.room(config)
-        self._waiting.setdefault(share, []).extend(new_host(share) for _ in range(num_hosts))
+        room = self.room(config)
+        self._waiting.setdefault(room.share, []).extend(new_host(room.share) for _ in range(room.num_hosts()))
 
     def take(self, share: Share) -> Any:
         """A host that waits, or a new one; those that wait with other shares would be in its way."""
         if self._waiting.get(share):
             return self._waiting[share].pop()
-        self._end_waiting()
+        self.end_waiting()
         return new_host(share)
 
     def give_back(self, host: Any, share: Share) -> None:
@@ -149,7 +186,8 @@ class HostPool:
         host.let_go.remote()
         self._waiting.setdefault(share, []).append(host)
 
-    def _end_waiting(self) -> None:
+    def end_waiting(self) -> None:
+        """Of all hosts that have nothing to do."""
         for hosts in self._waiting.values():
             for host in hosts:
                 ray.kill(host)
@@ -184,7 +222,7 @@ def start_or_join(num_cpus: int, address: str | None = None) -> None:
     with kept_sigterm():
         if address != LOCAL:
             allowed = "auto, local, or HOST:PORT of a Ray that runs"
-            if address != "auto" and not _answers(address):  # Ray would try for minutes
+            if address != "auto" and not answers(address):  # Ray would try for minutes
                 raise ConfigError.of("hosts.address", address, f"{allowed}; nothing answers there")
             try:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -202,10 +240,14 @@ def start_or_join(num_cpus: int, address: str | None = None) -> None:
         )
 
 
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=5):
-            return True
-    except (OSError, ValueError):
-        return False
+def is_reached(node: str | None) -> bool:
+    """Whether the node of this id is there; one that has just gone is in Ray's list for some more seconds."""
+    known = {each["NodeID"]: each for each in ray.nodes() if each["Alive"]}
+    if node not in known:
+        return node is None
+    return answers(f"{known[node]['NodeManagerAddress']}:{known[node]['NodeManagerPort']}")
+
+
+def _nodes() -> list[dict[str, float]]:
+    """What each node that is there has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

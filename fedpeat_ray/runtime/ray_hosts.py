@@ -3,16 +3,20 @@
 Each host (host_work) holds the backbone once (a private memory map), trains one client batch at a time with a
 fixed number of threads, and returns a partial aggregate. Idle hosts take the next batches, so a slow
 one holds up nobody. Partial aggregates are merged in an order that does not depend on who did what; large
-ones stay in the object store and hosts merge them, so that the main process receives one. A host that is lost
-is replaced and its batches rerun, once.
+ones stay in the object store and hosts merge them, so that the main process receives one.
+
+Hosts follow the cluster: there are more once nodes have come, and the run goes on with those that are left when nodes
+have gone. Batches of a lost host are rerun; one that ends two hosts raises, unless these went with their nodes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,9 +28,9 @@ from fedpeat_ray.config import HostsConfig
 from fedpeat_ray.errors import HostLostError
 from fedpeat_ray.fleet.population import Fleet
 from fedpeat_ray.models.foundation import Foundation
-from fedpeat_ray.records import Assignment, ClientTask
+from fedpeat_ray.records import NO_HOST, Assignment, ClientTask
 from fedpeat_ray.runtime.host_jobs import MOST_BATCHES, Away, HostJobs, Job
-from fedpeat_ray.runtime.host_pool import Holding, HostPool, new_host
+from fedpeat_ray.runtime.host_pool import Holding, HostPool, is_reached, new_host
 from fedpeat_ray.runtime.host_work import Facts
 from fedpeat_ray.runtime.node_files import Sent, files_of, send, travel_by_value
 from fedpeat_ray.runtime.trace import Trace
@@ -35,6 +39,11 @@ from fedpeat_ray.training.map_clients import Call, MapClients
 _LARGE_BYTES = 2**20  # a sum beyond this stays where it is
 _TOLERANCE = 1.1  # of a device's cap: the memory model is held to 10 %
 _HOST_LOST = (RayActorError, OutOfMemoryError, NodeDiedError)
+_LOOK_EVERY_S = 2.0  # at the cluster
+_LATECOMERS_S = 60.0  # that the first host waits for others at the beginning
+_SAY_SO_S = 30.0  # without a host
+_FAILED_STARTS = 3  # one after another, of which the last is an error
+_CALLS = 8  # more than a round has: hosts that none of them had work for are not needed
 
 
 class RayHosts(MapClients):
@@ -60,20 +69,30 @@ class RayHosts(MapClients):
         self._on_event, self._trace = on_event, trace or Trace()
         self._foundation, self._driver, self._num_threads = foundation, driver, config.num_threads
         self._weights: dict[Path, Sent] = {}
+        self._files: Collection[Path] = ()
         self._sent: dict[Path, Sent] = {}
         self._hosts: list[Holding] = []
+        self._idle: deque[Holding] = deque()
+        self._with_one_job: deque[Holding] = deque()
+        self._starting: dict[ray.ObjectRef, Any] = {}
+        self._num_failed, self._look_s, self._without_s = 0, 0.0, time.monotonic()
+        self._needed: deque[int] = deque(maxlen=_CALLS)
+        self._lanes: dict[Holding, str] = {}
         self._owns_pool, self._pool = pool is None, pool or HostPool(config)
         try:
-            self.num_hosts, self._share = self._pool.room(config)
-            self._hosts.extend(self._new_host() for _ in range(self.num_hosts))
+            self._room = self._pool.room(config)
+            self._follow()
         except BaseException:
             self._end()
             raise
-        self._idle, self._with_one_job = deque(self._hosts), deque()
 
     def __enter__(self) -> Self:
         try:
-            ray.get([host.held for host in self._hosts])  # a host that cannot start says so here
+            num_expected, until_s = self._room.num_hosts(), math.inf
+            while not self._hosts or (len(self._hosts) < num_expected and time.monotonic() < until_s):
+                self._next(())
+                until_s = min(until_s, time.monotonic() + _LATECOMERS_S) if self._hosts else until_s
+            ray.get([host.held for host in self._hosts])  # a host that cannot load says so here
         except BaseException:
             self._end()
             raise
@@ -82,15 +101,20 @@ class RayHosts(MapClients):
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is None:
             while self._hosts:
-                self._pool.give_back(self._hosts.pop().host, self._share)
+                self._pool.give_back(self._hosts.pop().host, self._room.share)
         self._end()
 
     def _end(self) -> None:
         """The hosts that may still be at work, and what they came from if nobody else takes from it."""
-        for host in self._hosts:
-            ray.kill(host.host)
+        for host in [host.host for host in self._hosts] + [*self._starting.values()]:
+            ray.kill(host)
         if self._owns_pool:
             self._pool.__exit__()
+
+    @property
+    def num_hosts(self) -> int:
+        """That there are, or may be."""
+        return self._room.config.max_hosts or len(self._hosts)
 
     def process_ids(self) -> list[int]:
         """The hosts' processes."""
@@ -100,10 +124,12 @@ class RayHosts(MapClients):
         """See MapClients. Raises HostLostError for a batch that two hosts did not survive."""
         if not call.tasks:
             return call.aggregator, []
-        self._sent = send(files_of(call.train), self._weights | self._sent)
+        self._files = files_of(call.train)
+        self._sent = send(self._files, self._weights | self._sent)
+        self._needed.append(math.ceil(len(call.tasks) / call.batch_size))
         travel_by_value(own.modules())
-        work = (ray.put(dataclasses.replace(call, tasks=())), self._sent)
-        jobs = HostJobs(call.tasks, call.batch_size, self.num_hosts, self._most_batches)
+        work = ray.put(dataclasses.replace(call, tasks=()))
+        jobs = HostJobs(call.tasks, call.batch_size, len(self._hosts), self._most_batches)
         running: dict[ray.ObjectRef, tuple[Holding, Job, ray.ObjectRef]] = {}
         try:
             while True:
@@ -113,9 +139,9 @@ class RayHosts(MapClients):
                         break
                     part, facts = self._start(host, job, work)
                     running[facts] = (host, job, part)
-                if running:
-                    (done,), _ = ray.wait(list(running), fetch_local=False)
-                    self._take_in(jobs, running, running[done][0])
+                if running or job:
+                    if (done := self._next(running)) is not None:
+                        self._take_in(jobs, running, running[done][0])
                     continue
                 with contextlib.suppress(ObjectLostError):
                     return ray.get(jobs.total.ref) if isinstance(jobs.total, Away) else jobs.total, jobs.reports
@@ -123,6 +149,15 @@ class RayHosts(MapClients):
         finally:  # after an error in the training code the pool can still be used
             for host, *_ in running.values():
                 self._give_back(host)
+
+    def _next(self, running: Collection[ray.ObjectRef]) -> ray.ObjectRef | None:
+        """A job that is done. None: a host came instead, or nothing happened for some seconds."""
+        self._follow()
+        done, _ = ray.wait([*running, *self._starting], fetch_local=False, timeout=_LOOK_EVERY_S)
+        for ref in done:
+            if ref in self._starting:
+                self._welcome(ref)
+        return next((ref for ref in done if ref in running), None)
 
     def _take_in(self, jobs: HostJobs, running: dict[ray.ObjectRef, tuple[Holding, Job, Any]], host: Holding) -> None:
         """What came of the first of a host's jobs. Large aggregates stay where they are."""
@@ -136,8 +171,7 @@ class RayHosts(MapClients):
             for never_begun in waiting:
                 jobs.give_back(running.pop(never_begun)[1])
             self._discard(host)
-            self._lost(job, error)
-            jobs.lost(job)
+            jobs.lost(job, blamed=self._is_blamed(job, host, error))
         except ObjectLostError:  # the aggregates to be merged went with the node they lay on
             del running[first]
             self._give_back(host)
@@ -150,7 +184,7 @@ class RayHosts(MapClients):
 
     def _note(self, host: Holding, job: Job, facts: Facts) -> None:
         """For the timeline."""
-        lane = f"host {self._hosts.index(host)}" if host in self._hosts else "devices of their own"
+        lane = self._lanes.get(host, "devices of their own")
         self._trace.add(lane, facts.what, facts.started_s, facts.stopped_s, batches=job.span[1] - job.span[0])
 
     def _take(self, job: Job, num_running: int) -> Holding | None:
@@ -161,10 +195,10 @@ class RayHosts(MapClients):
             return self._idle.popleft()
         return self._with_one_job.popleft() if self._with_one_job and job.is_long else None
 
-    def _start(self, host: Holding, job: Job, work: tuple[Any, ...]) -> list[ray.ObjectRef]:
+    def _start(self, host: Holding, job: Job, work: ray.ObjectRef) -> list[ray.ObjectRef]:
         """Where the aggregate will be, and its facts."""
         if job.parts is None:
-            return host.start("run", job.tasks, *work)
+            return host.start("run", job.tasks, work, self._sent)
         return host.start("merge", *(part.ref if isinstance(part, Away) else part for part in job.parts))
 
     def _give_back(self, host: Holding) -> None:
@@ -176,29 +210,72 @@ class RayHosts(MapClients):
             self._with_one_job.append(host)
 
     def _discard(self, lost: Holding) -> None:
-        """A new host in place of a lost one."""
+        """It is not there any more, or does not answer."""
         if lost in self._with_one_job:
             self._with_one_job.remove(lost)
-        new = self._new_host()
-        self._hosts[self._hosts.index(lost)] = new
-        self._idle.append(new)
+        self._hosts.remove(lost)
+        ray.kill(lost.host)
+        self._look_s = 0.0
 
-    def _new_host(self) -> Holding:
-        return Holding.of(self._pool.take(self._share), *self._arguments(self._driver))
+    def _follow(self) -> None:
+        """Start hosts, or end some, until there are as many as there should be; looks every few seconds."""
+        now_s = time.monotonic()
+        if self._hosts:
+            self._without_s = now_s
+        if now_s < self._look_s:
+            return
+        self._look_s = now_s + _LOOK_EVERY_S
+        missing = self._room.num_hosts(max(self._needed, default=None)) - len(self._hosts) - len(self._starting)
+        for _ in range(missing):
+            host = self._pool.take(self._room.share)
+            self._starting[host.node.remote()] = host
+        for ref in [*self._starting][: max(0, -missing)]:  # they have no place
+            ray.kill(self._starting.pop(ref))
+            missing += 1
+        if self._room.config.max_hosts is not None:
+            for host in [*self._idle][: max(0, -missing)]:
+                self._idle.remove(host)
+                self._hosts.remove(host)
+                ray.kill(host.host)
+                self._on_event("host_left", node=host.node, num_hosts=len(self._hosts))
+        if now_s - self._without_s > _SAY_SO_S:
+            self._without_s = math.inf
+            self._on_event(NO_HOST)
+
+    def _welcome(self, ref: ray.ObjectRef) -> None:
+        """A process that was started is there."""
+        process = self._starting.pop(ref)
+        try:
+            node = ray.get(ref)
+        except _HOST_LOST:
+            self._num_failed, self._look_s = self._num_failed + 1, 0.0
+            if self._num_failed == _FAILED_STARTS:
+                raise
+            return
+        host = Holding.of(process, node, *self._arguments(self._driver))
+        self._sent = send(self._files, self._weights | self._sent)  # its node may be one that lacks them
+        self._num_failed = 0
+        self._lanes[host] = f"host {len(self._lanes)}"
+        self._hosts.append(host)
+        self._idle.append(host)
+        self._on_event("host_joined", node=node, num_hosts=len(self._hosts))
 
     def _arguments(self, driver: Foundation | None) -> tuple[Any, ...]:
         """Of a new host, which may lie on a node that was not there before."""
         self._weights = send([each.weights for each in (self._foundation, driver) if each], self._weights)
         return self._foundation, driver, self._weights, self._num_threads
 
-    def _lost(self, job: Job, error: RayError) -> None:
-        """A lost host is not a dropped device: its job is done again, once."""
+    def _is_blamed(self, job: Job, host: Holding, error: RayError) -> bool:
+        """Whether the job may be what ended its host. A lost host is not a dropped device: the job is done again, but
+        raises HostLostError if that was so before."""
         device_ids = [getattr(task, "device_id", None) for task in job.tasks]
-        reason = str(error).splitlines()[0]
-        self._on_event("host_lost", batch=job.span[0], device_ids=device_ids, error=reason)
-        if job.lost_hosts:
+        reason, with_node = str(error).splitlines()[0], not is_reached(host.node)
+        facts = {"with_node": with_node, "num_hosts": len(self._hosts)}
+        self._on_event("host_lost", batch=job.span[0], device_ids=device_ids, error=reason, **facts)
+        if job.lost_hosts and not with_node:
             message = f"batch {job.span[0]} ended two hosts; its devices are {device_ids}: {reason}"
             raise HostLostError(message) from error
+        return not with_node
 
 
 class ExclusiveHosts(RayHosts):
@@ -224,7 +301,8 @@ class ExclusiveHosts(RayHosts):
         pool: HostPool | None = None,
     ):
         """`weights_bytes(level)`: what the memory model counts for the weights of the model on a device."""
-        super().__init__(dataclasses.replace(config, num_hosts=1), foundation, on_event, driver, trace, pool)
+        config = dataclasses.replace(config, num_hosts=1, max_hosts=None)
+        super().__init__(config, foundation, on_event, driver, trace, pool)
         self._fleet, self._weights_bytes = fleet, weights_bytes
         self._has_gpus = bool(ray.cluster_resources().get("GPU"))
         self._num_slots = max(1, int(ray.cluster_resources()["CPU"]))
@@ -244,14 +322,14 @@ class ExclusiveHosts(RayHosts):
         num_gpus = tier.gpu_fraction if self._has_gpus else 0
         cap = int(_TOLERANCE * self._fleet.memory_cap_bytes[task.device_id])
         arguments = self._arguments(driver=None)  # a device has no part in the driver's work
-        process = new_host(dataclasses.replace(self._share, num_cpus=0, num_gpus=num_gpus))
-        host = Holding.of(process, *arguments, cap - self._weights_bytes(task.level))
+        process = new_host(dataclasses.replace(self._room.share, num_cpus=0, num_gpus=num_gpus))
+        host = Holding.of(process, None, *arguments, cap - self._weights_bytes(task.level))
         self._devices.add(host)
         return host
 
-    def _start(self, host: Holding, job: Job, work: tuple[Any, ...]) -> list[ray.ObjectRef]:
+    def _start(self, host: Holding, job: Job, work: ray.ObjectRef) -> list[ray.ObjectRef]:
         if host in self._devices:
-            return host.start("run_capped", job.tasks, *work)
+            return host.start("run_capped", job.tasks, work, self._sent)
         return super()._start(host, job, work)
 
     def _give_back(self, host: Holding) -> None:

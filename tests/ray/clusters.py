@@ -27,9 +27,12 @@ def environment_with_token(folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def head(environment: dict[str, str], folder: Path, *arguments: str) -> Iterator[tuple[str, str]]:
+def head(
+    environment: dict[str, str], folder: Path, *arguments: str, port: int | None = None
+) -> Iterator[tuple[str, str]]:
     """The first node, with its files in a folder of a short name; gives the addresses of Ray and of the dashboard."""
     gcs, dashboard, client = free_ports(3)
+    gcs = port or gcs
     command = [
         *(RAY, "start", "--head", f"--temp-dir={folder}", "--dashboard-host=127.0.0.1", f"--port={gcs}"),
         *(f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", *arguments),
@@ -39,13 +42,13 @@ def head(environment: dict[str, str], folder: Path, *arguments: str) -> Iterator
 
 
 @contextlib.contextmanager
-def node(environment: dict[str, str], address: str, folder: Path, hidden: Path, *arguments: str) -> Iterator[int]:
+def node(
+    environment: dict[str, str], address: str, folder: Path, *arguments: str, hidden: Path | None = None
+) -> Iterator[int]:
     """One more node, for which the hidden folder is an empty one of its own; gives its process id."""
     mount = f'mount -t tmpfs tmpfs "{hidden}" && exec "$@"'
-    command = [
-        *("unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh"),
-        *(RAY, "start", f"--address={address}", *arguments),
-    ]
+    alone = ("unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh") if hidden else ()
+    command = [*alone, RAY, "start", f"--address={address}", *arguments]
     with _node(command, environment, folder) as process_id:
         yield process_id
 

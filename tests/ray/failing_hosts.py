@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from patience import OutOfPatience
 from torch import Tensor
 
@@ -33,6 +34,45 @@ class KillsItsHost(TrainClientBatch):
             if self.once:
                 self.once.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        return updates
+
+
+@dataclass(frozen=True)
+class EndsItsNode(TrainClientBatch):
+    """Ends the node it is on, as a failure of power would, in the first batch with one of these devices."""
+
+    devices: tuple[int, ...]
+    head: bool
+    """Whether the head, GCS and all, or another node."""
+
+    def __call__(self, backbone: Backbone, start_P: Tensor, tasks: Sequence[ClientTask]) -> list[ClientUpdate]:
+        updates = super().__call__(backbone, start_P, tasks)
+        start = psutil.Process().parent().parent()  # ray start, above the raylet
+        names = {process.name() for process in start.children()}
+        if any(_has(tasks, device_id) for device_id in self.devices) and ("gcs_server" in names) == self.head:
+            for process in [*start.children(recursive=True), start]:
+                if process.pid != os.getpid():
+                    process.kill()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return updates
+
+
+@dataclass(frozen=True)
+class OneAfterAnother(TrainClientBatch):
+    """Holds the batch of each device until that of the next is done: as many hosts are needed, at one time."""
+
+    devices: tuple[int, ...]
+    pipes: tuple[Path, ...]
+    """One fewer."""
+
+    def __call__(self, backbone: Backbone, start_P: Tensor, tasks: Sequence[ClientTask]) -> list[ClientUpdate]:
+        updates = super().__call__(backbone, start_P, tasks)
+        for number, device_id in enumerate(self.devices):
+            if _has(tasks, device_id):
+                if number < len(self.pipes):
+                    self.pipes[number].read_bytes()  # each side of a pipe waits for the other
+                if number > 0:
+                    self.pipes[number - 1].write_bytes(b"done")
         return updates
 
 

@@ -87,7 +87,8 @@ def test_a_job_that_waited_at_a_lost_host_is_not_among_what_ended_it(pool, tiny_
     foundation = prepare(parse(tiny_arguments()).foundation.name, "float32")
 
     def on_event(kind: str, **facts: Any) -> None:
-        lost.append(facts["batch"])
+        if kind == "host_lost":
+            lost.append(facts["batch"])
 
     with RayHosts(HostsConfig(num_hosts=1), foundation, on_event, pool=pool) as hosts:
         once = failing_hosts.EndsItsHost(number=3, once=tmp_path / "ended")

@@ -56,7 +56,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         # shards take memory, and only the second node says that it has some
         with (
             head(environment, folder, "--num-cpus=1", "--memory=1", "--include-dashboard=false") as (address, _),
-            node(environment, address, folder, hidden, "--num-cpus=1", f"--memory={2**30}") as second,
+            node(environment, address, folder, "--num-cpus=1", f"--memory={2**30}", hidden=hidden) as second,
         ):
             yield Cluster(environment, address, second)
 
