@@ -1,12 +1,14 @@
-"""Many simulations, one after another: hosts go from one to the next, and what is finished is not repeated."""
+"""Many simulations, one after another on the same hosts or side by side; what is finished is not repeated."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
+import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,8 +20,8 @@ class Sweep:
     """Runs simulations, each in a directory of its own below `out`; use as a context manager.
 
     with Sweep(Path("runs/ranks"), HostsConfig()) as sweep:
-        for rank in (2, 8, 32):
-            summary, directory = sweep.run(f"rank {rank}", dataclasses.replace(config, lora=LoraConfig(rank)))
+        found = sweep.run_all({f"rank {rank}": replace(config, lora=LoraConfig(rank)) for rank in (2, 8, 32)})
+        for name, (summary, directory) in found.items(): ...
     """
 
     def __init__(self, out: Path, hosts: HostsConfig):
@@ -47,18 +49,106 @@ class Sweep:
 
         The hosts are the sweep's: `config.hosts` is not looked at, nor `config.out` and `config.resume`.
         """
+        config, summary = self._begun(name, config)
+        if summary is None:
+            print(f"run {name}")
+            from fedpeat_ray import Simulation  # with PyTorch: not before settings are read
+
+            summary = Simulation(config).run(self.pool)
+        return summary, self.out / name
+
+    def run_all(self, configs: Mapping[str, SimulationConfig]) -> dict[str, tuple[dict[str, Any], Path]]:
+        """The same for many by name, as many side by side as there is room for, which changes nothing but the time it
+        takes. When some fail, the others are run nevertheless; then raises FedPeatError with a line of each.
+
+        Each has its share of the hosts, and a process of its own on this node, which writes its run directory.
+        """
+        from fedpeat_ray import Simulation
+
+        begun = {name: self._begun(name, config) for name, config in configs.items()}
+        left = {name: config for name, (config, summary) in begun.items() if summary is None}
+        for config in left.values():
+            Simulation(config)  # what cannot be used is refused before anything is run
+        summaries = {name: summary for name, (_, summary) in begun.items() if summary is not None}
+        failed, started_s = [], time.monotonic()
+        for name, result in self._results(left):
+            if isinstance(result, str):
+                failed.append(f"{name}: {result}")
+            else:
+                summaries[name] = result
+            done = f"{len(summaries) + len(failed)}/{len(configs)}"
+            came_to = result if isinstance(result, str) else f"perplexity {result['perplexity']['tuned']:.2f}"
+            print(f"{done} {name}: {came_to}; {time.monotonic() - started_s:.0f} s", flush=True)
+        if failed:
+            raise FedPeatError(f"{len(failed)} of {len(configs)} runs failed: {'; '.join(failed)}")
+        return {name: (summaries[name], self.out / name) for name in configs}
+
+    def _begun(self, name: str, config: SimulationConfig) -> tuple[SimulationConfig, dict[str, Any] | None]:
+        """What a run begins or goes on with, and its summary if it is finished."""
         directory = self.out / name
         config = dataclasses.replace(config, hosts=self._hosts, out=None, resume=None)
-        if (directory / "config.json").exists():
-            config = dataclasses.replace(config, resume=directory)
-            if summary := _finished(config):
-                return summary, directory
-        else:
-            config = dataclasses.replace(config, out=directory)
-        print(f"run {name}")
-        from fedpeat_ray import Simulation  # with PyTorch: not before settings are read
+        if not (directory / "config.json").exists():
+            return dataclasses.replace(config, out=directory), None
+        config = dataclasses.replace(config, resume=directory)
+        return config, _finished(config)
 
-        return Simulation(config).run(self.pool), directory
+    def _results(self, left: Mapping[str, SimulationConfig]) -> Iterator[tuple[str, dict[str, Any] | str]]:
+        """What comes of runs, as they end: a summary, or why there is none."""
+        if self.pool is None or len(left) < 2:
+            yield from ((name, _result(config, self.pool)) for name, config in left.items())
+            return
+        import ray
+        from ray.exceptions import RayError
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self.pool.end_waiting()
+        room = self.pool.room(self._hosts)
+        num_hosts, each = room.num_hosts(len(left)), self._hosts
+        num_runs = min(len(left), num_hosts)
+        in_one_process = num_runs == num_hosts and not room.share.num_gpus and sum(n["Alive"] for n in ray.nodes()) == 1
+        if in_one_process:
+            each = dataclasses.replace(each, backend="serial", num_hosts=None, max_hosts=None)
+        elif self._hosts.max_hosts is None:
+            each = dataclasses.replace(each, num_hosts=num_hosts // num_runs)
+        else:
+            each = dataclasses.replace(each, max_hosts=self._hosts.max_hosts // num_runs)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        process = ray.remote(_beside_others).options(
+            num_cpus=room.share.num_cpus if in_one_process else 0, max_retries=0, scheduling_strategy=here
+        )
+        waiting, running = list(left), {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < num_runs:
+                    config = dataclasses.replace(left[waiting[0]], hosts=each)
+                    running[process.remote(config, Path.cwd())] = waiting.pop(0)
+                (done,), _ = ray.wait(list(running))
+                name = running.pop(done)
+                try:
+                    result = ray.get(done)
+                except RayError as error:
+                    result = str(error).splitlines()[0]
+                yield name, result
+        finally:
+            for ref in running:
+                ray.cancel(ref, force=True)
+
+
+def _result(config: SimulationConfig, pool: Any = None) -> dict[str, Any] | str:
+    """The summary of a run, or why there is none."""
+    from fedpeat_ray import Simulation
+
+    try:
+        return Simulation(config).run(pool)
+    except FedPeatError as error:
+        return str(error)
+
+
+def _beside_others(config: SimulationConfig, folder: Path) -> dict[str, Any] | str:
+    """The same in a process of Ray's; paths of the configuration are seen from this folder."""
+    os.environ["OMP_NUM_THREADS"] = str(config.hosts.num_threads)  # read when PyTorch is loaded
+    os.chdir(folder)
+    return _result(config)
 
 
 def _finished(config: SimulationConfig) -> dict[str, Any] | None:

@@ -77,13 +77,15 @@ def main(settings: Settings) -> int:
     """Run everything and write the results; returns the exit status."""
 
     def compare(sweep: Sweep) -> str:
+        runs = {(name, seed): c for seed in settings.seeds for name, c in configurations(settings, seed).items()}
+        files = {(name, seed): f"{name.replace(',', '').replace(' ', '-')}-seed{seed}" for name, seed in runs}
+        found = sweep.run_all({files[run]: config for run, config in runs.items()})
         frames, finals = [], []
-        for seed in settings.seeds:
-            for name, config in configurations(settings, seed).items():
-                summary, directory = sweep.run(f"{name.replace(',', '').replace(' ', '-')}-seed{seed}", config)
-                frame, final = measured(directory, summary)
-                frames.append(frame.assign(name=name, seed=seed))
-                finals.append(final | {"name": name, "seed": seed})
+        for name, seed in runs:
+            summary, directory = found[files[name, seed]]
+            frame, final = measured(directory, summary)
+            frames.append(frame.assign(name=name, seed=seed))
+            finals.append(final | {"name": name, "seed": seed})
         rounds, runs = pd.concat(frames), pd.DataFrame(finals)
         rounds.to_csv(sweep.out / "comparison.csv", index=False)
         draw(rounds, runs, sweep.out / "comparison.png")

@@ -170,11 +170,11 @@ def main_table(settings: Settings, sweep: Sweep, judge: Judge) -> str:
     """The table of the paper, mean and range over seeds, and the sweep of alpha."""
     rows: dict[str, list[float]] = {}
     sweeps, costs = [], {}
+    names = ("fed-peft small", "fed-pt", "fed-peft large")
+    files = {(name, seed): f"{name.replace(' ', '-')}-seed{seed}" for seed in settings.seeds for name in names}
+    found = sweep.run_all({file: configuration(settings, name, seed) for (name, seed), file in files.items()})
     for seed in settings.seeds:
-        runs = {
-            name: sweep.run(f"{name.replace(' ', '-')}-seed{seed}", configuration(settings, name, seed))
-            for name in ("fed-peft small", "fed-pt", "fed-peft large")
-        }
+        runs = {name: found[files[name, seed]] for name in names}
         perplexity = {name: summary["perplexity"] for name, (summary, _) in runs.items()}
         alone, by_alpha = judge(judge.adapter(runs["fed-peft small"][1]))
         sweeps.append(by_alpha)
@@ -216,15 +216,16 @@ def heterogeneity(settings: Settings, sweep: Sweep) -> str:
         "| partition | small, FedPEFT | steered, not distilled | FedPT |",
         "|---|---|---|---|",
     ]
+    configs = {}
     for name, partition in PARTITIONS.items():
-        data = DataConfig(partition=partition)
-        row = []
         for steps in (0, settings.distillation_steps):
-            config = dataclasses.replace(configuration(settings, "fed-pt", seed, data), rounds=rounds)
-            config = dataclasses.replace(config, proxy=dataclasses.replace(config.proxy, steps=steps))
-            summary, _ = sweep.run(f"fed-pt-{name.replace(' ', '-')}-{steps}-seed{seed}", config)
-            row.append(summary["perplexity"])
-        plain, distilled = row
+            config = configuration(settings, "fed-pt", seed, DataConfig(partition=partition))
+            proxy = dataclasses.replace(config.proxy, steps=steps)
+            configs[f"fed-pt-{name.replace(' ', '-')}-{steps}-seed{seed}"] = dataclasses.replace(
+                config, rounds=rounds, proxy=proxy
+            )
+    found = [summary["perplexity"] for summary, _ in sweep.run_all(configs).values()]
+    for name, plain, distilled in zip(PARTITIONS, found[::2], found[1::2], strict=True):
         lines.append(
             f"| {name} | {plain['small_tuned']:.2f} | {plain['proxy_tuned']:.2f} | {distilled['proxy_tuned']:.2f} |"
         )

@@ -78,10 +78,11 @@ def main(settings: Settings) -> int:
     """Run, fit, write and draw; returns the exit status."""
 
     def study(sweep: Sweep) -> str:
-        runs = {}
-        for name, config in configurations(settings).items():
-            summary, directory = sweep.run(name, config)
-            runs[name] = steps_of(directory, summary["perplexity"]["zero_shot"])
+        found = sweep.run_all(configurations(settings))
+        runs = {
+            name: steps_of(directory, summary["perplexity"]["zero_shot"])
+            for name, (summary, directory) in found.items()
+        }
         seen = {name: run for name, run in runs.items() if not name.startswith("unseen")}
         unseen = {name: run for name, run in runs.items() if name.startswith("unseen")}
         response = fitted(list(seen.values()), num_levels=len(SHARES))

@@ -9,7 +9,7 @@ import pytest
 from whole_runs import assert_same_bits, changed, tiny
 
 from fedpeat_ray.config import HostsConfig
-from fedpeat_ray.errors import ConfigError
+from fedpeat_ray.errors import ConfigError, FedPeatError
 from fedpeat_ray.runtime import run_log
 from fedpeat_ray.runtime.run_log import RunLog, read_settings
 from fedpeat_ray.sweep import Sweep, report
@@ -86,3 +86,16 @@ def test_a_study_that_is_interrupted_says_where_it_left_things(tmp_path, capsys)
 
     assert report(Sweep(tmp_path, SERIAL), "study.md", stopped) == 130
     assert capsys.readouterr().err == f"\ninterrupted: what was finished is in {tmp_path}\n"
+
+
+def test_many_runs_end_as_they_would_alone_and_those_that_fail_are_named_when_the_others_are_done(config, tmp_path):
+    never = changed(config, seed=3, deadline_s=1e-9)
+    with Sweep(tmp_path, SERIAL) as sweep:
+        found = sweep.run_all({"one": config, "other": changed(config, seed=1)})
+        assert found["one"] == sweep.run("one", config) and [*found] == ["one", "other"]
+        with pytest.raises(FedPeatError, match=r"1 of 3 runs failed: late: no update was used in any of 2 rounds"):
+            sweep.run_all({"one": config, "late": never, "third": changed(config, seed=2)})
+        assert (tmp_path / "third" / "summary.json").exists()
+        with pytest.raises(ConfigError, match="cohort_size = 5000 is not allowed"):
+            sweep.run_all({"fourth": changed(config, seed=4), "fifth": changed(config, cohort_size=5000)})
+        assert not (tmp_path / "fourth").exists(), "what is refused is refused first"

@@ -1,0 +1,60 @@
+"""Settings times seeds, side by side: what is killed in the middle ends as if it had not been."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from processes import forked
+from whole_runs import assert_same_bits
+
+from workloads.sweep import main
+
+
+def killed_after(number: int, arguments: list[str]) -> int:
+    """The sweep, by a process that dies when so many runs are finished."""
+    say = builtins.print
+
+    def say_and_die(*words: object, **how: object) -> None:
+        say(*words, **how)  # type: ignore[call-overload]
+        if str(words[0] if words else "").startswith(f"{number}/"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    builtins.print = say_and_die
+    return main(arguments)
+
+
+def test_a_sweep_killed_in_the_middle_and_resumed_ends_with_the_table_of_an_undisturbed_one(
+    tiny_arguments: Callable[..., list[str]], tmp_path: Path, capsys, small_images
+):
+    def sweep(name: str, *hosts: object) -> list[str]:
+        vary = ("--vary", "algorithm=fed-peft,fed-avg", "--seeds", 0, 1, 2)
+        return tiny_arguments("--out", tmp_path / name, "--rounds", 2, "--local.learning-rate", 1e-3, *vary, *hosts)
+
+    assert main(sweep("undisturbed")) == 0
+    said = tmp_path / "said"
+    on_ray = sweep("killed", "--hosts.backend", "ray", "--hosts.num-hosts", 2)
+    assert forked(said, said, killed_after, 2, on_ray) == -signal.SIGKILL, said.read_text()
+    killed = tmp_path / "killed"
+    finished = [path.parent for path in killed.glob("*/summary.json")]
+    assert 2 <= len(finished) < 6 and not (killed / "table.md").exists()
+    before = {path: (path / "summary.json").stat().st_mtime_ns for path in finished}
+    assert forked(said, said, main, on_ray) == 0, said.read_text()
+    assert {path: (path / "summary.json").stat().st_mtime_ns for path in finished} == before, "nothing is repeated"
+    for run in (tmp_path / "undisturbed").glob("*/"):
+        assert_same_bits(run, killed / run.name)
+    assert (killed / "table.md").read_text() == (tmp_path / "undisturbed" / "table.md").read_text()
+    assert (killed / "comparison.html").exists() and "| fed-peft (3 seeds) | fed-avg (3 seeds) |" in (killed / "table.md").read_text()
+
+
+def test_a_setting_that_there_is_not_is_refused_with_one_line(tmp_path, capsys):
+    for vary, line in (
+        ("lora.rnk=1,2", "error: there is no --lora.rnk: did you mean --lora.rank?"),
+        ("lora.rank=1,", "error: vary = 'lora.rank=1,' is not allowed: SETTING=VALUE,VALUE…"),
+    ):
+        assert main(["--vary", vary, "--out", str(tmp_path / "out")]) == 2
+        assert capsys.readouterr().err == line + "\n"
+    assert not (tmp_path / "out").exists()
