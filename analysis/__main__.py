@@ -39,10 +39,11 @@ def report(
     print(write_report(directories, out, each, labels))
 
 
-def main() -> int:
-    """Run the command line; one line and exit status 2 for what holds no run or cannot be compared."""
+def main(arguments: list[str] | None = None, called: str = "python -m analysis") -> int:
+    """Run the command line, by default that of this process; one line and exit status 2 for what holds no run or
+    cannot be compared."""
     try:
-        app.cli(prog="python -m analysis", description="Look at the run directories of fedpeat_ray.")
+        app.cli(args=arguments, prog=called, description="Look at the run directories of fedpeat_ray.")
     except (NotARunError, ComparisonError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

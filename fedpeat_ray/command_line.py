@@ -39,11 +39,10 @@ _NEAR = 0.7  # of difflib's ratio: one slip of the keyboard, not another word
 
 
 def parsed(kind: Any, arguments: Sequence[str], **options: Any) -> Any:
-    """What tyro makes of a command line: a configuration, or of functions by name what the chosen one gives. A reader
-    of the help may have seen enough (`--help | head`)."""
-    cli = tyro.extras.subcommand_cli_from_dict if isinstance(kind, dict) else tyro.cli
+    """What tyro makes of a command line: a configuration, or what a function gives. A reader of the help may have seen
+    enough (`--help | head`)."""
     try:
-        return cli(kind, args=arguments, **options)
+        return tyro.cli(kind, args=arguments, **options)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere at exit
         raise SystemExit(0) from None

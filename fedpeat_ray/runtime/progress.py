@@ -10,8 +10,9 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -22,6 +23,9 @@ from rich.text import Text
 
 from fedpeat_ray.fleet.fits import Fits
 from fedpeat_ray.runtime.trace import Trace
+
+if TYPE_CHECKING:
+    from fedpeat_ray.runtime.run_state import RunState
 
 NO_VALUE = "-"  # ASCII: a log may have any encoding
 IN_WORDS = {"plug_in": "plug-in", "proxy_tuned": "steered"}  # names of perplexities that say how `tuned` came about
@@ -112,7 +116,8 @@ class Progress:
             self._print(_in_columns(_HEAD))
         self._print(_in_columns(figures))
         if self._live:
-            self._live.update(self._task, description="training", completed=row["round"], eta=eta and f"{eta} left")
+            total, eta = self.num_rounds, eta and f"{eta} left"
+            self._live.update(self._task, description="training", completed=row["round"], total=total, eta=eta)
 
     def show(self, table: Table) -> None:
         """Something to be read above the rounds."""
@@ -233,6 +238,28 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     add("sent by devices", human_bytes(summary["upload_bytes"]))
     add("energy of devices", human_joules(summary["energy_j"]))
     add("wall time", human_seconds(summary["wall_s"]))
+    return table
+
+
+def runs_table(runs: Iterable[RunState], folder: Path, now: float) -> Table:
+    """How far runs are, a row a run; `now` is in seconds since the epoch."""
+    table = Table(box=box.SIMPLE, title=Text(f"runs in {folder}"), title_justify="left", padding=(0, 1, 0, 0))
+    table.add_column("run", overflow="fold")
+    table.add_column("algorithm")
+    table.add_column("state")
+    for name in ("rounds", "perplexity", "clock", "wall time", "last round"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        table.add_row(
+            Text(str(run.directory.relative_to(folder))),
+            Text(run.algorithm or NO_VALUE),
+            run.state,
+            f"{run.last_round}/{run.num_rounds or NO_VALUE}",
+            _number(run.perplexity),
+            human_seconds(run.virtual_s),
+            human_seconds(run.wall_s),
+            NO_VALUE if run.last_round_at is None else f"{human_seconds(max(now - run.last_round_at, 0.0))} ago",
+        )
     return table
 
 

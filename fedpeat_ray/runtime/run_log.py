@@ -204,7 +204,13 @@ def read_settings(directory: Path) -> SimulationConfig:
 
 def last_round(directory: Path) -> int:
     """The last round that is complete; 0 if none is."""
-    return max((int(part.stem) for part in (directory / "rounds").glob("[0-9]*.parquet")), default=0)
+    return max(round_files(directory), default=0)
+
+
+def round_files(directory: Path) -> dict[int, Path]:
+    """The files of complete rounds, by round."""
+    parts = (directory / "rounds").glob("[0-9]*.parquet")
+    return {int(part.stem): part for part in parts if part.stem.isdecimal()}
 
 
 def changed_versions(before: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -237,26 +243,29 @@ def check_inputs(directory: Path, before: Mapping[str, Any], now: Mapping[str, s
 
 
 def default_run_dir(algorithm: str, seed: int) -> Path:
-    """An absolute path that is free: `<algorithm>-<date>-<time>-seed<seed>`, in UTC.
-
-    It lies in $FEDPEAT_RUNS; unset, in `runs/` of the checkout that is the working directory;
-    elsewhere in `~/fedpeat_runs`. The driver of `ray job submit` runs in a copy of the checkout that
-    Ray deletes, so a submitted job never uses `runs/`.
-    """
-    here = Path.cwd()
-    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # set by Ray's job supervisor for the driver
-    if os.environ.get("FEDPEAT_RUNS"):
-        runs = Path(os.environ["FEDPEAT_RUNS"]).expanduser().absolute()
-    elif not submitted and (here / ".git").exists() and (here / "pyproject.toml").exists():
-        runs = here / "runs"
-    else:
-        runs = Path.home() / "fedpeat_runs"
+    """An absolute path that is free, where runs go: `<algorithm>-<date>-<time>-seed<seed>`, in UTC."""
+    runs = where_runs_go()
     name = f"{algorithm}-{datetime.now(UTC):%Y%m%d-%H%M%S}-seed{seed}"
     path, count = runs / name, 1
     while path.exists():
         count += 1
         path = runs / f"{name}-{count}"
     return path
+
+
+def where_runs_go() -> Path:
+    """$FEDPEAT_RUNS; unset, `runs/` of the checkout that is the working directory; elsewhere `~/fedpeat_runs`.
+
+    The driver of `ray job submit` runs in a copy of the checkout that Ray deletes, so a submitted job never uses
+    `runs/`.
+    """
+    here = Path.cwd()
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # set by Ray's job supervisor for the driver
+    if os.environ.get("FEDPEAT_RUNS"):
+        return Path(os.environ["FEDPEAT_RUNS"]).expanduser().absolute()
+    if not submitted and (here / ".git").exists() and (here / "pyproject.toml").exists():
+        return here / "runs"
+    return Path.home() / "fedpeat_runs"
 
 
 def _columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -14,6 +14,7 @@ from whole_runs import assert_same_bits, summary, table
 from analysis import load_run
 from analysis.report import write_report
 from fedpeat_ray import Simulation, SimulationConfig, own
+from fedpeat_ray.commands import run
 from fedpeat_ray.runtime.host_pool import HostPool
 from fedpeat_ray.runtime.run_log import read_config
 from workloads import large_scale
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("small_images", "no_reports")
 
 @pytest.fixture(autouse=True)
 def _hosts_of_the_session(pool: HostPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(large_scale, "hosts_that_start_meanwhile", lambda config, stack: pool)
+    monkeypatch.setattr(run, "hosts_that_start_meanwhile", lambda config, stack: pool)
 
 
 @pytest.fixture

@@ -8,12 +8,13 @@ by what they call and not run; DIR and OTHER_DIR stand for that directory, too.
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import runpy
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,25 +86,23 @@ def parse_python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a script, or the package, read its command line, and stop there."""
     cli = tyro.cli
 
-    def only_parse(*arguments: Any, **options: Any) -> None:
-        config = cli(*arguments, **options)
+    def only_parse(kind: Any, **options: Any) -> None:
+        if inspect.isfunction(kind):  # what a command does
+
+            @functools.wraps(kind)
+            def understood(*_: Any, **__: Any) -> None:
+                raise Parsed
+
+            cli(understood, **options)
+        config = cli(kind, **options)
         if isinstance(config, SimulationConfig):
             config.validate()
         raise Parsed
 
-    if words[:2] == ["-m", "fedpeat_ray"]:
-        known: tuple[Callable[..., None], ...] = (commands.generate, commands.plan)
-        for command in known:
-
-            @functools.wraps(command)
-            def understood(*_: Any, **__: Any) -> None:
-                raise Parsed
-
-            monkeypatch.setattr(commands, command.__name__, understood)
-        commands.main(words[2:])
-        return
-    assert words[0].startswith("workloads/"), words
     monkeypatch.setattr(tyro, "cli", only_parse)
+    if words[:2] == ["-m", "fedpeat_ray"]:
+        sys.exit(commands.main(words[2:]))
+    assert words[0].startswith("workloads/"), words
     monkeypatch.setattr("sys.argv", words)
     runpy.run_path(str(ROOT / words[0]), run_name="__main__")
 
@@ -126,6 +125,8 @@ def parse_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             command.make_context("ray", rest.copy())
             if "--" in rest:  # what a job runs
                 parse_command(rest[rest.index("--") + 1 :], monkeypatch)
+        case [("fedpeat" | ".venv/bin/fedpeat"), *rest]:
+            parse_command(["python", "-m", "fedpeat_ray", *rest], monkeypatch)
         case [("python" | ".venv/bin/python"), *rest]:
             with monkeypatch.context() as patch, pytest.raises((Parsed, SystemExit)) as ended:
                 parse_python(rest, patch)
@@ -154,6 +155,9 @@ def test_commands_in_the_documentation_are_understood(page, tiny_run, tmp_path, 
         "python workloads/compare_algorithms.py --rounds many",
         "python workloads/none.py",
         "python -m fedpeat_ray generate",
+        "fedpeat watch",
+        "fedpeat runs --no-such-flag",
+        "fedpeat none",
         "make nothing",
         "ray start --no-such-flag",
         "ray none",

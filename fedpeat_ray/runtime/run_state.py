@@ -1,0 +1,196 @@
+"""How far runs are, from outside: read from their directories, which may be of an older version, half written, or
+being written at this moment. Nothing is written, and what cannot be read is None."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+
+from fedpeat_ray import own
+from fedpeat_ray.errors import RunDirError
+from fedpeat_ray.records import ROUND_COLUMNS, arrow_schema
+from fedpeat_ray.runtime.run_lock import is_held
+from fedpeat_ray.runtime.run_log import CONFIG, EVENTS, SUMMARY, round_files
+
+RUNNING, FINISHED, FAILED, INTERRUPTED, UNFINISHED = "running", "finished", "failed", "interrupted", "unfinished"
+_FIGURES = tuple(c for c in ROUND_COLUMNS if c.name in ("round", "perplexity", "virtual_s", "wall_s"))
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run directory says of its run."""
+
+    directory: Path
+    state: str
+    """running: a process holds its lock; finished or failed: it has a summary, which says so; interrupted: it has none;
+    unfinished: it has none, and locks cannot be asked for, so that it may be running or interrupted."""
+    created: str
+    algorithm: str | None
+    foundation: str | None
+    num_rounds: int | None
+    """Of the whole run."""
+    last_round: int
+    """That is complete; 0 if none is."""
+    perplexity: float | None
+    """Of the summary; else of the last round that was evaluated."""
+    virtual_s: float | None
+    wall_s: float | None
+    """Of the summary; else of all rounds together."""
+    last_round_at: float | None
+    """When it was written, in seconds since the epoch."""
+    summary: dict[str, Any] | None
+
+
+def state_of(directory: Path) -> RunState:
+    """How far the run in a directory is."""
+    held = is_held(directory)  # first: who does not hold it any more has written its summary
+    config, summary = _json(directory / CONFIG), _json(directory / SUMMARY)
+    if held:
+        state = RUNNING
+    elif summary:
+        state = FAILED if summary.get("failure") else FINISHED
+    else:
+        state = UNFINISHED if held is None else INTERRUPTED
+    ended = summary if summary and not held else {}
+    perplexity, virtual_s, wall_s = _last_figures(directory)
+    algorithm = _at(config, str, "config", "algorithm")
+    rounds = round_files(directory)
+    last = max(rounds, default=0)
+    return RunState(
+        directory=directory,
+        state=state,
+        created=_at(config, str, "created") or "",
+        algorithm=algorithm and own.short(algorithm),
+        foundation=_at(config, str, "config", "foundation", "name"),
+        num_rounds=_at(config, int, "config", "rounds"),
+        last_round=last,
+        perplexity=_at(ended, float, "perplexity", "tuned") if ended else perplexity,
+        virtual_s=_at(ended, float, "virtual_s") or virtual_s,
+        wall_s=_at(ended, float, "wall_s") or wall_s,
+        last_round_at=_written_at(rounds[last]) if rounds else None,
+        summary=summary,
+    )
+
+
+def has_ended(directory: Path) -> bool:
+    """Whether nobody writes a run any more; where no locks can be asked for: whether it has its summary."""
+    held = is_held(directory)
+    return (directory / SUMMARY).exists() if held is None else not held
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a directory holds a run, perhaps one that was ended before its config.json was there."""
+    try:
+        return (directory / "rounds").is_dir()
+    except OSError:  # not ours to look at
+        return False
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """Directories of runs: the folder itself, those in it, and those in folders in it, as sweeps make them.
+
+    Raises RunDirError if the folder cannot be read; others that cannot are passed over.
+    """
+    if is_run(folder):
+        return [folder]
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError as error:
+        raise RunDirError(f"{folder} cannot be read: {error.strerror}") from None
+    return [each for one in inside for each in ([one] if is_run(one) else _subfolders(one)) if is_run(each)]
+
+
+class News(NamedTuple):
+    """Something that was written down: the row of a round, or an event."""
+
+    at: float
+    """Seconds since the epoch."""
+    round: dict[str, Any] | None = None
+    event: dict[str, Any] | None = None
+
+
+class Follower:
+    """Reads what comes to be written in a run directory."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._last_round = 0
+        self._events_read = 0  # bytes
+
+    def news(self) -> list[News]:
+        """What was written since the last call, in order. Rounds that a resumed run does again are news again."""
+        return sorted([*self._rounds(), *self._events()], key=lambda news: news.at)
+
+    def _rounds(self) -> Iterator[News]:
+        rounds = round_files(self._directory)
+        self._last_round = min(self._last_round, max(rounds, default=0))
+        for round in sorted(round for round in rounds if round > self._last_round):
+            self._last_round = round
+            try:
+                (row,) = pq.read_table(rounds[round], partitioning=None).to_pylist()
+                yield News(rounds[round].stat().st_mtime, round=row)
+            except (OSError, ValueError):  # Arrow's errors are ValueErrors
+                continue
+
+    def _events(self) -> Iterator[News]:
+        try:
+            with (self._directory / EVENTS).open("rb") as file:
+                file.seek(self._events_read)
+                whole, end, _ = file.read().rpartition(b"\n")  # what has no end yet is still being written
+        except OSError:
+            return
+        self._events_read += len(whole) + len(end)
+        for line in whole.splitlines():
+            try:
+                event = json.loads(line)
+                yield News(datetime.fromisoformat(event["time"]).timestamp(), event=event)
+            except (ValueError, TypeError, KeyError):  # cut off by a crash
+                continue
+
+
+def _last_figures(directory: Path) -> tuple[float | None, float | None, float | None]:
+    """Last perplexity and virtual clock, and the wall time of all rounds."""
+    try:
+        rows = pq.read_table(directory / "rounds", schema=arrow_schema(_FIGURES)).sort_by("round").to_pylist()
+    except (OSError, ValueError):
+        return None, None, None
+    evaluated = [row["perplexity"] for row in rows if row["perplexity"] is not None]
+    wall_s = sum(row["wall_s"] or 0.0 for row in rows) if rows else None
+    return (evaluated or [None])[-1], rows[-1]["virtual_s"] if rows else None, wall_s
+
+
+def _written_at(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _at(values: Any, kind: type, *names: str) -> Any:
+    """What lies in nested dictionaries, if it is there and of this kind; whole numbers are floats, too."""
+    for name in names:
+        values = values.get(name) if isinstance(values, dict) else None
+    if kind is float and isinstance(values, int):
+        return float(values)
+    return values if isinstance(values, kind) else None
