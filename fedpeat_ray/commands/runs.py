@@ -13,6 +13,8 @@ import tyro
 
 from fedpeat_ray.command_line import parsed
 
+_WIDTH = 1000  # what does not fit is wrapped by the terminal: names stay whole, and a pipe has no width
+
 
 def main(arguments: list[str], called: str) -> int:
     """List the runs that the command line asks for; returns the exit status."""
@@ -44,15 +46,12 @@ def runs(
         within = runs_in(directory)
         of_folder = found.setdefault(directory.parent if within == [directory] else directory, [])
         of_folder += [path for path in within if path not in of_folder]
-    console = Console()
+    console = Console(width=_WIDTH)
     for folder, paths in found.items():
         if not paths:
             print(f"no runs in {folder}")
             continue
         states = sorted(map(state_of, paths), key=lambda state: state.created)
-        table = runs_table(states, folder, time.time())
-        if not console.is_terminal:
-            console.width = max(console.width, console.measure(table).maximum)  # a file or a pipe has no width
-        console.print(table)
+        console.print(runs_table(states, folder, time.time()))
         if any(state.state == UNFINISHED for state in states):
             print(f"{UNFINISHED}: running or interrupted, which locks would tell, and there are none to ask for")
