@@ -14,12 +14,10 @@ import pyarrow.parquet as pq
 
 from fedpeat_ray import own
 from fedpeat_ray.errors import RunDirError
-from fedpeat_ray.records import ROUND_COLUMNS, arrow_schema
 from fedpeat_ray.runtime.run_lock import is_held
 from fedpeat_ray.runtime.run_log import CONFIG, EVENTS, SUMMARY, round_files
 
 RUNNING, FINISHED, FAILED, INTERRUPTED, UNFINISHED = "running", "finished", "failed", "interrupted", "unfinished"
-_FIGURES = tuple(c for c in ROUND_COLUMNS if c.name in ("round", "perplexity", "virtual_s", "wall_s"))
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,10 @@ def state_of(directory: Path) -> RunState:
         state = FAILED if summary.get("failure") else FINISHED
     else:
         state = UNFINISHED if held is None else INTERRUPTED
-    ended = summary if summary and not held else {}
-    perplexity, virtual_s, wall_s = _last_figures(directory)
-    algorithm = _at(config, str, "config", "algorithm")
+    ended = None if held else summary
     rounds = round_files(directory)
-    last = max(rounds, default=0)
+    rows = [] if ended else [row for _, part in sorted(rounds.items()) if (row := _row(part))]
+    last, algorithm = max(rounds, default=0), _at(config, str, "config", "algorithm")
     return RunState(
         directory=directory,
         state=state,
@@ -70,9 +67,9 @@ def state_of(directory: Path) -> RunState:
         foundation=_at(config, str, "config", "foundation", "name"),
         num_rounds=_at(config, int, "config", "rounds"),
         last_round=last,
-        perplexity=_at(ended, float, "perplexity", "tuned") if ended else perplexity,
-        virtual_s=_at(ended, float, "virtual_s") or virtual_s,
-        wall_s=_at(ended, float, "wall_s") or wall_s,
+        perplexity=_at(ended, float, "perplexity", "tuned") if ended else _last_of(rows, "perplexity"),
+        virtual_s=_at(ended, float, "virtual_s") if ended else _last_of(rows, "virtual_s"),
+        wall_s=_at(ended, float, "wall_s") if ended else sum(row["wall_s"] for row in rows) if rows else None,
         last_round_at=_written_at(rounds[last]) if rounds else None,
         summary=summary,
     )
@@ -132,11 +129,8 @@ class Follower:
         self._last_round = min(self._last_round, max(rounds, default=0))
         for round in sorted(round for round in rounds if round > self._last_round):
             self._last_round = round
-            try:
-                (row,) = pq.read_table(rounds[round], partitioning=None).to_pylist()
-                yield News(rounds[round].stat().st_mtime, round=row)
-            except (OSError, ValueError):  # Arrow's errors are ValueErrors
-                continue
+            if row := _row(rounds[round]):
+                yield News(_written_at(rounds[round]) or 0.0, round=row)
 
     def _events(self) -> Iterator[News]:
         try:
@@ -154,15 +148,18 @@ class Follower:
                 continue
 
 
-def _last_figures(directory: Path) -> tuple[float | None, float | None, float | None]:
-    """Last perplexity and virtual clock, and the wall time of all rounds."""
+def _row(part: Path) -> dict[str, Any] | None:
+    """Of a round; None if its file is broken, or gone by now."""
     try:
-        rows = pq.read_table(directory / "rounds", schema=arrow_schema(_FIGURES)).sort_by("round").to_pylist()
-    except (OSError, ValueError):
-        return None, None, None
-    evaluated = [row["perplexity"] for row in rows if row["perplexity"] is not None]
-    wall_s = sum(row["wall_s"] or 0.0 for row in rows) if rows else None
-    return (evaluated or [None])[-1], rows[-1]["virtual_s"] if rows else None, wall_s
+        with pq.ParquetFile(part) as file:  # read_table would load pandas
+            (row,) = file.read().to_pylist()
+    except (OSError, ValueError):  # Arrow's errors are ValueErrors
+        return None
+    return row
+
+
+def _last_of(rows: list[dict[str, Any]], name: str) -> float | None:
+    return next((row[name] for row in reversed(rows) if row[name] is not None), None)
 
 
 def _written_at(path: Path) -> float | None:
