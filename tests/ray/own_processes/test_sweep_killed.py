@@ -46,8 +46,9 @@ def test_a_sweep_killed_in_the_middle_and_resumed_ends_with_the_table_of_an_undi
     assert {path: (path / "summary.json").stat().st_mtime_ns for path in finished} == before, "nothing is repeated"
     for run in (tmp_path / "undisturbed").glob("*/"):
         assert_same_bits(run, killed / run.name)
-    assert (killed / "table.md").read_text() == (tmp_path / "undisturbed" / "table.md").read_text()
-    assert (killed / "comparison.html").exists() and "| fed-peft (3 seeds) | fed-avg (3 seeds) |" in (killed / "table.md").read_text()
+    table = (killed / "table.md").read_text()
+    assert table == (tmp_path / "undisturbed" / "table.md").read_text()
+    assert "| fed-peft (3 seeds) | fed-avg (3 seeds) |" in table and (killed / "comparison.html").exists()
 
 
 def test_a_setting_that_there_is_not_is_refused_with_one_line(tmp_path, capsys):
