@@ -29,6 +29,8 @@ NOT_OF_THE_EXPERIMENT = (
     "hosts.num_hosts",
     "hosts.num_gpus",
     "hosts.memory_gib",
+    "watch.tensorboard",
+    "watch.wandb",
 )
 """Settings in which runs of one group may differ: they say where and how something is computed, not what."""
 UNITS = {"s": "s", "m": "m", "w": "W", "hz": "Hz"}

@@ -21,6 +21,7 @@ from fedpeat_ray.config import (
     ProxyConfig,
     ServerConfig,
     SimulationConfig,
+    WatchConfig,
 )
 from fedpeat_ray.loading import loading
 
@@ -46,6 +47,7 @@ __all__ = [
     "ServerConfig",
     "Simulation",
     "SimulationConfig",
+    "WatchConfig",
     "__version__",
 ]
 

@@ -437,6 +437,16 @@ class HostsConfig(Settings):
 
 
 @dataclass(frozen=True)
+class WatchConfig(Settings):
+    """Where a run is shown besides its run directory. None of it changes a result."""
+
+    tensorboard: bool = True
+    """Write event files for TensorBoard into the run directory."""
+    wandb: str | None = None
+    """Project of Weights & Biases to show the run in, where wandb is installed; unset: nothing leaves the machine."""
+
+
+@dataclass(frozen=True)
 class SimulationConfig(Settings):
     """A whole run."""
 
@@ -476,6 +486,7 @@ class SimulationConfig(Settings):
     server: ServerConfig = field(default_factory=ServerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     hosts: HostsConfig = field(default_factory=HostsConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def validate(self) -> None:
         """Raise ConfigError for the first setting that cannot be used; reads no file, loads nothing."""

@@ -40,6 +40,7 @@ from fedpeat_ray.runtime.run_log import (
     read_config,
 )
 from fedpeat_ray.runtime.trace import MAIN, Trace, process_started_s
+from fedpeat_ray.runtime.watchers.watchers import Watchers, check_watchers, watchers_of
 from fedpeat_ray.training.evaluation import Score, ScoreSum
 from fedpeat_ray.training.map_clients import MapClients
 from fedpeat_ray.tuned import texts, tuned_model
@@ -67,6 +68,7 @@ class Simulation:
         config.validate()
         find_algorithm(config.algorithm).check(config)
         find_aggregator(config.server.aggregator)
+        check_watchers(config.watch)
         out, resume = (path and path.absolute() for path in (config.out, config.resume))  # workers are elsewhere
         config = dataclasses.replace(config, out=out, resume=resume)
         self.config = with_resumed(config) if config.resume else config
@@ -150,12 +152,14 @@ class Simulation:
             if not has_locks:
                 progress.say("the file system has no locks: do not resume this run while it is going on")
             stack.enter_context(loaded())
-            summary = _run(world, map_clients, log, progress, trace, started)
+            watchers = stack.enter_context(_watchers(config, log, first_round, progress))
+            summary = _run(world, map_clients, log, watchers, progress, trace, started)
             summary |= {"warnings": verdict.warnings(summary), "failure": verdict.failure(summary)}
             for line in summary["warnings"]:
                 log.event("warning", text=line)
             summary["wall_s"] = time.monotonic() - started
             log.write_summary(summary)
+            watchers.summary(summary)
         if summary["failure"]:
             raise RunFailedError(summary["failure"], summary)
         return summary
@@ -196,7 +200,13 @@ def _introduce(world: World, progress: Progress) -> None:
 
 
 def _run(
-    world: World, map_clients: MapClients, log: RunLog, progress: Progress, trace: Trace, run_started: float
+    world: World,
+    map_clients: MapClients,
+    log: RunLog,
+    watchers: Watchers,
+    progress: Progress,
+    trace: Trace,
+    run_started: float,
 ) -> dict[str, Any]:
     """Everything from the first evaluation to the summary; `run_started` on the monotonic clock, as if the parts of
     a resumed run had followed one another."""
@@ -232,6 +242,7 @@ def _run(
             "wall_s": time.monotonic() - started,
         }
         log.write_round(round, row, clients)
+        watchers.round(row, clients)
         for report in result.reports:
             if report.failure:
                 log.event(report.failure, round=round, device_id=report.device_id)
@@ -333,6 +344,16 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
     if resolved["memory_model"] == "estimate":
         log.event("memory_estimated", model=world.held.name)
     return log
+
+
+def _watchers(config: SimulationConfig, log: RunLog, first_round: int, progress: Progress) -> Watchers:
+    """Those who watch, and what happens if one of them fails."""
+
+    def failed(name: str, error: Exception) -> None:
+        log.event("watcher_failed", watcher=name, error=repr(error))
+        progress.warn(f"{name} is left out from here on: {error!r}")
+
+    return watchers_of(config, log.directory, first_round, failed)
 
 
 def _documents(corpus: Corpus) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from fedpeat_ray.runtime.checkpoint import load_checkpoint
 from fedpeat_ray.runtime.run_log import changed_versions, read_config, read_settings
 from fedpeat_ray.settings import differences
 
-_MAY_CHANGE = ("out", "resume", "accept_changes", "trace", "rounds", "checkpoint_every", "hosts")
+_MAY_CHANGE = ("out", "resume", "accept_changes", "trace", "rounds", "checkpoint_every", "hosts", "watch")
 _MUST_STAY = ("hosts.num_threads", "hosts.exclusive")  # the last bits depend on them
 
 
