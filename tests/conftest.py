@@ -6,7 +6,7 @@ import gc
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,26 @@ def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def public_dir(text_dir: Path) -> Path:
     """The same for a server: other words."""
     return text_dir.with_name("public")
+
+
+@pytest.fixture(scope="session")
+def tiny_arguments(gpt2_dir: Path, text_dir: Path) -> Callable[..., list[str]]:
+    """The command line of a tiny run, with more arguments at its end."""
+    import tiny_runs
+
+    return lambda *more: tiny_runs.arguments(gpt2_dir, text_dir, *more)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tiny_arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a tiny run on the serial side, with nothing in its way."""
+    import tiny_runs
+
+    from fedpeat_ray import Simulation
+
+    directory = tmp_path_factory.mktemp("uninterrupted") / "run"
+    Simulation(tiny_runs.parse(tiny_arguments("--out", directory))).run()
+    return directory
 
 
 def _write_text(directory: Path, **vocabularies: str) -> None:

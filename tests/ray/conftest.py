@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,6 @@ import ray
 import tiny_runs
 import warm_workers
 
-from fedpeat_ray import Simulation
 from fedpeat_ray.config import HostsConfig
 from fedpeat_ray.runtime.host_pool import HostPool
 
@@ -31,24 +30,10 @@ def _own_places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def tiny_arguments(gpt2_dir: Path, text_dir: Path) -> Callable[..., list[str]]:
-    """The command line of a tiny run, with more arguments at its end."""
-    return lambda *more: tiny_runs.arguments(gpt2_dir, text_dir, *more)
-
-
 @pytest.fixture
 def no_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of large_scale.py end without one: to draw it takes longer than a tiny run."""
     monkeypatch.setattr("analysis.report.write_report", lambda directories: directories[0] / "report.html")
-
-
-@pytest.fixture(scope="session")
-def uninterrupted(tiny_arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of a tiny run on the serial side, with nothing in its way."""
-    directory = tmp_path_factory.mktemp("uninterrupted") / "run"
-    Simulation(tiny_runs.parse(tiny_arguments("--out", directory))).run()
-    return directory
 
 
 @pytest.fixture(scope="session")

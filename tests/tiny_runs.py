@@ -12,7 +12,7 @@ from whole_runs import table
 from fedpeat_ray import SimulationConfig
 from workloads.large_scale import main
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[1]
 CLIENT_BATCH_SIZE = 2
 
 
