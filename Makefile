@@ -3,6 +3,7 @@
 # make test   lint, layers, types, all tests, and those that compare numbers once more as a plainer processor computes
 # make full   the same, once more as another one does, more cases of what starts processes, and the memory model on
 #             many more random settings
+# make cluster-test  Slurm, `ray up` and what else needs servers or pretend machines, where their packages are installed
 # make bench  the benchmarks (minutes; run them on a quiet machine)
 # Each sets up .venv first if there is none. ARGS="--rounds 20" goes to the main job.
 
@@ -20,12 +21,12 @@ PYTEST = $(VENV)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 NUMBERS = tests/parity $(addprefix tests/unit/test_,foundation.py emulator.py proxy.py vit_emulator.py) \
 	--ignore tests/parity/test_memory_model.py --ignore tests/parity/test_embedded_models.py
 
-.PHONY: run quick test full parity-elsewhere parity-plain parity-avx2 check lint types tests bench
+.PHONY: run quick test full parity-elsewhere parity-plain parity-avx2 check lint types tests cluster-test bench
 run: $(SETUP)
 	$(VENV)/python workloads/large_scale.py --fleet.memory-scale 0.045 --rounds 8 --evaluation.every 2 $(ARGS)
 
 quick: lint
-	$(PYTEST) --ignore tests/ray -m "not sweep and not full"
+	$(PYTEST) --ignore tests/ray -m "not sweep and not full and not cluster"
 
 test: lint
 	$(MAKE) --jobs 2 tests types
@@ -54,7 +55,10 @@ types: $(SETUP)
 	$(VENV)/pyrefly check --python-interpreter-path $(VENV)/python --output-format min-text --progress-bar no
 
 tests: $(SETUP)
-	$(PYTEST) -m "not full"
+	$(PYTEST) -m "not full and not cluster"
+
+cluster-test: $(SETUP)
+	$(VENV)/pytest -m cluster -ra tests/cluster
 
 bench: $(SETUP)
 	$(VENV)/python workloads/benchmarks/client_batch.py
