@@ -16,7 +16,7 @@ import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -69,7 +69,7 @@ class RayHosts(MapClients):
         self._on_event, self._trace = on_event, trace or Trace()
         self._foundation, self._driver, self._num_threads = foundation, driver, config.num_threads
         self._weights: dict[Path, Sent] = {}
-        self._files: Collection[Path] = ()
+        self._files: Sequence[Path] = ()
         self._sent: dict[Path, Sent] = {}
         self._hosts: list[Holding] = []
         self._idle: deque[Holding] = deque()

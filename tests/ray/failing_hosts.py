@@ -47,7 +47,7 @@ class EndsItsNode(TrainClientBatch):
 
     def __call__(self, backbone: Backbone, start_P: Tensor, tasks: Sequence[ClientTask]) -> list[ClientUpdate]:
         updates = super().__call__(backbone, start_P, tasks)
-        start = psutil.Process().parent().parent()  # ray start, above the raylet
+        start = psutil.Process().parents()[1]  # ray start, above the raylet
         names = {process.name() for process in start.children()}
         if any(_has(tasks, device_id) for device_id in self.devices) and ("gcs_server" in names) == self.head:
             for process in [*start.children(recursive=True), start]:
