@@ -317,7 +317,9 @@ def gap_closed(zero_shot: float, tuned: float, centralised: float | None) -> flo
 
 def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
     """A new run directory, or the one to go on with."""
-    settings = dataclasses.replace(world.config, out=None, resume=None, accept_changes=False, trace=None).to_dict()
+    hosts = dataclasses.replace(world.config.hosts, address=None)  # who goes on with it has another cluster
+    config = dataclasses.replace(world.config, out=None, resume=None, accept_changes=False, trace=None, hosts=hosts)
+    settings = config.to_dict()
     if world.config.resume:
         return RunLog.resume(world.config.resume, settings)
     inputs = _inputs(world)
