@@ -553,7 +553,7 @@ def grouped(*runs: Run, each: bool = False) -> dict[str, list[str]]:
 
 
 def test_runs_that_differ_in_their_seed_and_in_how_they_are_computed_are_a_group():
-    elsewhere = {"hosts__backend": "ray", "client_batch_size": 8, "checkpoint_every": 1, "trace": "t.json"}
+    elsewhere: Any = {"hosts__backend": "ray", "client_batch_size": 8, "checkpoint_every": 1, "trace": "t.json"}
     elsewhere |= {"watch__tensorboard": False, "watch__wandb": "tuning"}
     runs = [made("a", seed=10, lora__rank=4), made("b", lora__rank=8), made("c", seed=9, lora__rank=4, **elsewhere)]
     assert grouped(*runs) == {"rank 4 (2 seeds)": ["c", "a"], "rank 8": ["b"]}

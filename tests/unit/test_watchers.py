@@ -23,12 +23,13 @@ from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.records import DROP_REASONS, ROUND_COLUMNS
 from fedpeat_ray.runtime.checkpoint import save_checkpoint
 from fedpeat_ray.runtime.run_log import read_config
-from fedpeat_ray.runtime.watchers import scalars
+from fedpeat_ray.runtime.watchers import ray_metrics, scalars
 from fedpeat_ray.runtime.watchers.tensorboard import TensorBoard
 from fedpeat_ray.runtime.watchers.watchers import Watchers
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers will rename
 
+ROOT = Path(__file__).parents[2]
 FAKE_WANDB = """
 import json, pathlib
 def init(**arguments): return Run(arguments)
@@ -63,6 +64,23 @@ def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name)
 
 
+class Told:
+    """In place of a gauge or a counter of Ray: writes down what it is told."""
+
+    def __init__(self, name: str, about: str, tag_keys: tuple[str, ...]):
+        self.told: list[tuple[float, dict[str, str]]] = []
+
+    def set_default_tags(self, tags: dict[str, str]) -> Told:
+        return self
+
+    def set(self, value: float | None) -> None:
+        self.told += [] if value is None else [(value, {})]
+
+    def inc(self, value: float, tags: dict[str, str] | None = None) -> None:
+        assert value > 0
+        self.told.append((value, tags or {}))
+
+
 def on_file(path: Path) -> Iterator[Any]:
     """The events of a file: a length, its checksum, an event and its checksum, and so on."""
     data = path.read_bytes()
@@ -88,7 +106,7 @@ def shown(directory: Path) -> dict[str, list[tuple[int, float]]]:
 def logged(directory: Path, column: str) -> list[tuple[int, float]]:
     """The same of the run log."""
     rounds = pd.read_parquet(directory / "rounds").dropna(subset=column)
-    return [(row["round"], np.float32(row[column])) for _, row in rounds.iterrows()]
+    return [(row["round"], float(np.float32(row[column]))) for _, row in rounds.iterrows()]
 
 
 def assert_shows_the_run(directory: Path) -> None:
@@ -241,3 +259,45 @@ def test_wandb_that_is_not_installed_is_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(ConfigError, match="watch.wandb = 'tuning' is not allowed: unset where wandb is not installed"):
         Simulation(config)
+
+
+def test_ray_is_told_of_what_is_there(monkeypatch):
+    for kind in ("Gauge", "Counter"):
+        monkeypatch.setattr(ray_metrics, kind, Told)
+    watcher: Any = ray_metrics.RayMetrics("run", "fed-peft")
+    row = {"round": 1, "perplexity": None, "train_loss": None, "virtual_s": 2.5, "num_completed": 0}
+    row |= {"wall_train_s": 0.0, "download_bytes": 7, "upload_bytes": 0, "energy_j": 0.0}
+    watcher.round(row, {"outcome": np.array(["dropped"] * 2), "drop_reason": np.array(["link"] * 2, dtype=object)})
+    row |= {"round": 2, "perplexity": 9.0, "num_completed": 1, "wall_train_s": 0.5, "download_bytes": 3}
+    watcher.round(row, {"outcome": np.array(["completed"]), "drop_reason": np.array([None], dtype=object)})
+    told = {name: [value for value, _ in metric.told] for name, metric in (watcher._gauges | watcher._counters).items()}
+    assert {name.removeprefix("fedpeat_"): values for name, values in told.items() if values} == {
+        "round": [1, 2],
+        "perplexity": [9.0],
+        "virtual_seconds": [2.5, 2.5],
+        "clients_per_second": [2.0],
+        "download_bytes": [7, 3],
+    }
+    fates = [({"outcome": "dropped", "drop_reason": "link"}, 2), ({"outcome": "completed", "drop_reason": ""}, 1)]
+    assert watcher._clients.told == [(number, tags) for tags, number in fates]
+
+
+def test_the_grafana_dashboard_shows_what_there_is():
+    board = json.loads((ROOT / "cluster/watching/grafana_dashboard.json").read_text())
+    counters = [ray_metrics.CLIENTS, *ray_metrics.COUNTERS]
+    ours = {f"ray_{name}" for name in ray_metrics.GAUGES} | {f"ray_{name}_total" for name in counters}
+    variables = {each["name"]: each for each in board["templating"]["list"]}
+    assert variables["datasource"]["type"] == "datasource" and variables["datasource"]["query"] == "prometheus"
+    assert set(re.findall(r"ray_\w+", variables["run"]["query"])) <= ours
+    panels = board["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    asked = set()
+    for panel in panels:
+        assert panel["title"] and panel["description"] and panel["targets"]
+        for part in (panel, *panel["targets"], variables["run"]):
+            assert part["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        for target in panel["targets"]:
+            names = set(re.findall(r"ray_\w+", target["expr"]))
+            assert names and ('run=~"$run"' in target["expr"] or names == {"ray_actors"})
+            asked |= names
+    assert asked == ours | {"ray_actors"}, "Ray's own gauge of actors tells of hosts"

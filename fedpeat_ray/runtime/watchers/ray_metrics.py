@@ -68,4 +68,4 @@ class RayMetrics:
         """Nothing: the last round has said it."""
 
     def close(self) -> None:
-        """The last values stay, as long as this process does."""
+        """Nothing: Ray shows the last values as long as this process lives."""
