@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import ray
+from ray._private import ray_constants
 from ray._private.utils import read_ray_address
 
 from fedpeat_ray.config import HostsConfig
@@ -230,14 +231,26 @@ def start_or_join(num_cpus: int, address: str | None = None) -> None:
                 raise ConfigError.of("hosts.address", address, f"{allowed}; none was found here") from error
             return
         num_cores = len(os.sched_getaffinity(0))
-        ray.init(
-            address=LOCAL,  # without it, a stale cluster file would be tried first
-            num_cpus=max(num_cores, num_cpus),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-        )
+        with _on_loopback():
+            ray.init(
+                address=LOCAL,  # without it, a stale cluster file would be tried first
+                num_cpus=max(num_cores, num_cpus),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
+            )
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """What is started here listens on the loopback address. Otherwise Ray puts an outer one in the place of 127.0.0.1,
+    for the sake of other nodes, and listens on all interfaces."""
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def is_reached(node: str | None) -> bool:

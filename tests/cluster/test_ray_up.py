@@ -38,9 +38,7 @@ class Laboratory:
 
 
 @pytest.fixture
-def laboratory(
-    machines: tuple[Machine, Machine], folder: Path, environment: dict[str, str]
-) -> Iterator[Laboratory]:
+def laboratory(machines: tuple[Machine, Machine], folder: Path, environment: dict[str, str]) -> Iterator[Laboratory]:
     need("sshd", "ssh", "ssh-keygen", "rsync")
     for name in ("host", "key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
@@ -73,7 +71,9 @@ def laboratory(
     config["provider"] |= {"head_ip": machines[0].address, "worker_ips": [machines[1].address]}
     config["auth"] = {"ssh_user": "root", "ssh_private_key": str(folder / "key")}
     del config["file_mounts"]["~/wheels"]  # all share this Python
-    config["setup_commands"] = [words for words in config["setup_commands"] if "pip" not in words and "venv" not in words]
+    config["setup_commands"] = [
+        words for words in config["setup_commands"] if "pip" not in words and "venv" not in words
+    ]
     for kind in ("head_start_ray_commands", "worker_start_ray_commands"):
         config[kind] = [words.replace("ray start", "ray start --num-cpus=1") for words in config[kind]]
     (folder / "laboratory.yaml").write_text(yaml.safe_dump(config))
@@ -88,23 +88,33 @@ def test_ray_up_makes_a_cluster_of_two_whose_jobs_give_the_bits_of_a_run_here(
     laboratory, folder, tiny_arguments, uninterrupted, tmp_path
 ):
     import time
+
     t = time.time()
     before = laboratory.running()
     laboratory.says("ray", "get-auth-token", "--generate")
     print(laboratory.says("ray", "up", "--yes", "--no-config-cache", laboratory.file), time.time() - t)
-    wait_until(lambda: "2 local.cluster.node" in laboratory.says("ray", "exec", laboratory.file, "ray status"), "both", 180)
+    wait_until(
+        lambda: "2 local.cluster.node" in laboratory.says("ray", "exec", laboratory.file, "ray status"), "both", 180
+    )
     print(time.time() - t)
     print(laboratory.says("ray", "exec", laboratory.file, "ray status"))
     for name in ("n1", "n2"):
         assert (folder / f"home.{name}/.ray/auth_token").stat().st_mode & 0o077 == 0
 
-    laboratory.machines[1].start(folder / "dashboard", "ray", "dashboard", laboratory.file, environment=laboratory.environment)
+    laboratory.machines[1].start(
+        folder / "dashboard", "ray", "dashboard", laboratory.file, environment=laboratory.environment
+    )
     shutil.copytree(REPOSITORY / "workloads", tmp_path / "checkout" / "workloads")
     runtime_env = json.dumps({"env_vars": {"FEDPEAT_RUNS": str(tmp_path / "runs")}})
     wait_until(lambda: laboratory.machines[1].listens(8265), "the way to the dashboard")
     said = laboratory.says(
         *("ray", "job", "submit", "--working-dir", ".", "--runtime-env-json", runtime_env),
-        *("--", "python", "workloads/large_scale.py", *tiny_arguments("--hosts.backend", "ray", "--hosts.num-hosts", 2)),
+        *(
+            "--",
+            "python",
+            "workloads/large_scale.py",
+            *tiny_arguments("--hosts.backend", "ray", "--hosts.num-hosts", 2),
+        ),
         folder=tmp_path / "checkout",
     )
     print(time.time() - t)
