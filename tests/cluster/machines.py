@@ -58,6 +58,10 @@ class Machine:
         with out.open("ab") as file:
             subprocess.Popen(self.command(*words), env=environment, stdout=file, stderr=file)
 
+    def listens(self, port: int) -> bool:
+        """Whether somebody there listens on a port."""
+        return bool(self.run("ss", "--listening", "--tcp", "--numeric", "--no-header", f"sport = :{port}"))
+
     def processes(self) -> set[tuple[int, str]]:
         """All that run there, but the first."""
         there, found = Path(f"/proc/{self.process_id}/ns/pid").readlink(), set()
