@@ -35,7 +35,7 @@ class Sweep:
         if self._hosts.backend == "ray":
             from fedpeat_ray.runtime.host_pool import HostPool  # Ray is loaded only where it is used
 
-            self.pool = self._stack.enter_context(HostPool(self._hosts))
+            self.pool = self._stack.enter_context(HostPool(self._hosts, lambda: f"what was finished is in {self.out}"))
             print(self.pool.about, flush=True)
         return self
 
@@ -97,41 +97,9 @@ class Sweep:
         if self.pool is None or len(left) < 2:
             yield from ((name, _result(config, self.pool)) for name, config in left.items())
             return
-        import ray
-        from ray.exceptions import RayError
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+        from fedpeat_ray.runtime.side_by_side import side_by_side
 
-        self.pool.end_waiting()
-        room = self.pool.room(self._hosts)
-        num_hosts, each = room.num_hosts(len(left)), self._hosts
-        num_runs = min(len(left), num_hosts)
-        in_one_process = num_runs == num_hosts and not room.share.num_gpus and sum(n["Alive"] for n in ray.nodes()) == 1
-        if in_one_process:
-            each = dataclasses.replace(each, backend="serial", num_hosts=None, max_hosts=None)
-        elif self._hosts.max_hosts is None:
-            each = dataclasses.replace(each, num_hosts=num_hosts // num_runs)
-        else:
-            each = dataclasses.replace(each, max_hosts=self._hosts.max_hosts // num_runs)
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        process = ray.remote(_beside_others).options(
-            num_cpus=room.share.num_cpus if in_one_process else 0, max_retries=0, scheduling_strategy=here
-        )
-        waiting, running = list(left), {}
-        try:
-            while waiting or running:
-                while waiting and len(running) < num_runs:
-                    config = dataclasses.replace(left[waiting[0]], hosts=each)
-                    running[process.remote(config, Path.cwd())] = waiting.pop(0)
-                (done,), _ = ray.wait(list(running))
-                name = running.pop(done)
-                try:
-                    result = ray.get(done)
-                except RayError as error:
-                    result = str(error).splitlines()[0]
-                yield name, result
-        finally:
-            for ref in running:
-                ray.cancel(ref, force=True)
+        yield from side_by_side(self.pool, self._hosts, _beside_others, left)
 
 
 def _result(config: SimulationConfig, pool: Any = None) -> dict[str, Any] | str:
@@ -144,11 +112,11 @@ def _result(config: SimulationConfig, pool: Any = None) -> dict[str, Any] | str:
         return str(error)
 
 
-def _beside_others(config: SimulationConfig, folder: Path) -> dict[str, Any] | str:
-    """The same in a process of Ray's; paths of the configuration are seen from this folder."""
-    os.environ["OMP_NUM_THREADS"] = str(config.hosts.num_threads)  # read when PyTorch is loaded
+def _beside_others(config: SimulationConfig, hosts: HostsConfig, folder: Path) -> dict[str, Any] | str:
+    """The same in a process of its own, with these hosts."""
+    os.environ["OMP_NUM_THREADS"] = str(hosts.num_threads)  # read when PyTorch is loaded
     os.chdir(folder)
-    return _result(config)
+    return _result(dataclasses.replace(config, hosts=hosts))
 
 
 def _finished(config: SimulationConfig) -> dict[str, Any] | None:

@@ -12,7 +12,15 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 MODULES = sorted((REPOSITORY / "fedpeat_ray").rglob("*.py"))
 LATER = ("ray", "deepspeed", "datasets", "matplotlib", "tyro")  # what only some runs need
-ON_RAY = ("host_pool", "ray_hosts", "driver_actor", "foundation_driver", "node_files", "watchers/ray_metrics")
+ON_RAY = (
+    "host_pool",
+    "ray_hosts",
+    "side_by_side",
+    "driver_actor",
+    "foundation_driver",
+    "node_files",
+    "watchers/ray_metrics",
+)
 MAY_IMPORT_RAY = {f"fedpeat_ray/runtime/{name}.py" for name in ON_RAY} | {"fedpeat_ray/control/branching_ppo.py"}
 MAY_IMPORT_DEEPSPEED = {"fedpeat_ray/runtime/foundation_driver.py"}
 
