@@ -183,7 +183,8 @@ def test_ray_is_started_with_options_it_has_and_scales_between_bounds(name):
         assert {f"--{key}" for key in group["rayStartParams"]} <= options
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
     for group in cluster(name)["workerGroupSpecs"]:
-        assert 1 <= group["minReplicas"] <= group["replicas"] < group["maxReplicas"]
+        assert group["minReplicas"] == group["replicas"] == (name in JOBS)
+        assert group["replicas"] < group["maxReplicas"]
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -191,7 +192,12 @@ def test_jobs_run_what_there_is_once_and_not_for_ever(name):
     spec = MANIFESTS[name]["spec"]
     python, script, *arguments = shlex.split(spec["entrypoint"])
     assert python == "python" and (ROOT / script).exists()
-    parsed(SimulationConfig, arguments).validate()
+    config = parsed(SimulationConfig, arguments)
+    config.validate()
+    [hosts] = cluster(name)["workerGroupSpecs"]
+    limits = hosts["template"]["spec"]["containers"][0]["resources"]["limits"]
+    a_pod = limits["nvidia.com/gpu"] if config.hosts.num_gpus else limits["cpu"]
+    assert config.hosts.max_hosts == hosts["maxReplicas"] * int(a_pod)
     modes = {"K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"}  # any word to the schema
     assert spec["submissionMode"] in modes
     assert spec["shutdownAfterJobFinishes"] and spec["activeDeadlineSeconds"] > 0 and spec["backoffLimit"] == 0
