@@ -34,6 +34,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 MpiDefault=none
 ReturnToService=2
+KillWait=5
 GresTypes=gpu
 NodeName=n[1-2] NodeAddr=10.77.0.[1-2] CPUs=1 RealMemory=8000 Gres=gpu:1
 PartitionName=all Nodes=ALL Default=YES
