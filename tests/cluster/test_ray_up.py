@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import hashlib
 import json
@@ -87,7 +88,10 @@ def laboratory(machines: tuple[Machine, Machine], folder: Path, environment: dic
     own = {**environment, "HOME": str(folder / "home.user"), "RAY_AUTH_MODE": "token"}
     yield Laboratory(machines, folder / "laboratory.yaml", own)
     user, cluster = (hashlib.sha256(name.encode()).hexdigest()[:10] for name in (getpass.getuser(), folder.name))
-    shutil.rmtree(f"/tmp/ray_ssh_{user}/{cluster}", ignore_errors=True)  # sockets of ssh that Ray leaves there
+    sockets = Path(f"/tmp/ray_ssh_{user}")  # of ssh, which Ray leaves there
+    shutil.rmtree(sockets / cluster, ignore_errors=True)
+    with contextlib.suppress(OSError):  # others' are there
+        sockets.rmdir()
 
 
 def test_ray_up_makes_a_cluster_of_two_whose_jobs_give_the_bits_of_a_run_here(
