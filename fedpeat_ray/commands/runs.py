@@ -52,6 +52,7 @@ def runs(
             print(f"no runs in {folder}")
             continue
         states = sorted(map(state_of, paths), key=lambda state: state.created)
+        print(f"runs in {folder}", flush=True)  # in a title of the table it would be wrapped
         console.print(runs_table(states, folder, time.time()))
         if any(state.state == UNFINISHED for state in states):
             print(f"{UNFINISHED}: running or interrupted, which locks would tell, and there are none to ask for")

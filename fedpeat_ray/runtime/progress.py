@@ -243,7 +243,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
 
 def runs_table(runs: Iterable[RunState], folder: Path, now: float) -> Table:
     """How far runs are, a row a run; `now` is in seconds since the epoch."""
-    table = Table(box=box.SIMPLE, title=Text(f"runs in {folder}"), title_justify="left", padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("run")
     table.add_column("algorithm")
     table.add_column("state")

@@ -129,7 +129,8 @@ class RayHosts(MapClients):
         self._needed.append(math.ceil(len(call.tasks) / call.batch_size))
         travel_by_value(own.modules())
         work = ray.put(dataclasses.replace(call, tasks=()))
-        jobs = HostJobs(call.tasks, call.batch_size, len(self._hosts), self._most_batches)
+        num_hosts = len(self._hosts) or 1  # the last one may just have been lost
+        jobs = HostJobs(call.tasks, call.batch_size, num_hosts, self._most_batches)
         running: dict[ray.ObjectRef, tuple[Holding, Job, ray.ObjectRef]] = {}
         try:
             while True:
@@ -305,7 +306,7 @@ class ExclusiveHosts(RayHosts):
         super().__init__(config, foundation, on_event, driver, trace, pool)
         self._fleet, self._weights_bytes = fleet, weights_bytes
         self._has_gpus = bool(ray.cluster_resources().get("GPU"))
-        self._num_slots = max(1, int(ray.cluster_resources()["CPU"]))
+        self._num_slots = max(1, int(ray.cluster_resources().get("CPU", 0)))
         self._devices: set[Holding] = set()
 
     def run(self, call: Call) -> tuple[Any, list[Any]]:

@@ -38,7 +38,8 @@ def side_by_side(pool: HostPool, config: HostsConfig, work: Work, on: Mapping[st
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
-                running[process.remote(on[waiting[0]], each, Path.cwd())] = waiting.pop(0)
+                name = waiting.pop(0)
+                running[process.remote(on[name], each, Path.cwd())] = name
             (done,), _ = ray.wait(list(running))
             name = running.pop(done)
             try:

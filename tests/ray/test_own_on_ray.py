@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("small_images", "no_reports")
 
 @pytest.fixture(autouse=True)
 def _hosts_of_the_session(pool: HostPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "hosts_that_start_meanwhile", lambda config, stack: pool)
+    monkeypatch.setattr(run, "hosts_that_start_meanwhile", lambda *arguments: pool)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def refusal(
     class Pool:
         about = "Ray at nowhere"
 
-        def __init__(self, config: HostsConfig):
+        def __init__(self, config: HostsConfig, last_words: object):
             pools.append("began")
 
         def start(self, config: HostsConfig) -> None:
