@@ -3,7 +3,8 @@
 # make test   lint, layers, types, all tests, and those that compare numbers once more as a plainer processor computes
 # make full   the same, once more as another one does, more cases of what starts processes, and the memory model on
 #             many more random settings
-# make cluster-test  Slurm, `ray up` and what else needs servers or pretend machines, where their packages are installed
+# make cluster-test  Slurm, `ray up`, an autoscaler and what else needs servers or pretend machines, where their packages
+#             are installed
 # make bench  the benchmarks (minutes; run them on a quiet machine)
 # Each sets up .venv first if there is none. ARGS="--rounds 20" goes to the main job.
 
@@ -58,7 +59,7 @@ tests: $(SETUP)
 	$(PYTEST) -m "not full and not cluster"
 
 cluster-test: $(SETUP)
-	$(VENV)/pytest -m cluster -ra tests/cluster
+	$(VENV)/pytest -m cluster -ra tests
 
 bench: $(SETUP)
 	$(VENV)/python workloads/benchmarks/client_batch.py

@@ -40,10 +40,13 @@ def settings(
     """
     if not seeds:
         raise ConfigError.of("seeds", seeds, "at least one")
+    if config.resume is not None:
+        raise ConfigError.of("resume", str(config.resume), "unset: the same command goes on with a sweep")
     runs = {}
     for choice in itertools.product(*map(choices, vary)):
         arguments = [word for name, value in choice for word in (f"--{name}", value)]
         of_choice = parsed(SimulationConfig, arguments, default=config)
+        of_choice.validate()
         for seed in seeds:
             name = ",".join(f"{name}={value}" for name, value in (*choice, ("seed", str(seed))))
             runs[name.replace("/", "_")] = dataclasses.replace(of_choice, seed=seed)
@@ -74,7 +77,6 @@ def main(arguments: list[str]) -> int:
     try:
         check_flags(arguments, {*flags(SimulationConfig), "vary", "seeds"})
         common, runs = parsed(settings, arguments, description=__doc__)
-        common.validate()
     except FedPeatError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

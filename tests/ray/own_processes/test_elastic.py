@@ -110,6 +110,7 @@ def wait_until_alone(environment: dict[str, str], address: str) -> int:
     return 0
 
 
+@pytest.mark.cluster
 def test_an_autoscaler_brings_the_nodes_that_a_round_has_work_for_and_takes_them_back(
     tiny_arguments, uninterrupted, folder, tmp_path
 ):

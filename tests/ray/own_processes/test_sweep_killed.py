@@ -52,10 +52,16 @@ def test_a_sweep_killed_in_the_middle_and_resumed_ends_with_the_table_of_an_undi
 
 
 def test_a_setting_that_there_is_not_is_refused_with_one_line(tmp_path, capsys):
-    for vary, line in (
-        ("lora.rnk=1,2", "error: there is no --lora.rnk: did you mean --lora.rank?"),
-        ("lora.rank=1,", "error: vary = 'lora.rank=1,' is not allowed: SETTING=VALUE,VALUE…"),
+    for words, line in (
+        (["--vary", "lora.rnk=1,2"], "error: there is no --lora.rnk: did you mean --lora.rank?"),
+        (["--vary", "lora.rank=1,"], "error: vary = 'lora.rank=1,' is not allowed: SETTING=VALUE,VALUE…"),
+        (["--vary", "lora.rank=1,0"], "error: lora.rank = 0 is not allowed: an integer of at least 1"),
+        (
+            ["--resume", "runs/x"],
+            "error: resume = 'runs/x' is not allowed: unset: the same command goes on with a sweep",
+        ),
     ):
-        assert main(["--vary", vary, "--out", str(tmp_path / "out")]) == 2
-        assert capsys.readouterr().err == line + "\n"
+        assert main([*words, "--out", str(tmp_path / "out")]) == 2
+        said = capsys.readouterr()
+        assert said.err == line + "\n" and not said.out, "nothing was started"
     assert not (tmp_path / "out").exists()
