@@ -156,7 +156,7 @@ def settings_for(config: TrainConfig) -> list[Setting]:
     world = prepare(run, Path())
     fleet = world.config.fleet
     fleet.check_has("candidates", config.candidates, config.data.partition)
-    emulators = world.algorithm.emulators  # type: ignore[attr-defined]
+    emulators = world.algorithm.emulators  # type: ignore[attr-defined]  # FedPEAT's
     if len(response.gain_L) != len(emulators.levels):
         allowed = f"one fitted for {len(emulators.levels)} levels, not for {len(response.gain_L)}"
         raise ConfigError.of("response", str(response_file), allowed)

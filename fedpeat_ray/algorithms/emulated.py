@@ -129,12 +129,12 @@ class Emulated(Algorithm):
         return self.emulators.workshop.foundation
 
     @property
-    def levels(self) -> range:  # type: ignore[override]
+    def levels(self) -> range:  # type: ignore[override]  # an attribute elsewhere
         """Those that devices may get."""
         return self.emulators.levels
 
     @property
-    def public(self) -> ServerData | None:  # type: ignore[override]
+    def public(self) -> ServerData | None:  # type: ignore[override]  # an attribute elsewhere
         """What emulators learn from, and the server."""
         return self.emulators.workshop.public
 

@@ -138,12 +138,12 @@ class Steered(Algorithm):
         return self.small.foundation
 
     @property
-    def public(self) -> ServerData | None:  # type: ignore[override]
+    def public(self) -> ServerData | None:  # type: ignore[override]  # an attribute elsewhere
         """What teaches the small model."""
         return self.teaching_text
 
     @property
-    def levels(self) -> tuple[int]:  # type: ignore[override]
+    def levels(self) -> tuple[int]:  # type: ignore[override]  # an attribute elsewhere
         """The small model."""
         return (self.small_level,)
 

@@ -179,7 +179,7 @@ def load(foundation: Foundation, device: torch.device | str = "cpu") -> PreTrain
     if unexpected or left:
         raise ModelError(f"{foundation.weights} does not fit {type(model).__name__}: {unexpected or left}")
     model.traits = foundation.traits  # type: ignore[assignment]  # torch annotates what modules usually hold
-    return model.to(device).requires_grad_(False).eval()  # type: ignore[arg-type]
+    return model.to(device).requires_grad_(False).eval()  # type: ignore[arg-type]  # a name is a device, too
 
 
 def asked(foundation: Foundation, about: str, question: Callable[[PreTrainedModel], dict]) -> dict:

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Self
 
 STATUS = 75
 """Exit status of a process whose head is lost: EX_TEMPFAIL of sysexits.h, try again."""
@@ -22,7 +21,7 @@ _SHARE = 0.75  # of that time
 
 
 class HeadWatch:
-    """Looks from a thread of its own; use as a context manager."""
+    """Looks from a thread of its own, from `start` to `stop`."""
 
     def __init__(self, address: str, last_words: Callable[[], str] | None = None):
         """`address`: HOST:PORT of the head; `last_words`: what a process that ends should say of its work."""
@@ -30,11 +29,12 @@ class HeadWatch:
         self._limit_s = _SHARE * float(os.environ.get(_RAYS_LIMIT_S) or 60)
         self._done = threading.Event()
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
+        """Begin to look."""
         threading.Thread(target=self._look, daemon=True, name="head watch").start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """The head may go."""
         self._done.set()
 
     def _look(self) -> None:

@@ -134,14 +134,15 @@ class HostPool:
         self._waiting: dict[Share, list[Any]] = {}
         if self._owns_ray:
             start_or_join((config.num_hosts or 1) * config.num_threads, config.address)
-        self._watch = HeadWatch(ray.get_runtime_context().gcs_address, last_words).__enter__()
+        self._watch = HeadWatch(ray.get_runtime_context().gcs_address, last_words)
+        self._watch.start()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.end_waiting()
-        self._watch.__exit__()
+        self._watch.stop()
         if self._owns_ray:
             ray.shutdown()
 

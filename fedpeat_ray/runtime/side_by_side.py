@@ -53,10 +53,11 @@ def side_by_side(pool: HostPool, config: HostsConfig, work: Work, on: Mapping[st
 
 
 def _share(room: Room, num_hosts: int, at_once: int) -> HostsConfig:
-    """The hosts of one of several simulations. A core for each on one node: they compute in their own processes."""
-    one_node = sum(node["Alive"] for node in ray.nodes()) == 1
-    if one_node and at_once == num_hosts and not room.share.num_gpus:
-        return dataclasses.replace(room.config, backend="serial", num_hosts=None, max_hosts=None)
+    """The hosts of one of several simulations. A core for each on one node that stays alone: they compute in their own
+    processes."""
+    one_node = room.config.max_hosts is None and sum(node["Alive"] for node in ray.nodes()) == 1
+    if one_node and at_once == num_hosts <= room.slots() and not room.share.num_gpus:
+        return dataclasses.replace(room.config, backend="serial", num_hosts=None)
     if room.config.max_hosts is None:
         return dataclasses.replace(room.config, num_hosts=num_hosts // at_once)
     return dataclasses.replace(room.config, max_hosts=room.config.max_hosts // at_once)

@@ -7,12 +7,13 @@ from typing import Any
 
 import failing_hosts
 import pytest
+import ray
 from tiny_runs import parse
 
 from fedpeat_ray.config import HostsConfig
 from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.models.foundation import prepare
-from fedpeat_ray.runtime import host_pool, ray_hosts
+from fedpeat_ray.runtime import host_pool, ray_hosts, side_by_side
 from fedpeat_ray.runtime.host_pool import Room, Share
 from fedpeat_ray.runtime.ray_hosts import RayHosts
 
@@ -61,3 +62,21 @@ def test_a_number_of_hosts_and_a_largest_number_are_not_both_given(tiny_argument
     config = parse(tiny_arguments("--hosts.num-hosts", 2, "--hosts.max-hosts", 3))
     with pytest.raises(ConfigError, match=r"hosts.max_hosts = 3 is not allowed: unset together with hosts.num_hosts"):
         config.validate()
+
+
+@pytest.mark.parametrize(
+    ("config", "nodes", "at_once", "each"),
+    [
+        (HostsConfig(), [{"CPU": 2.0}], 2, HostsConfig("serial")),
+        (HostsConfig(), [{"CPU": 8.0}], 2, HostsConfig(num_hosts=4)),
+        (HostsConfig(), [{"CPU": 1.0}, {"CPU": 1.0}], 2, HostsConfig(num_hosts=1)),
+        (HostsConfig(), [{}], 1, HostsConfig(num_hosts=1)),
+        (HostsConfig(max_hosts=6), [{"CPU": 1.0}], 2, HostsConfig(max_hosts=3)),
+    ],
+    ids=["a core for each", "more cores", "two nodes", "no core", "an autoscaler's"],
+)
+def test_simulations_side_by_side_share_the_hosts_that_there_are_or_may_be(monkeypatch, config, nodes, at_once, each):
+    monkeypatch.setattr(host_pool, "_nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True} for _ in nodes])
+    room = Room(Share(1, 0, 0, 1), 0.0, config)
+    assert side_by_side._share(room, room.num_hosts(at_once), at_once) == each
