@@ -54,6 +54,8 @@ class FoundationConfig(Settings):
 
     name: str = "pydoc-base"
     """Embedded model (pydoc-base, pydoc-small), Hugging Face name, or local directory."""
+    pretrained: bool = True
+    """False: start from random weights, for comparison."""
     num_shards: PositiveInt = 1
     """Processes that share the foundation on the driver's side (DeepSpeed ZeRO-3); above 1 no process has all of it."""
     num_gpus: Positive | None = None
@@ -71,10 +73,28 @@ class LoraConfig(Settings):
     """Rank of the factors."""
     alpha: Positive = 16.0
     """Scaling numerator: the update is alpha / rank * B A."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead, so that high ranks learn as fast (rsLoRA)."""
     targets: tuple[str, ...] = ()
     """Names of the modules to adapt, e.g. c_attn c_fc. Empty: every linear layer."""
     blocks: tuple[int, ...] = ()
     """Numbers of the blocks to adapt, from 0. Empty: all of them, or the adapter blocks of emulators."""
+
+
+@dataclass(frozen=True)
+class PeftConfig(Settings):
+    """What FedPEFT trains; a head that the task puts on the model is always trained, too."""
+
+    module: Literal["lora", "ia3", "bias", "head", "houlsby", "prompt", "prefix", "full"] = "lora"
+    """lora (see lora); ia3: factors of keys, values and feed-forward layers; bias: every bias; head: that alone;
+    houlsby: bottleneck adapters; prompt: learned tokens before a text, or in each block for images; prefix: learned
+    keys and values; full: all weights."""
+    adapter_width: PositiveInt = 8
+    """Width of houlsby's bottleneck."""
+    adapters: Literal["both", "feedforward"] = "both"
+    """Where houlsby's adapters are: behind attention and feed-forward layer of a block, or behind the latter."""
+    num_tokens: PositiveInt = 10
+    """Learned tokens of prompt and prefix."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +274,10 @@ class DataConfig(Settings):
     """Column that says where a document comes from, if any; in local data, otherwise the file's name."""
     label_column: str | None = None
     """Column with a class, if any; for python_docs it is the package."""
+    target_column: str | None = None
+    """Column with what is to be written for a text (sequence-to-sequence); unset: the name of its class."""
+    image_column: str = "image"
+    """Column with the images (hub data and Parquet)."""
     split: str = "train"
     """Split of a hub dataset."""
     heldout_share: Annotated[float, Bounds(math.ulp(0.0), 1 - 2**-53, "above 0 and below 1")] = 0.1
@@ -450,6 +474,9 @@ class WatchConfig(Settings):
 class SimulationConfig(Settings):
     """A whole run."""
 
+    task: str = "language-modelling"
+    """language-modelling; masked-language-modelling; classification (of texts); sequence-to-sequence; images
+    (classification); or one of your own, module:Name or file.py:Name."""
     algorithm: str = "fed-peat"
     """fed-peat: adapters on emulators; fed-peft: LoRA on the foundation; fed-pt: LoRA on a small model that steers
     the foundation; fed-avg: averaging of all weights; or one of your own, module:Name or file.py:Name."""
@@ -479,6 +506,7 @@ class SimulationConfig(Settings):
     data: DataConfig = field(default_factory=DataConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     emulator: EmulatorConfig = field(default_factory=EmulatorConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
@@ -531,8 +559,8 @@ class SimulationConfig(Settings):
         return from_plain(cls, of_today(values, REMOVED, RENAMED))
 
 
-LORA, EMULATORS, PROXY, PUBLIC_TEXT = "lora", "emulators", "proxy", "public text"
-USES = frozenset((LORA, EMULATORS, PROXY, PUBLIC_TEXT))
+LORA, PEFT, STACKED, EMULATORS, PROXY, PUBLIC_TEXT = "lora", "peft", "stacked", "emulators", "proxy", "public text"
+USES = frozenset((LORA, PEFT, STACKED, EMULATORS, PROXY, PUBLIC_TEXT))
 """What an algorithm may make use of, so that the settings of it count."""
 
 _PROXY_STEPS = ("batch_size", "sequence_length", "learning_rate", "kl_weight", "temperature", "top_k")
@@ -542,7 +570,18 @@ _FADING += ("path_loss_exponent", "cell_radius_m", "min_distance_m", "rician_k")
 
 COUNTS_ONLY: tuple[tuple[str, Callable[[SimulationConfig, Collection[str]], bool], tuple[str, ...]], ...] = (
     ("devices train LoRA", lambda _, uses: LORA in uses, ("lora",)),
-    ("devices train LoRA", lambda c, uses: LORA in uses or c.client_batch_size == 1, ("client_batch_size",)),
+    ("algorithm is fed-peft", lambda _, uses: PEFT in uses, ("peft",)),
+    (
+        "devices train small parts such as LoRA",
+        lambda c, uses: bool({LORA, STACKED} & set(uses)) or c.client_batch_size == 1,
+        ("client_batch_size",),
+    ),
+    ("peft.module is houlsby", lambda c, _: c.peft.module == "houlsby", ("peft.adapter_width", "peft.adapters")),
+    (
+        "peft.module is prompt or prefix",
+        lambda c, _: c.peft.module in ("prompt", "prefix"),
+        ("peft.num_tokens",),
+    ),
     ("devices get emulators", lambda _, uses: EMULATORS in uses, ("emulator", "control")),
     ("a small model steers the foundation", lambda _, uses: PROXY in uses, ("proxy",)),
     ("proxy.steps is above 0", lambda c, _: c.proxy.steps > 0, tuple(f"proxy.{name}" for name in _PROXY_STEPS)),

@@ -31,14 +31,16 @@ from fedpeat_ray.fleet.costs import forward_flops, training_flops
 from fedpeat_ray.fleet.fits import WHOLE_FLEET, Fits, fits
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models import weight_files
+from fedpeat_ray.models.architecture import CAUSAL, Head
 from fedpeat_ray.models.foundation import EMBEDDED, Foundation
-from fedpeat_ray.models.lora import Lora, find_lora
 from fedpeat_ray.models.shape import model_shape
-from fedpeat_ray.models.sketch import sketched
+from fedpeat_ray.models.sketch import KNOWN, sketched
 from fedpeat_ray.records import COMPLETED, SKIPPED
 from fedpeat_ray.runtime.calibration import Speed, measured_speed
 from fedpeat_ray.runtime.rows import client_columns, round_row
 from fedpeat_ray.runtime.trace import process_started_s
+from fedpeat_ray.tasks.task import Task
+from fedpeat_ray.trainable.lora import Lora, find_lora
 from fedpeat_ray.world import World, described
 
 _USUAL_BATCH = 8
@@ -53,9 +55,19 @@ class GivenSketch(Given):
     """What an algorithm is built from to be asked, and never to be run: models without weights, and no public text."""
 
     @classmethod
-    def find(cls, name: str, training_dtype: str, field: str) -> Foundation:
+    def find(
+        cls, name: str, training_dtype: str, field: str, head: Head = CAUSAL, pretrained: bool = True
+    ) -> Foundation:
         """A model by its configuration."""
-        return sketched(name, training_dtype, field)
+        return sketched(name, training_dtype, field, head)
+
+    @classmethod
+    def reader(cls, task: Task, name: str) -> Any:
+        """The model's own, or where there is none an embedded one."""
+        try:
+            return super().reader(task, EMBEDDED[0] if name in KNOWN else name)
+        except ModelError:
+            return super().reader(task, EMBEDDED[0])
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -225,7 +237,7 @@ def _wall(world: World, rounds: Sequence[Mapping[str, Any]], prepared_s: float) 
     more, num_tokens = config.rounds / len(rounds), sum(row["num_tokens"] for row in rounds)
     shape, held = (model_shape(foundations.empty(each.config_json), 4) for each in (world.foundation, world.held))
     length = config.evaluation.sequence_length
-    tokens = sum(task.tokens_NT.size for task in world.heldout)
+    tokens = sum(task.num_tokens for task in world.heldout)
     steers = 2 * forward_flops(held, length) if world.held.config_json != world.foundation.config_json else 0.0
     whole, on_devices = tokens * (forward_flops(shape, length) + steers), tokens * forward_flops(held, length)
     num_judged = math.ceil(config.rounds / config.evaluation.every)
@@ -252,4 +264,4 @@ def _speed(world: World) -> Speed:
     size = _client_batch_size(config) if world.algorithm.batches_clients else 1
     tasks = world.data.tasks(world.conditions.sample(1)[:size], round=1)
     kind = lora if world.algorithm.adapter.kind == "lora" else None
-    return measured_speed(world.held, kind, config.local, tasks, world.heldout[0], config.hosts.num_threads)
+    return measured_speed(world.held, kind, config.local, world.task, tasks, world.heldout[0], config.hosts.num_threads)

@@ -6,6 +6,7 @@ on the machine; all others are a function of the configuration.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,9 +98,28 @@ ROUND_COLUMNS = (
     ),
     Column("server_memory_bytes", pa.int64(), "bytes", "peak of the same by the memory model; 0 if there is none"),
     Column("train_loss", pa.float64(), "nats/token", "mean over completed devices, weighted by tokens"),
-    Column("perplexity", pa.float64(), "", "on held-out private text, after the round; null if not evaluated"),
-    Column("device_perplexity", pa.float64(), "", "same text, the largest emulator or small model on devices; or null"),
-    Column("token_accuracy", pa.float64(), "", "share of next tokens guessed, same text; null if not evaluated"),
+    Column(
+        "perplexity",
+        pa.float64(),
+        "",
+        "exp of the mean loss a label (next token, class), on held-out private data; null if not evaluated",
+    ),
+    Column("device_perplexity", pa.float64(), "", "same data, the largest emulator or small model on devices; or null"),
+    Column("token_accuracy", pa.float64(), "", "share of labels guessed, same data; null if not evaluated"),
+    Column(
+        "metrics",
+        pa.map_(pa.string(), pa.float64()),
+        "",
+        "what the task measures there, by name; empty if not evaluated",
+        default=(),
+    ),
+    Column(
+        "device_metrics",
+        pa.map_(pa.string(), pa.float64()),
+        "",
+        "the same of the largest emulator or small model on devices",
+        default=(),
+    ),
     Column(
         "figures",
         pa.map_(pa.string(), pa.float64()),
@@ -137,20 +157,28 @@ class Assignment:
     """Of that emulator, in re-alignments since."""
 
 
+Arrays = Mapping[str, np.ndarray]
+"""A batch of examples by what of them it holds (tokens, pixels, labels), a row each. "lengths" is always there: how
+many tokens the row has that are not padding; a row of length 0 fills up and counts for nothing."""
+
+
+def sequences(tokens: np.ndarray, lengths: np.ndarray) -> Arrays:
+    """Sequences: token ids (..., T) and how many of each are not padding (...)."""
+    return {"tokens": tokens, "lengths": lengths}
+
+
 @dataclass(frozen=True)
 class ClientTask:
-    """What one device trains in one round, with its text.
+    """What one device trains in one round, with its examples.
 
-    Legend: S steps, B sequences a step, T tokens a sequence.
+    Legend: S steps, B rows a step.
     """
 
     device_id: int
     num_examples: int
     """Sequences in the device's share: its weight in the mean."""
-    tokens_SBT: np.ndarray
-    """Token ids (S, B, T), integer."""
-    lengths_SB: np.ndarray
-    """Valid tokens of each sequence; the rest is padding and counts for nothing."""
+    arrays: Arrays
+    """Batches, arrays (S, B, ...)."""
     level: int | None = None
     """The emulator to train on; None: the foundation."""
     age: int = 0
@@ -159,12 +187,16 @@ class ClientTask:
     @property
     def num_steps(self) -> int:
         """S."""
-        return len(self.tokens_SBT)
+        return len(self.arrays["lengths"])
 
     @property
     def num_tokens(self) -> int:
         """Valid tokens of all steps."""
-        return int(self.lengths_SB.sum())
+        return int(self.arrays["lengths"].sum())
+
+    def step(self, number: int) -> Arrays:
+        """The batch of a step, from 0."""
+        return {name: array[number] for name, array in self.arrays.items()}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,8 @@ from fedpeat_ray.runtime.run_log import (
 )
 from fedpeat_ray.runtime.trace import MAIN, Trace, process_started_s
 from fedpeat_ray.runtime.watchers.watchers import Watchers, check_watchers, watchers_of
-from fedpeat_ray.training.evaluation import Score, ScoreSum
+from fedpeat_ray.tasks.score import Score
+from fedpeat_ray.training.evaluation import ScoreSum
 from fedpeat_ray.training.map_clients import MapClients
 from fedpeat_ray.tuned import texts, tuned_model
 from fedpeat_ray.world import World, driver_of, furnished, hosts, prepare, with_measured_batch_size
@@ -229,13 +230,15 @@ def _run(
         if round % config.evaluation.every == 0 or round == config.rounds:
             scores = evaluate(world, map_clients, state, algorithm.levels[-1:], exact=False)
         score = scores.get(ALL)
-        on_devices = scores[level_group(algorithm.levels[-1])].perplexity if scores and algorithm.levels else None
+        on_devices = scores[level_group(algorithm.levels[-1])] if scores and algorithm.levels else None
         row |= {
             "server_flops": result.server.flops,
             "server_memory_bytes": result.server.memory_bytes,
             "perplexity": score and score.perplexity,
-            "device_perplexity": on_devices,
+            "device_perplexity": on_devices and on_devices.perplexity,
             "token_accuracy": score and score.token_accuracy,
+            "metrics": world.task.metrics(score) if score else {},
+            "device_metrics": world.task.metrics(on_devices) if on_devices else {},
             "figures": result.figures,
             "wall_train_s": trained - started,
             "wall_eval_s": time.monotonic() - trained,
@@ -270,29 +273,40 @@ def _finish(
     centralised = None
     if config.evaluation.centralised and facts.num_tokens:
 
-        def judge(model_P: Tensor) -> float:
-            with_it = dataclasses.replace(state, model_P=model_P)
-            return evaluate(world, map_clients, with_it)[ALL].perplexity
+        def judge(model_P: Tensor) -> Score:
+            return evaluate(world, map_clients, dataclasses.replace(state, model_P=model_P))[ALL]
 
         reference = world.algorithm.reference
         centralised = tune_centrally(
             reference, world.data, config, facts.num_tokens, map_clients, judge, progress.stage
         )
-    perplexity = {"zero_shot": zero_shot[ALL].perplexity, "tuned": tuned[ALL].perplexity, "centralised": centralised}
-    gap = gap_closed(**perplexity)
-    came_of_it = world.algorithm.summary(zero_shot, tuned)
-    perplexity |= came_of_it.pop("perplexity", {})
+    task, scores = world.task, {"zero_shot": zero_shot[ALL], "tuned": tuned[ALL], "centralised": centralised}
+    by_metric = _values(scores, lambda score: task.metrics(score)[task.metric])
+    gap = gap_closed(**by_metric, higher_is_better=task.higher_is_better)
+    scores |= world.algorithm.scores(zero_shot, tuned)
     return {
         "algorithm": config.algorithm,
+        "task": config.task,
         "rounds": config.rounds,
         "adapter_sha256": world.algorithm.layout.sha256(state.model_P),
         **log.totals(),
         "virtual_s": facts.virtual_s,
         "num_tokens": facts.num_tokens,
-        "perplexity": perplexity,
+        "perplexity": _values(scores, lambda score: score.perplexity),
+        "metric": {"name": task.metric, "higher_is_better": task.higher_is_better},
+        "scores": _values(scores, lambda score: task.metrics(score)[task.metric]),
         "gap_closed": gap,
-        **came_of_it,
+        **world.algorithm.summary(zero_shot, tuned),
         "token_accuracy": {"zero_shot": zero_shot[ALL].token_accuracy, "tuned": tuned[ALL].token_accuracy},
+        "metrics": {"zero_shot": task.metrics(zero_shot[ALL]), "tuned": task.metrics(tuned[ALL])},
+    }
+
+
+def _values(scores: Mapping[str, Any], value: Callable[[Score], float]) -> dict[str, Any]:
+    """A number of each score, also of those by level."""
+    return {
+        name: _values(score, value) if isinstance(score, Mapping) else score and value(score)
+        for name, score in scores.items()
     }
 
 
@@ -307,12 +321,16 @@ def evaluate(
     return total.result()
 
 
-def gap_closed(zero_shot: float, tuned: float, centralised: float | None) -> float | None:
-    """Share of the way from zero-shot to centralised tuning, in perplexity; None where that is no bound: it came no
-    further than zero-shot, or not as far as federated tuning."""
-    if centralised is None or centralised >= zero_shot or tuned < centralised:
+def gap_closed(
+    zero_shot: float, tuned: float, centralised: float | None, higher_is_better: bool = False
+) -> float | None:
+    """Share of the way from zero-shot to centralised tuning, in the task's metric; None where that is no bound: it came
+    no further than zero-shot, or not as far as federated tuning."""
+    if centralised is None:
         return None
-    return (zero_shot - tuned) / (zero_shot - centralised)
+    sign = -1 if higher_is_better else 1
+    whole, gone = sign * (zero_shot - centralised), sign * (zero_shot - tuned)
+    return gone / whole if whole > 0 and gone <= whole else None
 
 
 def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:

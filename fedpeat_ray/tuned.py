@@ -15,10 +15,10 @@ from fedpeat_ray.algorithms.find import find_algorithm
 from fedpeat_ray.config import SimulationConfig
 from fedpeat_ray.errors import ConfigError, RunDirError
 from fedpeat_ray.models import foundation as foundations
-from fedpeat_ray.models.lora import load_adapter, saved_lora
 from fedpeat_ray.models.traits import check_tokenizer
 from fedpeat_ray.runtime.run_log import ADAPTER, read_settings
-from fedpeat_ray.training.client_batch import stacked_lora
+from fedpeat_ray.trainable.part import stacked
+from fedpeat_ray.trainable.peft_files import load, saved_lora
 
 
 def tuned_model(run_dir: Path) -> PreTrainedModel:
@@ -109,8 +109,8 @@ def plugged(model: PreTrainedModel, config: SimulationConfig, run_dir: Path) -> 
     directory = _adapter_of(run_dir)
     if (directory / "adapter_config.json").exists():
         lora = saved_lora(model, directory, config.lora)
-        with stacked_lora(model, lora) as set_factors:
-            set_factors(load_adapter(directory, lora).unsqueeze(0))
+        with stacked(model, lora) as set_tensors:
+            set_tensors(load(directory, lora).unsqueeze(0))
             yield
     else:
         _with_weights(model, directory)

@@ -13,7 +13,7 @@ from fedpeat_ray.algorithms.algorithm import ALL, Algorithm, Given, level_group
 from fedpeat_ray.algorithms.find import find_algorithm
 from fedpeat_ray.config import SimulationConfig
 from fedpeat_ray.data.client_data import ClientData
-from fedpeat_ray.data.corpus import Corpus, load_corpus
+from fedpeat_ray.data.corpus import Corpus
 from fedpeat_ray.data.partition import Partition
 from fedpeat_ray.fleet.conditions import Conditions, build_conditions
 from fedpeat_ray.fleet.fits import Fits, check_fits, fits
@@ -24,6 +24,8 @@ from fedpeat_ray.runtime.process import process_settings
 from fedpeat_ray.runtime.progress import Progress
 from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.runtime.trace import Trace
+from fedpeat_ray.tasks.find import find_task
+from fedpeat_ray.tasks.task import Task
 from fedpeat_ray.training.evaluation import EvaluationTask, evaluation_tasks
 from fedpeat_ray.training.map_clients import HostsAndDriver, MapClients
 
@@ -43,6 +45,11 @@ class World:
     heldout: list[EvaluationTask]
     fits: Fits
     """Which devices have the memory to take part."""
+
+    @property
+    def task(self) -> Task:
+        """What the model is tuned for."""
+        return self.algorithm.adapter.task
 
     @property
     def held(self) -> Foundation:
@@ -83,23 +90,36 @@ def described(config: SimulationConfig, directory: Path, given_as: type[Given] =
     conditions = None
     if config.data.partition.kind != "natural":  # otherwise the text says how many devices there are
         config, conditions = _with_fleet(config, config.fleet.size)
-    foundation = given_as.find(config.foundation.name, config.foundation.dtype, "foundation.name")
-    given = given_as(config, foundation, directory)
-    config = kind.with_numbers(given)
+    task, named = find_task(config.task), config.foundation
+    reader = given_as.reader(task, named.name)
+    task = task.reading(reader)
+    corpus = task.load(config.data, reader)
+    head = task.head(corpus)
+    foundation = given_as.find(named.name, named.dtype, "foundation.name", head, named.pretrained)
+    given = given_as(config, foundation, directory, task, bool(head.labels))
+    config = _with_fixed_length(kind.with_numbers(given), task.fixed_length(given.model.config))
     kind.check(config)
     given = given.with_config(config)
     given.check_positions("local.sequence_length", "evaluation.sequence_length", of=config.foundation.name)
     given.check_tokenizer()
-    corpus = load_corpus(config.data, given.tokenizer)
     partition = Partition(config.data.partition, corpus.group, corpus.heldout, config.seed)
     if conditions is None:
         config, conditions = _with_fleet(config, partition.num_devices(config.fleet.num_devices))
         given = given.with_config(config)
-    data = ClientData(corpus, partition, config.local, config.seed)
+    data = ClientData(corpus, partition, config.local, config.seed, task)
     algorithm = kind.build(given)
-    heldout = evaluation_tasks(ALL, *data.heldout(config.evaluation))
+    heldout = evaluation_tasks(ALL, data.heldout(config.evaluation))
     who_fits = fits(conditions.fleet, algorithm.memory_needs())
     return World(config, foundation, algorithm, conditions, data, heldout, who_fits)
+
+
+def _with_fixed_length(config: SimulationConfig, length: int | None) -> SimulationConfig:
+    """The configuration with the length that all examples have, where the model says it."""
+    if length is None:
+        return config
+    local = dataclasses.replace(config.local, sequence_length=length)
+    evaluation = dataclasses.replace(config.evaluation, sequence_length=length)
+    return dataclasses.replace(config, local=local, evaluation=evaluation)
 
 
 def _with_fleet(config: SimulationConfig, num_devices: int) -> tuple[SimulationConfig, Conditions]:

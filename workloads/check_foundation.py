@@ -18,6 +18,7 @@ from fedpeat_ray.config import DataConfig
 from fedpeat_ray.data.batches import heldout_sequences
 from fedpeat_ray.data.corpus import load_corpus
 from fedpeat_ray.models import foundation as foundations
+from fedpeat_ray.records import sequences
 from fedpeat_ray.training.evaluation import EvaluateWeights, ScoreSum, evaluation_tasks
 
 NUM_END_BLOCKS = 2  # at each end, of those that are never left out
@@ -57,7 +58,7 @@ def heldout_text(
 def perplexity(model: PreTrainedModel, tokens_NT: np.ndarray, lengths_N: np.ndarray) -> float:
     layout = foundations.weights_layout(model)
     weights_P = layout.flatten(dict(model.named_parameters()))
-    tasks = evaluation_tasks("all", tokens_NT, lengths_N)
+    tasks = evaluation_tasks("all", sequences(tokens_NT, lengths_N))
     scores = EvaluateWeights(layout)(foundations.Backbone(model, model), weights_P, tasks)
     return ScoreSum().add(scores).result()["all"].perplexity
 

@@ -51,13 +51,14 @@ from fedpeat_ray.files import written_whole_dir
 from fedpeat_ray.fleet.costs import training_flops
 from fedpeat_ray.fleet.memory import ModelShape, lora_parameters, training_memory
 from fedpeat_ray.models import foundation as foundations
-from fedpeat_ray.models.lora import find_lora, load_adapter
 from fedpeat_ray.models.proxy import proxy_logits
 from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.runtime.progress import Progress
 from fedpeat_ray.seeding import generator
 from fedpeat_ray.sweep import Sweep, report
-from fedpeat_ray.training.client_batch import IGNORED, next_token_labels
+from fedpeat_ray.tasks.language_modelling import IGNORED, next_token_labels
+from fedpeat_ray.trainable.lora import find_lora
+from fedpeat_ray.trainable.peft_files import load
 from fedpeat_ray.training.proxy_tuning import SmallModel
 from fedpeat_ray.world import furnished, prepare
 
@@ -144,7 +145,7 @@ class Judge:
 
     def adapter(self, run: Path) -> Tensor:
         """What a run of FedPEFT on the small model tuned."""
-        return load_adapter(run / "adapter", self.small.lora)
+        return load(run / "adapter", self.small.lora)
 
     def __call__(self, adapter_P: Tensor) -> tuple[float, dict[float, float]]:
         """(tuned small model alone, {alpha: large model steered by it})."""
@@ -264,7 +265,7 @@ def _tuned_for(sweep: Sweep, name: str, config: SimulationConfig) -> tuple[Tenso
         with written_whole_dir(kept) as part:
             shutil.copytree(directory, part, dirs_exist_ok=True)
     num_tokens = json.loads((kept / "summary.json").read_text())["num_tokens"]
-    return load_adapter(kept / "adapter", find_lora(model, config.lora)), num_tokens
+    return load(kept / "adapter", find_lora(model, config.lora)), num_tokens
 
 
 def _gaps(settings: Settings) -> Iterator[tuple[str, Callable[[PreTrainedModel], AbstractContextManager]]]:

@@ -22,21 +22,23 @@ from fedpeat_ray.aggregation.server_optimizer import ServerState, init_server
 from fedpeat_ray.config import USES, LocalConfig, LoraConfig, ServerConfig, SimulationConfig
 from fedpeat_ray.control.plan import Decision
 from fedpeat_ray.data.client_data import ClientData, ServerData
-from fedpeat_ray.data.corpus import load_corpus
 from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.fleet.conditions import Conditions
 from fedpeat_ray.fleet.costs import Admission, Costs, ServerCosts
 from fedpeat_ray.fleet.memory import ModelShape
 from fedpeat_ray.models import foundation as foundations
+from fedpeat_ray.models.architecture import CAUSAL, Head
 from fedpeat_ray.models.foundation import Foundation
 from fedpeat_ray.models.layout import Layout
-from fedpeat_ray.models.lora import Lora, find_lora
 from fedpeat_ray.models.shape import model_shape
-from fedpeat_ray.models.traits import check_tokenizer
+from fedpeat_ray.models.traits import check_tokenizer, reads_tokens
 from fedpeat_ray.records import Assignment, ClientReport
 from fedpeat_ray.settings import get
-from fedpeat_ray.training.adapters import Adapter, LoraAdapter
-from fedpeat_ray.training.evaluation import Score
+from fedpeat_ray.tasks.language_modelling import LANGUAGE_MODELLING
+from fedpeat_ray.tasks.score import Score
+from fedpeat_ray.tasks.task import Task
+from fedpeat_ray.trainable.lora import Lora, find_lora
+from fedpeat_ray.training.adapters import Adapter, StackedAdapter
 from fedpeat_ray.training.map_clients import MapClients, Where
 from fedpeat_ray.training.stacking import check_stacking
 
@@ -57,11 +59,22 @@ class Given:
     foundation: Foundation
     directory: Path
     """Of the run."""
+    task: Task = LANGUAGE_MODELLING
+    """What the model is tuned for."""
+    has_head: bool = False
+    """Whether that put a head on the model."""
 
     @classmethod
-    def find(cls, name: str, training_dtype: str, field: str) -> Foundation:
+    def find(
+        cls, name: str, training_dtype: str, field: str, head: Head = CAUSAL, pretrained: bool = True
+    ) -> Foundation:
         """A model by name (`models.foundation.prepare`)."""
-        return foundations.prepare(name, training_dtype, field=field)
+        return foundations.prepare(name, training_dtype, field=field, head=head, pretrained=pretrained)
+
+    @classmethod
+    def reader(cls, task: Task, name: str) -> Any:
+        """What turns documents into numbers for a model by name."""
+        return task.reader(foundations.model_dir(name, weights=False))
 
     def beside(self, name: str, field: str) -> Self:
         """The same settings, and another model."""
@@ -84,7 +97,8 @@ class Given:
 
     def check_tokenizer(self) -> None:
         """Raise ModelError for one with tokens that the model does not know."""
-        check_tokenizer(self.tokenizer, self.model, f"foundation.name = {self.foundation.name!r}")
+        if reads_tokens(self.model):
+            check_tokenizer(self.tokenizer, self.model, f"foundation.name = {self.foundation.name!r}")
 
     @property
     def client_batch_size(self) -> int:
@@ -105,7 +119,7 @@ class Given:
 
     def public_text(self) -> ServerData:
         """The text of the server. Raises DataError if there is none."""
-        return ServerData(load_corpus(self.config.data, self.tokenizer, public=True))
+        return ServerData(self.task.load(self.config.data, self.tokenizer, public=True))
 
     def check_positions(self, *fields: str, most: int | None = None, of: str = "the model") -> None:
         """Raise ConfigError for a setting, a number of tokens, beyond the positions of a model."""
@@ -286,7 +300,7 @@ class Algorithm(ABC):
     @property
     def batches_clients(self) -> bool:
         """Whether clients can be trained together, so that it is worth finding out how many at a time."""
-        return isinstance(self.adapter, LoraAdapter)
+        return isinstance(self.adapter, StackedAdapter)
 
     def with_client_batch_size(self, size: int) -> Self:
         """The same with clients trained so many at a time."""
@@ -322,11 +336,17 @@ class Algorithm(ABC):
         """For config.json: what was worked out and is no setting."""
         return {}
 
-    def summary(self, zero_shot: Mapping[str, Score], tuned: Mapping[str, Score]) -> dict[str, Any]:
-        """For summary.json: what came of it besides the foundation's own scores, by group; `perplexity` is merged.
+    def scores(
+        self, zero_shot: Mapping[str, Score], tuned: Mapping[str, Score]
+    ) -> dict[str, Score | Mapping[str, Score]]:
+        """For summary.json: what came of it besides the foundation's own scores, of those by group.
 
-        A pair `X_zero_shot`, `X_tuned` under `perplexity`, numbers or numbers by level, is a model X on devices.
+        A pair `X_zero_shot`, `X_tuned`, scores or scores by level, is a model X on devices.
         """
+        return {}
+
+    def summary(self, zero_shot: Mapping[str, Score], tuned: Mapping[str, Score]) -> dict[str, Any]:
+        """For summary.json: whatever else is worth a number."""
         return {}
 
     # After the run.

@@ -15,7 +15,7 @@ from fedpeat_ray.aggregation.find import find_aggregator
 from fedpeat_ray.aggregation.server_optimizer import ServerState
 from fedpeat_ray.algorithms.algorithm import ALL, Algorithm, Given, Reference, RoundResult, level_group
 from fedpeat_ray.algorithms.on_devices import with_perplexity
-from fedpeat_ray.config import EMULATORS, LORA, PUBLIC_TEXT, LocalConfig, ServerConfig, SimulationConfig
+from fedpeat_ray.config import EMULATORS, LORA, PUBLIC_TEXT, STACKED, LocalConfig, ServerConfig, SimulationConfig
 from fedpeat_ray.control.find import find_controller
 from fedpeat_ray.control.plan import Controller, Memory, Outcome
 from fedpeat_ray.data.client_data import ServerData
@@ -23,8 +23,8 @@ from fedpeat_ray.emulators.emulators import Emulators, build_emulators, check_em
 from fedpeat_ray.emulators.ladder import numbers
 from fedpeat_ray.emulators.on_emulators import OnEmulators
 from fedpeat_ray.models.foundation import Foundation
+from fedpeat_ray.tasks.score import Score
 from fedpeat_ray.training.adapters import Adapter
-from fedpeat_ray.training.evaluation import Score
 from fedpeat_ray.training.map_clients import Aggregator, MapClients
 
 VERSION = "version"
@@ -55,6 +55,7 @@ class Emulated(Algorithm):
     def uses(cls, config: SimulationConfig) -> set[str]:
         """Emulators, and what their settings ask for."""
         lora = {LORA} if config.emulator.trained == "lora" else set()
+        lora |= {STACKED} if config.emulator.trained != "blocks" else set()
         return {EMULATORS} | lora | ({PUBLIC_TEXT} if config.emulator.needs_public_text else set())
 
     @classmethod
@@ -78,7 +79,15 @@ class Emulated(Algorithm):
             public = given.public_text()
             given.check_positions("emulator.distil.sequence_length")
         emulators = build_emulators(
-            config, given.foundation, given.model, given.shape, given.lora, public, given.directory / "emulators"
+            config,
+            given.foundation,
+            given.model,
+            given.shape,
+            given.lora,
+            given.task,
+            given.has_head,
+            public,
+            given.directory / "emulators",
         )
         controller = find_controller(config.control.kind).build(config.control, config.seed)
         aggregator = find_aggregator(config.server.aggregator)
@@ -176,16 +185,20 @@ class Emulated(Algorithm):
         """The levels."""
         return {"levels": self.emulators.facts()}
 
-    def summary(self, zero_shot: Mapping[str, Score], tuned: Mapping[str, Score]) -> dict[str, Any]:
-        """The plug-in, which is the foundation tuned; emulators; how much better the foundation is than the largest."""
+    def scores(
+        self, zero_shot: Mapping[str, Score], tuned: Mapping[str, Score]
+    ) -> dict[str, Score | Mapping[str, Score]]:
+        """The plug-in, which is the foundation tuned, and emulators."""
         groups = {str(level): level_group(level) for level in self.levels}
-        perplexity = {
-            "plug_in": tuned[ALL].perplexity,
-            "emulator_zero_shot": {level: zero_shot[group].perplexity for level, group in groups.items()},
-            "emulator_tuned": {level: tuned[group].perplexity for level, group in groups.items()},
+        return {
+            "plug_in": tuned[ALL],
+            "emulator_zero_shot": {level: zero_shot[group] for level, group in groups.items()},
+            "emulator_tuned": {level: tuned[group] for level, group in groups.items()},
         }
-        privacy_gap = tuned[level_group(self.levels[-1])].perplexity - tuned[ALL].perplexity
-        return {"perplexity": perplexity, "privacy_gap": privacy_gap}
+
+    def summary(self, zero_shot: Mapping[str, Score], tuned: Mapping[str, Score]) -> dict[str, Any]:
+        """How much better the foundation is than the largest emulator, in perplexity."""
+        return {"privacy_gap": tuned[level_group(self.levels[-1])].perplexity - tuned[ALL].perplexity}
 
 
 def version_of(state: ServerState) -> int:

@@ -42,7 +42,7 @@ class FedAvg(Averaging):
     def build(cls, given: Given) -> Self:
         """From the pre-trained weights; clients are trained one by one."""
         config, foundation = given.config, given.foundation
-        weights = WeightsAdapter("all", weights_layout(given.model), foundation)
+        weights = WeightsAdapter("all", weights_layout(given.model), foundation, given.task)
         aggregator = find_aggregator(config.server.aggregator)
         return cls(weights, foundation, given.shape, config.local, config.server, aggregator, client_batch_size=1)
 

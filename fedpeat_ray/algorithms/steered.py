@@ -20,11 +20,15 @@ from fedpeat_ray.data.client_data import ServerData
 from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.fleet.costs import ServerCosts
 from fedpeat_ray.models import foundation as foundations
+from fedpeat_ray.models.architecture import CAUSAL
 from fedpeat_ray.models.foundation import Foundation
 from fedpeat_ray.models.proxy import ProxyLogits, check_vocabularies
 from fedpeat_ray.models.traits import num_tokens
-from fedpeat_ray.training.adapters import LoraAdapter
-from fedpeat_ray.training.evaluation import EvaluationTask, GroupScore, Score
+from fedpeat_ray.tasks.find import find_task
+from fedpeat_ray.tasks.score import Score
+from fedpeat_ray.trainable.lora import Lora
+from fedpeat_ray.training.adapters import StackedAdapter
+from fedpeat_ray.training.evaluation import EvaluationTask, GroupScore
 from fedpeat_ray.training.proxy_tuning import EvaluateProxy, SmallModel, step_costs
 
 _PLAIN = ("trained", "weights", "eight_bit", "choice", "server_steps", "realign_every")  # of emulators of the small one
@@ -49,7 +53,9 @@ class Steered(Algorithm):
 
     @classmethod
     def check(cls, config: SimulationConfig) -> None:
-        """Emulators of the small model are plain ones."""
+        """Emulators of the small model are plain ones, and both models language models."""
+        if find_task(config.task).auto != CAUSAL.auto:
+            raise ConfigError.of("task", config.task, "language-modelling, as one model's logits steer another's")
         if config.proxy.emulators:
             for name in _PLAIN:
                 value, only = getattr(config.emulator, name), getattr(_PLAIN_EMULATORS, name)
@@ -80,8 +86,8 @@ class Steered(Algorithm):
         most = min(foundations.max_positions(model) for model in (small.model, given.model))
         given.check_positions(*(lengths if proxy.steps else lengths[:2]), most=most, of="both models")
         on_small = _kind_on_small(config).build(small)
-        assert isinstance(on_small.adapter, LoraAdapter)
-        lora = on_small.adapter.lora
+        assert isinstance(on_small.adapter, StackedAdapter) and isinstance(on_small.adapter.part, Lora)
+        lora = on_small.adapter.part
         return cls(
             on_small,
             given.foundation.digest,
@@ -128,9 +134,9 @@ class Steered(Algorithm):
         return self.costs_of_a_step.times(self.config.steps)
 
     @property
-    def adapter(self) -> LoraAdapter:
+    def adapter(self) -> StackedAdapter:
         """That of the small model."""
-        return LoraAdapter(self.small.lora)
+        return StackedAdapter(self.small.lora)
 
     @property
     def foundation(self) -> Foundation:
@@ -169,11 +175,12 @@ class Steered(Algorithm):
         """Of the text that teaches, and of the small model."""
         return {**super().digests(), "small_sha256": self.foundation.digest}
 
-    def summary(self, zero_shot: Mapping[str, Score], tuned: Mapping[str, Score]) -> dict[str, Any]:
+    def scores(
+        self, zero_shot: Mapping[str, Score], tuned: Mapping[str, Score]
+    ) -> dict[str, Score | Mapping[str, Score]]:
         """The small model alone, and the foundation as it steers it."""
         group = level_group(self.small_level)
-        perplexity = {"small_zero_shot": zero_shot[group].perplexity, "small_tuned": tuned[group].perplexity}
-        return {"perplexity": {**perplexity, "proxy_tuned": tuned[ALL].perplexity}}
+        return {"small_zero_shot": zero_shot[group], "small_tuned": tuned[group], "proxy_tuned": tuned[ALL]}
 
     @classmethod
     def tuned_model(cls, config: SimulationConfig) -> str:

@@ -17,7 +17,11 @@ import numpy as np
 from fedpeat_ray.config import LocalConfig
 from fedpeat_ray.data.corpus import Corpus
 from fedpeat_ray.errors import DataError
+from fedpeat_ray.records import Arrays
 from fedpeat_ray.seeding import generator
+
+IGNORED = -100
+"""The label of what is not to be predicted."""
 
 
 def client_sequences(
@@ -50,26 +54,44 @@ def sequence_lengths(num_tokens: int, sequence_length: int) -> np.ndarray:
     return lengths_N
 
 
+def single_texts(corpus: Corpus, documents: Sequence[int] | np.ndarray, length: int, target: bool = False) -> Arrays:
+    """The documents, or with `target` what is to be written for them, a row each: tokens (N, length) and lengths (N,).
+
+    Those that are longer are cut off, but keep their last token if the tokenizer puts it there.
+    """
+    documents = np.asarray(documents)
+    starts, stops = corpus.offsets[documents], corpus.offsets[documents + 1]
+    if corpus.num_source is not None:
+        between = starts + corpus.num_source[documents]
+        starts, stops = (between, stops) if target else (starts, between)
+    stored = np.asarray(corpus.tokens)
+    lengths_N = np.minimum(stops - starts, length)
+    tokens_NT = np.full((len(documents), length), corpus.pad_id, dtype=np.int64)
+    for row, start, stop, kept in zip(tokens_NT, starts.tolist(), stops.tolist(), lengths_N.tolist(), strict=True):
+        row[:kept] = stored[start : start + kept]
+        if corpus.keeps_end:
+            row[kept - 1] = stored[stop - 1]
+    return {"tokens": tokens_NT, "lengths": lengths_N}
+
+
 def num_steps(num_sequences: int, local: LocalConfig) -> int:
     """Optimizer steps of a client: min(max_steps, ceil(epochs * num_sequences / batch_size)), at least 1."""
     steps = local.epochs * num_sequences / local.batch_size
     return max(1, math.ceil(min(local.max_steps, steps - 1e-9)))  # 0.1 * 30 is 3, and not just above it
 
 
-def client_batches(
-    tokens_NT: np.ndarray, lengths_N: np.ndarray, num_steps: int, batch_size: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def client_batches(rows: Arrays, num_steps: int, batch_size: int, rng: np.random.Generator) -> Arrays:
     """The batches of `num_steps` steps, in the order of `batch_order`; rows of length 0 fill up what it leaves free.
 
-    Returns tokens_SBT int64 and lengths_SB int64.
+    From arrays (N, ...) of examples, arrays (S, B, ...).
     """
-    order_SB = batch_order(len(tokens_NT), num_steps, batch_size, rng)
-    num_rows = order_SB.shape[1]
-    tokens_SBT = np.zeros((num_steps, batch_size, tokens_NT.shape[1]), dtype=np.int64)
-    lengths_SB = np.zeros((num_steps, batch_size), dtype=np.int64)
-    tokens_SBT[:, :num_rows] = tokens_NT[order_SB]
-    lengths_SB[:, :num_rows] = lengths_N[order_SB]
-    return tokens_SBT, lengths_SB
+    order_SB = batch_order(len(rows["lengths"]), num_steps, batch_size, rng)
+    num_rows, batches = order_SB.shape[1], {}
+    for name, array in rows.items():
+        empty = IGNORED if name == "labels" else 0
+        batches[name] = np.full((num_steps, batch_size, *array.shape[1:]), empty, array.dtype)
+        batches[name][:, :num_rows] = array[order_SB]
+    return batches
 
 
 def batch_order(num_sequences: int, num_steps: int, batch_size: int, rng: np.random.Generator) -> np.ndarray:
@@ -89,15 +111,12 @@ def batch_order(num_sequences: int, num_steps: int, batch_size: int, rng: np.ran
     return order[: num_steps * num_rows].reshape(num_steps, num_rows)
 
 
-def heldout_sequences(
-    corpus: Corpus, num_sequences: int, sequence_length: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """A fixed sample of held-out text in which every group has its share.
+def heldout_order(corpus: Corpus, seed: int) -> np.ndarray:
+    """The held-out documents in an order in which every group has its share.
 
     Documents of a group, in random order, are spread evenly over (0, 1), each group with an offset
     of its own; in the order of these positions every prefix is proportional over groups.
 
-    Returns tokens_NT and lengths_N as `client_sequences`; fewer than `num_sequences` if the text ends.
     Raises DataError if nothing is held out.
     """
     documents = np.flatnonzero(corpus.heldout)
@@ -110,13 +129,29 @@ def heldout_sequences(
     offset_G = rng.random(len(sizes_G))
     group = corpus.group[documents]
     rank = np.arange(len(documents)) - (np.cumsum(sizes_G) - sizes_G)[group]
-    documents = documents[np.argsort((rank + offset_G[group]) / sizes_G[group], kind="stable")]
-    return _first_sequences(corpus, documents, num_sequences, sequence_length)
+    return documents[np.argsort((rank + offset_G[group]) / sizes_G[group], kind="stable")]
 
 
-def _first_sequences(
+def enough_documents(corpus: Corpus, documents: np.ndarray, num_tokens: int) -> np.ndarray:
+    """The first of these documents, as many as have so many tokens together."""
+    return documents[: np.searchsorted(np.cumsum(corpus.num_tokens[documents]), num_tokens) + 1]
+
+
+def heldout_sequences(
+    corpus: Corpus, num_sequences: int, sequence_length: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A fixed sample of held-out text in which every group has its share (see `heldout_order`).
+
+    Returns tokens_NT and lengths_N as `client_sequences`; fewer than `num_sequences` if the text ends.
+    Raises DataError if nothing is held out.
+    """
+    return first_sequences(corpus, heldout_order(corpus, seed), num_sequences, sequence_length)
+
+
+def first_sequences(
     corpus: Corpus, documents: np.ndarray, num_sequences: int, sequence_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    enough = np.searchsorted(np.cumsum(corpus.num_tokens[documents]), num_sequences * sequence_length)
-    tokens_NT, lengths_N = client_sequences(corpus, documents[: enough + 1], sequence_length)
+    """The first so many of the sequences that `client_sequences` gives."""
+    documents = enough_documents(corpus, documents, num_sequences * sequence_length)
+    tokens_NT, lengths_N = client_sequences(corpus, documents, sequence_length)
     return tokens_NT[:num_sequences], lengths_N[:num_sequences]

@@ -1,9 +1,10 @@
-"""The devices' data as the rounds see it: tasks to train on, and held-out text to be judged by."""
+"""The devices' data as the rounds see it: tasks to train on, and held-out examples to be judged by."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -12,14 +13,34 @@ from fedpeat_ray.data.batches import (
     batch_order,
     client_batches,
     client_sequences,
-    heldout_sequences,
+    enough_documents,
+    heldout_order,
     num_steps,
-    sequence_lengths,
 )
 from fedpeat_ray.data.corpus import Corpus
 from fedpeat_ray.data.partition import Partition
-from fedpeat_ray.records import SERVER, Assignment, ClientTask, TextBatch
+from fedpeat_ray.records import SERVER, Arrays, Assignment, ClientTask, TextBatch
 from fedpeat_ray.seeding import generator
+
+
+class Examples(Protocol):
+    """How documents become examples, rows of arrays (see `fedpeat_ray.tasks`)."""
+
+    def lengths(self, corpus: Corpus, documents: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
+        """Tokens (N,) of each row, without making it."""
+        ...
+
+    def rows(self, corpus: Corpus, documents: Sequence[int] | np.ndarray, length: int) -> Arrays:
+        """The examples, at most so many tokens each: arrays (N, ...)."""
+        ...
+
+    def first_rows(self, corpus: Corpus, documents: np.ndarray, num_rows: int, length: int) -> Arrays:
+        """The first so many of them."""
+        ...
+
+    def prepared(self, corpus: Corpus, batches: Arrays, rng: np.random.Generator) -> Arrays:
+        """What is drawn anew whenever they are used."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,19 +53,19 @@ class ServerData:
         self, num_batches: int, batch_size: int, sequence_length: int, rng: np.random.Generator
     ) -> list[TextBatch]:
         """Batches of packed text, documents and sequences in random order."""
-        documents = rng.permutation(np.flatnonzero(~self.corpus.heldout))
-        num_tokens = num_batches * batch_size * sequence_length
-        enough = np.searchsorted(np.cumsum(self.corpus.num_tokens[documents]), num_tokens)
-        tokens_NT, lengths_N = client_sequences(self.corpus, documents[: enough + 1], sequence_length)
-        tokens_SBT, lengths_SB = client_batches(tokens_NT, lengths_N, num_batches, batch_size, rng)
-        return [TextBatch(*batch) for batch in zip(tokens_SBT, lengths_SB, strict=True)]
+        arrays = self._arrays(num_batches, batch_size, sequence_length, rng)
+        return [TextBatch(*batch) for batch in zip(arrays["tokens"], arrays["lengths"], strict=True)]
 
     def task(self, num_steps: int, local: LocalConfig, rng: np.random.Generator) -> ClientTask:
         """The server's own part in a round; its weight is the number of sequences it trains on."""
-        batches = self.batches(num_steps, local.batch_size, local.sequence_length, rng)
-        tokens_SBT = np.stack([batch.tokens_BT for batch in batches])
-        lengths_SB = np.stack([batch.lengths_B for batch in batches])
-        return ClientTask(SERVER, num_steps * local.batch_size, tokens_SBT, lengths_SB)
+        arrays = self._arrays(num_steps, local.batch_size, local.sequence_length, rng)
+        return ClientTask(SERVER, num_steps * local.batch_size, arrays)
+
+    def _arrays(self, num_batches: int, batch_size: int, sequence_length: int, rng: np.random.Generator) -> Arrays:
+        documents = rng.permutation(np.flatnonzero(~self.corpus.heldout))
+        documents = enough_documents(self.corpus, documents, num_batches * batch_size * sequence_length)
+        tokens_NT, lengths_N = client_sequences(self.corpus, documents, sequence_length)
+        return client_batches({"tokens": tokens_NT, "lengths": lengths_N}, num_batches, batch_size, rng)
 
 
 @dataclass(frozen=True)
@@ -55,6 +76,7 @@ class ClientData:
     partition: Partition
     local: LocalConfig
     seed: int
+    examples: Examples
 
     def assignments(self, device_ids: np.ndarray, round: int) -> list[Assignment]:
         """What each device trains in this round, in numbers; no text is read."""
@@ -62,32 +84,36 @@ class ClientData:
         return [self._assignment(*device, round) for device in zip(device_ids.tolist(), num_documents, strict=True)]
 
     def task(self, assignment: Assignment) -> ClientTask:
-        """A device's text: its share, packed, in an order of the round's own."""
-        device_id, length, batch_size = assignment.device_id, self.local.sequence_length, self.local.batch_size
-        tokens_NT, lengths_N = client_sequences(self.corpus, assignment.documents, length)
-        order = self._order(assignment.round, device_id)
-        batches = client_batches(tokens_NT, lengths_N, assignment.num_steps, batch_size, order)
-        return ClientTask(device_id, assignment.num_examples, *batches, assignment.level, assignment.age)
+        """A device's examples: its share, in an order of the round's own."""
+        device_id = assignment.device_id
+        rows = self.examples.rows(self.corpus, assignment.documents, self.local.sequence_length)
+        rng = self._order(assignment.round, device_id)
+        batches = client_batches(rows, assignment.num_steps, self.local.batch_size, rng)
+        batches = self.examples.prepared(self.corpus, batches, rng)
+        return ClientTask(device_id, assignment.num_examples, batches, assignment.level, assignment.age)
 
     def tasks(self, device_ids: Iterable[int], round: int) -> list[ClientTask]:
         """The same for several devices at once."""
         return [self.task(assignment) for assignment in self.assignments(np.asarray(device_ids), round)]
 
     def pooled_task(self, num_steps: int, batch_size: int) -> ClientTask:
-        """All private training text as one client's task: the reference of centralised tuning."""
-        everything = np.flatnonzero(~self.corpus.heldout)
+        """All private training examples as one client's task: the reference of centralised tuning."""
         rng = generator(self.seed, "pooled order")
-        tokens_NT, lengths_N = client_sequences(self.corpus, rng.permutation(everything), self.local.sequence_length)
-        return ClientTask(SERVER, len(tokens_NT), *client_batches(tokens_NT, lengths_N, num_steps, batch_size, rng))
+        everything = rng.permutation(np.flatnonzero(~self.corpus.heldout))
+        rows = self.examples.rows(self.corpus, everything, self.local.sequence_length)
+        batches = client_batches(rows, num_steps, batch_size, rng)
+        batches = self.examples.prepared(self.corpus, batches, rng)
+        return ClientTask(SERVER, len(rows["lengths"]), batches)
 
-    def heldout(self, config: EvaluationConfig) -> tuple[np.ndarray, np.ndarray]:
-        """Held-out text of all groups: tokens (N, T) and lengths (N,); the same for every run on this text."""
-        return heldout_sequences(self.corpus, config.num_sequences, config.sequence_length, seed=0)
+    def heldout(self, config: EvaluationConfig) -> Arrays:
+        """Held-out examples of all groups, arrays (N, ...); the same for every run on these documents."""
+        documents = heldout_order(self.corpus, seed=0)
+        rows = self.examples.first_rows(self.corpus, documents, config.num_sequences, config.sequence_length)
+        return self.examples.prepared(self.corpus, rows, generator(0, "held-out examples"))
 
     def _assignment(self, device_id: int, num_documents: int, round: int) -> Assignment:
-        documents, offsets = self.partition.documents(device_id, num_documents), self.corpus.offsets
-        num_tokens = int((offsets[documents + 1] - offsets[documents]).sum())
-        lengths_N = sequence_lengths(num_tokens, self.local.sequence_length)
+        documents = self.partition.documents(device_id, num_documents)
+        lengths_N = self.examples.lengths(self.corpus, documents, self.local.sequence_length)
         steps = num_steps(len(lengths_N), self.local)
         order_SB = batch_order(len(lengths_N), steps, self.local.batch_size, self._order(round, device_id))
         return Assignment(

@@ -1,4 +1,5 @@
-"""The documents of a run, tokenised once: flat arrays that every process can share without a copy.
+"""The documents of a run, tokenised once: flat arrays that every process can share without a copy. A document may be
+an image too; its tokens are then its pixels.
 
 A corpus is one side of the data: the private text that devices hold, or the public text that a
 server has. Keeping them apart means no device can train on public text by mistake.
@@ -50,6 +51,20 @@ class Corpus:
     """SHA-256 of texts, groups, held-out marks and tokenizer: the same digest means the same data."""
     removed: Removed = field(default_factory=Removed)
     """Documents that are not among these, by why."""
+    label: np.ndarray | None = None
+    """(D,) int64 index into `label_names`; None where there are none."""
+    label_names: tuple[str, ...] = ()
+    """Classes, sorted."""
+    num_source: np.ndarray | None = None
+    """(D,) int64: so many tokens of a document are to be read, the others to be written; None: no such difference."""
+    pad_id: int = 0
+    """Token that fills up documents that are not packed."""
+    keeps_end: bool = False
+    """Whether the last token of a document is one that it is to keep when it is cut off."""
+    mask_id: int | None = None
+    """Token that stands for one that is to be guessed."""
+    image_shape: tuple[int, int, int] | None = None
+    """Channels, rows and columns of each image; None: text."""
 
     @property
     def num_documents(self) -> int:
@@ -72,7 +87,7 @@ class Corpus:
     def __getattr__(self, name: str) -> Any:
         """Tokens that came as a file's name are mapped when they are asked for: by then the file is there."""
         if name == "tokens" and "_file" in self.__dict__:
-            return _mapped(self._file)
+            return mapped(self._file)
         raise AttributeError(name)
 
     @property
@@ -91,12 +106,22 @@ NO_TEXT = Corpus(np.zeros(0, np.uint16), np.zeros(1, np.int64), np.zeros(0, np.i
 
 
 def load_corpus(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, public: bool = False, cache_dir: Path | None = None
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    public: bool = False,
+    cache_dir: Path | None = None,
+    one_by_one: bool = False,
+    with_targets: bool = False,
 ) -> Corpus:
     """The private documents of `config.name` (or, with `public`, those a server has), tokenised.
 
     Tokens are cached by what they depend on, the texts and the tokenizer. Documents may be longer
     than the model's context: packing cuts them (data/batches.py).
+
+    Args:
+        one_by_one: documents are not to be packed, so each has the special tokens that the model expects.
+        with_targets: each is followed by what is to be written for it, the `target` or else the label.
 
     Raises DataError if there are no such documents (data/documents.py); ConfigError if the partition needs
     labels and there are none; ModelError if the tokenizer is not a fast one or has no end-of-text token.
@@ -106,22 +131,44 @@ def load_corpus(
         raise ModelError(f"the tokenizer of {tokenizer.name_or_path!r} must be a fast one with an end-of-text token")
     table, removed = load_documents(config, public=public, cache_dir=cache_dir)
     names = table["source"].to_pylist() if public else _groups(table, config)
-    group_names, group = np.unique(np.asarray(names, dtype=object), return_inverse=True)
     heldout = table["heldout"].to_numpy()
     texts = table["text"].to_pylist()
-    key = sha256_of([str(_CACHE_VERSION), _tokenizer_json(tokenizer), *texts])
+    targets = _targets(table, config) if with_targets else []
+    kind = [f"{one_by_one}", *targets] if one_by_one else []
+    key = sha256_of([str(_CACHE_VERSION), _tokenizer_json(tokenizer), *texts, *kind])
     path = (cache_dir or user_cache_dir()) / f"tokens-{key[:16]}.npy"
-    tokens, offsets = _cached_tokens(path, texts, tokenizer)
+    tokens, offsets, num_source = _cached_tokens(path, texts, targets, tokenizer, one_by_one)
     return Corpus(
         tokens=tokens,
         offsets=offsets,
-        group=group.astype(np.int32),
-        group_names=tuple(group_names),
-        heldout=heldout,
         eos_id=eos_id,
-        digest=sha256_of([key, *names, *map(str, heldout)]),
         removed=removed,
+        num_source=num_source,
+        pad_id=eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        keeps_end=one_by_one and tokenizer("a")["input_ids"][-1] in tokenizer.all_special_ids,
+        **grouped(names, heldout, table["label"].to_pylist() if one_by_one else None, key),
     )
+
+
+def grouped(names: list[str], heldout: np.ndarray, labels: list[str | None] | None, key: str) -> dict[str, Any]:
+    """The parts of a corpus that say what its documents are, but for their content; `key` is a digest of that. Classes
+    are left out where there is none for some document, or nobody asks for them."""
+    group_names, group = np.unique(np.asarray(names, dtype=object), return_inverse=True)
+    parts: dict[str, Any] = {"group": group.astype(np.int32), "group_names": tuple(group_names), "heldout": heldout}
+    if labels is not None and None not in labels:
+        label_names, label = np.unique(np.asarray(labels, dtype=object), return_inverse=True)
+        parts |= {"label": label.astype(np.int64), "label_names": tuple(label_names)}
+        key = sha256_of([key, *map(str, labels)])
+    return parts | {"digest": sha256_of([key, *names, *map(str, heldout)])}
+
+
+def _targets(table: pa.Table, config: DataConfig) -> list[str]:
+    """(D,) what is to be written for each document."""
+    column = "target" if config.target_column is not None else "label"
+    if table[column].null_count:
+        allowed = "a column with what is to be written, or data.label_column one with classes to be named"
+        raise ConfigError.of("data.target_column", config.target_column, allowed)
+    return table[column].to_pylist()
 
 
 def _groups(table: pa.Table, config: DataConfig) -> list[str]:
@@ -134,33 +181,51 @@ def _groups(table: pa.Table, config: DataConfig) -> list[str]:
     return table[config.partition.group_by].to_pylist()
 
 
-def _cached_tokens(path: Path, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    offsets_path = path.with_suffix(".offsets.npy")
-    if not (path.exists() and offsets_path.exists()):
-        for array, place in zip(tokenise(texts, tokenizer), (path, offsets_path), strict=True):
+def _cached_tokens(
+    path: Path, texts: list[str], targets: list[str], tokenizer: PreTrainedTokenizerBase, one_by_one: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Tokens, offsets, and with targets how many tokens of each document are not the target's."""
+    offsets_path, source_path = path.with_suffix(".offsets.npy"), path.with_suffix(".source.npy")
+    places = [path, offsets_path, *([source_path] if targets else [])]
+    if not all(place.exists() for place in places):
+        tokens, offsets = tokenise(texts, tokenizer, one_by_one)
+        arrays = [tokens, offsets]
+        if targets:
+            arrays = _side_by_side((tokens, offsets), tokenise(targets, tokenizer, one_by_one))
+        for array, place in zip(arrays, places, strict=True):
             with written_whole(place) as part, part.open("wb") as file:
                 np.save(file, array)
-    return _mapped(path), np.load(offsets_path, allow_pickle=False)
+    source = np.load(source_path, allow_pickle=False) if targets else None
+    return mapped(path), np.load(offsets_path, allow_pickle=False), source
+
+
+def _side_by_side(texts: tuple[np.ndarray, np.ndarray], targets: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
+    """Each text and then its target: tokens, offsets, and the lengths of the texts."""
+    pieces = [part[offsets[i] : offsets[i + 1]] for i in range(len(texts[1]) - 1) for part, offsets in (texts, targets)]
+    return [np.concatenate(pieces), texts[1] + targets[1], np.diff(texts[1])]
 
 
 @functools.lru_cache(maxsize=4)
-def _mapped(path: Path) -> np.memmap:
+def mapped(path: Path) -> np.memmap:
     """The tokens in a file, of which every process of a node has the same pages."""
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens (N,) and offsets (D + 1,) of the texts, each followed by the end-of-text token.
+def tokenise(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, one_by_one: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (N,) and offsets (D + 1,) of the texts, each followed by the end-of-text token; or `one_by_one`, each with
+    the tokens that the tokenizer puts around it.
 
     Fast tokenizers use every core, unless TOKENIZERS_PARALLELISM says otherwise.
     """
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    end = [tokenizer.eos_token_id]
+    end = [] if one_by_one else [tokenizer.eos_token_id]
     pieces: list[np.ndarray] = []
     for start in range(0, len(texts), _TEXTS_A_CALL):
         batch = texts[start : start + _TEXTS_A_CALL]
-        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        pieces += [np.asarray(ids + end, dtype=dtype) for ids in encoded["input_ids"]]
+        encoded = tokenizer(batch, add_special_tokens=one_by_one, return_attention_mask=False, verbose=False)
+        pieces += [np.asarray(ids + end or [tokenizer.eos_token_id], dtype=dtype) for ids in encoded["input_ids"]]
     offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
     return np.concatenate(pieces), offsets
 

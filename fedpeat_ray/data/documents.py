@@ -123,7 +123,9 @@ def _half(public: bool, cache_dir: Path | None) -> tuple[pa.Table, Removed]:
     table = table.filter(table["public"].to_numpy() == public)
     heldout, repeat = table["heldout"].to_numpy(), table["repeat"].to_numpy()
     removed = Removed(repeated_training=int((repeat & ~heldout).sum()), repeated_heldout=int((repeat & heldout).sum()))
-    return table.filter(~repeat).rename_columns({"package": "label"}).select(hub.SCHEMA.names), removed
+    table = table.filter(~repeat).rename_columns({"package": "label"})
+    table = table.append_column("target", pa.nulls(table.num_rows, pa.string()))
+    return table.select(hub.SCHEMA.names), removed
 
 
 def _sifted(

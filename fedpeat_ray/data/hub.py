@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ SCHEMA = pa.schema(
         ("label", pa.string()),  # null without data.label_column
         ("heldout", pa.bool_()),
         ("text", pa.string()),
+        ("target", pa.string()),  # null without data.target_column
     ]
 )
 
@@ -41,6 +43,8 @@ class Document(NamedTuple):
     source: str = "own"
     """Where it comes from: what dirichlet, by_source, shards and natural group by."""
     label: str | None = None
+    target: str | None = None
+    """What is to be written for it, where that is the task."""
 
 
 FORMATS = (".parquet", ".csv", ".jsonl", ".json", ".txt")  # .json: JSON lines too
@@ -58,25 +62,17 @@ def load(config: DataConfig, field: str = "data.name") -> tuple[pa.Table, int]:
     Raises DataError, with field, value and what is there, if nothing can be read, a column is missing
     or of the wrong type, or no document is left to train on.
     """
-    path = Path(config.name)
-    with contextlib.suppress(RuntimeError):  # nobody has that name
-        path = path.expanduser()
-    if path.exists():
-        paths = _files(path, config.name, field) if path.is_dir() else [_file(path, config.name, field)]
-        table = pa.concat_tables(_columns(_read(path, field), config, path.stem, field) for path in paths)
-    elif own.is_import_path(config.name):
+    if own.is_import_path(config.name):
         table = _own(config, field)
-    elif config.name.startswith((".", "/", "~")) or path.suffix in FORMATS:
-        raise DataError(f"{field} = {config.name!r} is neither a file nor a directory: there is no {path.absolute()}")
     else:
-        table = _columns(_load_dataset(config, field), config, config.name, field)
+        table = pa.concat_tables(_columns(part, config, name, field) for name, part in tables(config, field))
     rows = table.to_pydict()
     filled = [i for i, text in enumerate(rows["text"]) if text.strip()]
     if not filled:
         raise DataError(f"{field} = {config.name!r} has no text: {table.num_rows} documents, all empty")
     seen: set[str] = set()
     kept = [i for i in filled if not (rows["text"][i] in seen or seen.add(rows["text"][i]))]
-    source, label, text = ([rows[name][i] for i in kept] for name in ("source", "label", "text"))
+    source, label, text, target = ([rows[name][i] for i in kept] for name in ("source", "label", "text", "target"))
     if config.heldout_by == "source":
         heldout = mark_heldout_sources(source, config.heldout_share)
     else:
@@ -87,7 +83,21 @@ def load(config: DataConfig, field: str = "data.name") -> tuple[pa.Table, int]:
             f"{len(set(source))} sources, are held out (data.heldout_by = {config.heldout_by!r}, data.heldout_share = "
             f"{config.heldout_share}); in .txt files a blank line ends a document"
         )
-    return pa.table([source, label, heldout, text], schema=SCHEMA), len(filled) - len(kept)
+    return pa.table([source, label, heldout, text, target], schema=SCHEMA), len(filled) - len(kept)
+
+
+def tables(config: DataConfig, field: str = "data.name") -> Iterator[tuple[str, pa.Table]]:
+    """(name, rows) of each local file, or of the dataset of the hub, that `config.name` names. Raises DataError."""
+    path = Path(config.name)
+    with contextlib.suppress(RuntimeError):  # nobody has that name
+        path = path.expanduser()
+    if path.exists():
+        paths = _files(path, config.name, field) if path.is_dir() else [_file(path, config.name, field)]
+        yield from ((path.stem, _read(path, field)) for path in paths)
+    elif config.name.startswith((".", "/", "~")) or path.suffix in FORMATS:
+        raise DataError(f"{field} = {config.name!r} is neither a file nor a directory: there is no {path.absolute()}")
+    else:
+        yield config.name, _load_dataset(config, field)
 
 
 def _own(config: DataConfig, field: str) -> pa.Table:
@@ -96,8 +106,9 @@ def _own(config: DataConfig, field: str) -> pa.Table:
     if not documents or not all(isinstance(document, Document) for document in documents):
         kinds = ", ".join(sorted({type(document).__name__ for document in documents})) or "nothing"
         raise DataError(f"{field} = {config.name!r} gives {kinds}, not documents ({Document.__module__}.Document)")
-    texts, sources, labels = zip(*documents, strict=True)
+    texts, sources, labels, targets = zip(*documents, strict=True)
     strings = (("source", sources, pa.string()), ("label", labels, pa.string()), ("text", texts, pa.large_string()))
+    strings += (("target", targets, pa.string()),)
     try:
         return pa.table({name: pa.array(values, kind) for name, values, kind in strings})
     except (pa.ArrowException, TypeError) as error:
@@ -178,32 +189,37 @@ def _columns(table: pa.Table, config: DataConfig, name: str, field: str) -> pa.T
     place = name if field == "data.name" else f"{name} of {field}"
     if table.num_rows == 0:
         raise DataError(f"{field} = {config.name!r} is empty: {name} has no rows")
-    text = _column(table, "data.text_column", config.text_column, place)
+    text = column(table, "data.text_column", config.text_column, place)
     if not (pa.types.is_string(text.type) or pa.types.is_large_string(text.type)):
         raise DataError(f"data.text_column = {config.text_column!r} has type {text.type} in {place}: must be string")
     source = pa.array([name] * len(text))
     if config.source_column is not None:
-        source = _names(table, "data.source_column", config.source_column, place).fill_null("unknown")
+        source = names(table, "data.source_column", config.source_column, place).fill_null("unknown")
     label = pa.nulls(len(text), pa.string())
     if config.label_column is not None:
-        label = _names(table, "data.label_column", config.label_column, place).fill_null("unknown")
-    return pa.table({"source": source, "label": label, "text": text.cast(pa.large_string()).fill_null("")})
+        label = names(table, "data.label_column", config.label_column, place).fill_null("unknown")
+    target = pa.nulls(len(text), pa.string())
+    if config.target_column is not None:
+        target = names(table, "data.target_column", config.target_column, place).fill_null("")
+    text = text.cast(pa.large_string()).fill_null("")
+    return pa.table({"source": source, "label": label, "text": text, "target": target})
 
 
-def _column(table: pa.Table, field: str, name: str, place: str) -> pa.ChunkedArray:
+def column(table: pa.Table, field: str, name: str, place: str) -> pa.ChunkedArray:
+    """A column, without a dictionary. Raises DataError."""
     if name not in table.column_names:
         raise DataError(f"{field} = {name!r} is not a column of {place}, which has {', '.join(table.column_names)}")
     if table.column_names.count(name) > 1:
         raise DataError(f"{field} = {name!r} is the name of several columns of {place}")
-    column = table[name]
-    return pc.cast(column, column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    found = table[name]
+    return pc.cast(found, found.type.value_type) if pa.types.is_dictionary(found.type) else found
 
 
-def _names(table: pa.Table, field: str, name: str, place: str) -> pa.ChunkedArray:
+def names(table: pa.Table, field: str, name: str, place: str) -> pa.ChunkedArray:
     """A column that groups documents: strings, or whole numbers (such as user ids) as strings."""
-    column = _column(table, field, name, place)
-    kind = column.type
+    found = column(table, field, name, place)
+    kind = found.type
     named = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_boolean(kind)
     if not (named or pa.types.is_integer(kind)):
         raise DataError(f"{field} = {name!r} has type {kind} in {place}: must be string, whole number or boolean")
-    return pc.cast(column, pa.string())
+    return pc.cast(found, pa.string())

@@ -29,7 +29,7 @@ from fedpeat_ray.emulators.on_emulators import half_precision, output_of
 from fedpeat_ray.models.foundation import Blocks
 from fedpeat_ray.records import TextBatch
 from fedpeat_ray.seeding import generator
-from fedpeat_ray.training.client_batch import IGNORED, next_token_labels, tensors
+from fedpeat_ray.tasks.language_modelling import IGNORED, next_token_labels, tensors
 
 WARM_UP = 0.1  # share of the steps with a rising learning rate; it falls to zero in half a cosine
 

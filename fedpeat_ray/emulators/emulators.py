@@ -26,9 +26,16 @@ from fedpeat_ray.files import file_sha256, user_cache_dir
 from fedpeat_ray.fleet.levels import EmulatorCosts
 from fedpeat_ray.fleet.memory import ModelShape
 from fedpeat_ray.models import foundation as foundations
+from fedpeat_ray.models.architecture import CAUSAL
 from fedpeat_ray.models.foundation import Foundation
-from fedpeat_ray.models.lora import Lora
-from fedpeat_ray.training.adapters import Adapter, LoraAdapter, find_weights
+from fedpeat_ray.models.layout import Layout
+from fedpeat_ray.tasks.find import find_task
+from fedpeat_ray.tasks.task import Task
+from fedpeat_ray.trainable.find import with_head
+from fedpeat_ray.trainable.lora import Lora
+from fedpeat_ray.trainable.part import Part
+from fedpeat_ray.trainable.weights import find_bias, find_head
+from fedpeat_ray.training.adapters import Adapter, StackedAdapter, find_blocks
 from fedpeat_ray.training.map_clients import MapClients
 
 _STEPS_A_LINE = 50  # of distillation, between two lines of progress
@@ -122,6 +129,8 @@ def build_emulators(
     model: PreTrainedModel,
     shape: ModelShape,
     lora_of: Callable[[LoraConfig], Lora],
+    task: Task,
+    has_head: bool,
     public: ServerData | None,
     directory: Path,
 ) -> Emulators:
@@ -133,28 +142,49 @@ def build_emulators(
         model: the same, loaded.
         shape: the same, for memory and costs.
         lora_of: finds LoRA in it, and checks it.
+        task: what it is tuned for.
+        has_head: whether that put a head on the model, which is then trained too.
         public: text of the server, if the settings need it.
         directory: of re-aligned emulators.
 
     Raises ConfigError for blocks, shares or adapters that do not fit the model.
     """
     emulator, ladder = config.emulator, build_ladder(model, config.emulator)
-    if emulator.trained == "lora":
-        blocks = config.lora.blocks or ladder.adapter_blocks
-        if not set(blocks) & set(ladder.adapter_blocks):
-            on_every_level = " ".join(map(str, ladder.adapter_blocks))
-            raise ConfigError.of("lora.blocks", blocks, f"at least one block that every emulator has: {on_every_level}")
-        adapter: Adapter = LoraAdapter(lora_of(dataclasses.replace(config.lora, blocks=blocks)))
+    if emulator.trained == "blocks":
+        head = find_head(model, foundation).layout if has_head else Layout((), ())
+        blocks = (ladder.block_list, ladder.adapter_blocks)
+        adapter: Adapter = find_blocks(model, *blocks, foundation, task, head)
     else:
-        adapter = find_weights(model, emulator.trained, ladder.block_list, ladder.adapter_blocks, foundation)
+        part = _part(config, ladder, model, foundation, lora_of)
+        adapter = StackedAdapter(with_head(part, model, foundation, has_head), task, foundation)
     embedded_text = config.data.public_name is None
     workshop = Workshop(foundation, foundation.digest, emulator, adapter, public, embedded_text, directory)
     return Emulators(config, foundation, shape, adapter, ladder, workshop)
 
 
+def _part(
+    config: SimulationConfig,
+    ladder: Ladder,
+    model: PreTrainedModel,
+    foundation: Foundation,
+    lora_of: Callable[[LoraConfig], Lora],
+) -> Part:
+    """What is trained in the adapter blocks."""
+    if config.emulator.trained == "bias":
+        return find_bias(model, foundation, "emulator.trained", (ladder.block_list, ladder.adapter_blocks))
+    blocks = config.lora.blocks or ladder.adapter_blocks
+    if not set(blocks) & set(ladder.adapter_blocks):
+        on_every_level = " ".join(map(str, ladder.adapter_blocks))
+        raise ConfigError.of("lora.blocks", blocks, f"at least one block that every emulator has: {on_every_level}")
+    return lora_of(dataclasses.replace(config.lora, blocks=blocks))
+
+
 def check_emulators(config: SimulationConfig) -> None:
     """Raise ConfigError for settings of emulators and their control that do not go together."""
     emulator, control = config.emulator, config.control
+    if emulator.needs_public_text and find_task(config.task).auto != CAUSAL.auto:
+        allowed = "'foundation', with nothing else that learns from public text, as that takes a causal language model"
+        raise ConfigError.of("emulator.weights", emulator.weights, allowed)
     shares = SHARES if emulator.shares == "auto" else emulator.shares
     if not shares or not all(0 <= share < 1 for share in shares):
         raise ConfigError.of("emulator.shares", emulator.shares, "at least one, each at least 0 and below 1")

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from fedpeat_ray.config import SHARES, EmulatorConfig
 from fedpeat_ray.errors import ConfigError, ModelError
 from fedpeat_ray.models.foundation import Backbone, Blocks, block_list_name, block_view
-from fedpeat_ray.models.lora import Lora
 from fedpeat_ray.models.weight_files import Shapes
+from fedpeat_ray.trainable.lora import Lora
 from fedpeat_ray.training.adapters import Adapter
 
 _ENDS = ((2, 2, 4), (1, 1, 1), (1, 0, 1))

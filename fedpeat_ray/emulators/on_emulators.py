@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from fedpeat_ray.emulators.ladder import Ladder, on_emulator
 from fedpeat_ray.models.foundation import Backbone
 from fedpeat_ray.records import TextBatch
+from fedpeat_ray.tasks.language_modelling import tensors
 from fedpeat_ray.training.adapters import Adapter
-from fedpeat_ray.training.client_batch import ClientUpdate, tensors
+from fedpeat_ray.training.client_batch import ClientUpdate
 from fedpeat_ray.training.collect import Result
 
 

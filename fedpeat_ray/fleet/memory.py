@@ -33,8 +33,8 @@ import numpy as np
 Figure = int | np.ndarray
 """One number for all devices, or an int64 array (N,) with one a device."""
 
-Trainable = Literal["all", "lora", "bias", "blocks"]
-"""What is trained: all weights, or of the adapter blocks LoRA, the biases or all weights."""
+Trainable = Literal["all", "lora", "bias", "blocks", "head", "ia3", "houlsby", "prompt", "prefix"]
+"""What is trained: all weights, or of the adapter blocks LoRA, the biases or all weights; or another small part."""
 
 POWERS = tuple(itertools.product((0, 1), (0, 1, 2), (0, 1)))
 """Of batch size, sequence length and LoRA rank, in the products that bytes are a sum of."""
@@ -172,6 +172,8 @@ def training_memory(
     assert trainable != "lora" or np.all(np.asarray(lora_rank) > 0), "LoRA needs a rank"
     assert trainable != "all" or adapter_blocks is None, "all weights are more than those of adapter blocks"
     assert trainable in shape.steps, f"the blocks have nothing to train by {trainable!r}"
+    if trainable in ("head", "ia3", "houlsby", "prompt", "prefix"):  # small, and in or behind every block
+        trainable, lora_rank = "lora", 1
     blocks = shape.num_blocks if num_blocks is None else num_blocks
     first, last = (0, blocks) if adapter_blocks is None else adapter_blocks
     frozen = blocks - first - last

@@ -1,4 +1,4 @@
-"""Pre-trained causal language models: the embedded pair, or any from Hugging Face or a directory.
+"""Pre-trained transformers: the embedded ones, or any from Hugging Face or a directory.
 
 Only safetensors are read and no code of a model's repository is run. Processes of one machine share
 the frozen weights through a private memory map of one file: pages are shared, a stray write is not.
@@ -26,24 +26,19 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from fedpeat_ray.errors import ConfigError, FedPeatError, ModelError
 from fedpeat_ray.files import file_sha256, kept_sha256, user_cache_dir, written_with_hash
 from fedpeat_ray.models import weight_files
+from fedpeat_ray.models.architecture import CAUSAL, Head, configuration, model_class, with_head
 from fedpeat_ray.models.layout import Layout
 from fedpeat_ray.models.traits import Traits, check_configuration, configured_positions, examine, linear_head
+from fedpeat_ray.seeding import derive_seed
 
-EMBEDDED = ("pydoc-base", "pydoc-small")
+EMBEDDED = ("pydoc-base", "pydoc-small", "pydoc-roberta", "glyph-vit")
 _VERSION = 1  # of the files of weights: raise it when the same model gives others
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")  # in a configuration
 _EMBEDDED_DIR = Path(__file__).parent / "embedded"
@@ -109,28 +104,42 @@ def fast_training_dtype() -> Literal["bfloat16", "float32"]:
 
 
 def prepare(
-    name: str, training_dtype: str, cache_dir: Path | None = None, field: str = "foundation.name"
+    name: str,
+    training_dtype: str,
+    cache_dir: Path | None = None,
+    field: str = "foundation.name",
+    head: Head = CAUSAL,
+    pretrained: bool = True,
 ) -> Foundation:
     """Find the model and write its exact weights to one node-local file (once).
 
+    What the model lacks for the task's head, or all of it if it is not to be pre-trained, starts with random numbers,
+    always the same ones.
+
     Raises ConfigError, of the setting `field`, for a name that is neither embedded, a directory, nor known
-    to Hugging Face, ModelError if what is found is no causal language model in safetensors files.
+    to Hugging Face, ModelError if what is found is no model for this head in safetensors files.
     """
-    config_dir = model_dir(name, field)
-    source = sorted(config_dir.glob("*.safetensors"))
-    if not source:
+    config_dir = model_dir(name, field, weights=pretrained)
+    source = sorted(config_dir.glob("*.safetensors")) if pretrained else []
+    if pretrained and not source:
         raise ModelError(f"{field} = {name!r}: {config_dir} holds no safetensors file")
+    setting = f"{field} = {name!r}"
+    try:
+        config_json = with_head((config_dir / "config.json").read_text(), head, _end_token(config_dir, head))
+    except ModelError as error:
+        raise ModelError(f"{setting}: {error}") from error
     dtype = torch.float64 if training_dtype == "float64" else torch.float32
     key = hashlib.sha256(f"{_VERSION} {transformers.__version__} {dtype}".encode())  # it names the tensors
     for path in (config_dir / "config.json", *source):
         key.update(bytes.fromhex(file_sha256(path)))
+    if head != CAUSAL or not pretrained:
+        key.update(f"{config_json} {pretrained}".encode())
     weights = (cache_dir or user_cache_dir()) / f"backbone-{key.hexdigest()[:16]}.safetensors"
-    config_json = (config_dir / "config.json").read_text()
     if (sha256 := kept_sha256(weights)) is None:
         files = _files_of_tensors(config_json, source)
         with written_with_hash(weights) as part:
             if files is None:
-                model = _load_pretrained(f"{field} = {name!r}", config_dir, dtype)
+                model = _started(setting, config_dir if pretrained else None, config_json, head, dtype)
                 save_file({name: tensor.contiguous() for name, tensor in tensors_of(model).items()}, part)
             else:  # one tensor at a time, for models larger than memory
                 shapes = {name: (dtype, shape) for name, (_, shape) in files.items()}
@@ -141,7 +150,7 @@ def prepare(
     try:
         traits = Traits(**asked(foundation, "traits", lambda model: dataclasses.asdict(examine(model))))
     except ModelError as error:
-        raise ModelError(f"{field} = {name!r}: {error}") from error
+        raise ModelError(f"{setting}: {error}") from error
     return dataclasses.replace(foundation, traits=traits)
 
 
@@ -215,7 +224,7 @@ def _ask_first_blocks(foundation: Foundation, question: Callable[[PreTrainedMode
         except Exception as raised:  # the code of any model may raise anything
             error = raised
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise ModelError(f"{type(model).__name__} cannot be run on token ids alone: {reason}") from error
+    raise ModelError(f"{type(model).__name__} cannot be run on its inputs alone: {reason}") from error
 
 
 def _layer_types(model: PreTrainedModel, num_blocks: int) -> Sequence[str]:
@@ -231,10 +240,9 @@ def _structure(block: nn.Module) -> list[tuple[str, type, list[torch.Size]]]:
 
 def empty(config_json: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model without memory for its parameters, and with its buffers as they are for weights of this type."""
-    values = json.loads(config_json, object_hook=_float_of)
-    config = _tuning_config(AutoConfig.for_model(values.pop("model_type"), **values))
+    config = _tuning_config(configuration(config_json))
     with init_empty_weights(include_buffers=False), no_init_weights(), _nothing_filled():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = model_class(config)._from_config(config, dtype=dtype)
     model.tie_weights()
     return model
 
@@ -276,18 +284,30 @@ def load_tokenizer(config_dir: Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"{config_dir} holds no tokenizer: {error}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
         raise ModelError(f"{config_dir} holds no tokenizer, or one without a vocabulary")
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
+        tokenizer.eos_token = tokenizer.sep_token  # what ends a text for BERT
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer in {config_dir} has no end-of-text token")
     return tokenizer
 
 
 def block_list_name(model: PreTrainedModel) -> str:
-    """Name of the list of transformer blocks, e.g. `transformer.h` or `model.layers`."""
+    """Name of the list of transformer blocks, e.g. `transformer.h` or `model.layers`; the encoder's where there are
+    two."""
+    return block_list_names(model)[0]
+
+
+def block_list_names(model: PreTrainedModel) -> list[str]:
+    """Those of an encoder and of a decoder, where a model has both. Raises ModelError if there is none."""
     depth = model.config.num_hidden_layers
     names = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not names:
         raise ModelError(f"{type(model).__name__} has no list of {depth} blocks")
-    return names[0]
+    if not model.config.is_encoder_decoder:
+        return names[:1]
+    decoder_depth = getattr(model.config, "num_decoder_layers", None) or model.config.decoder_layers
+    behind = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == decoder_depth]
+    return [names[0], next(name for name in behind if name.split("decoder")[0] != name)]
 
 
 def block_view(blocks: nn.Module, numbers: Iterable[int], stand_ins: Blocks | None = None) -> nn.ModuleList:
@@ -363,14 +383,65 @@ def _files_of_tensors(config_json: str, source: list[Path]) -> dict[str, tuple[P
     return found if not has_buffers and shapes == {name: shape for name, (_, shape) in found.items()} else None
 
 
-def _load_pretrained(setting: str, config_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _started(
+    setting: str, config_dir: Path | None, config_json: str, head: Head, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model with the weights of a directory, what is lacking of the head random; all of it without a directory."""
+    config = configuration(config_json)
+    kind = model_class(config)
+    with _drawn_alike(), _quiet():
+        if config_dir is None:
+            return kind._from_config(config, dtype=dtype)
+        try:
+            model, info = cast(Any, kind).from_pretrained(
+                config_dir,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=bool(head.labels),
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"{setting} is no {kind.__name__} that can be read: {reason}") from error
+    inside = f"{model.base_model_prefix}."
+    lacking = [name for name in info["missing_keys"] if name.startswith(inside) and ".pooler." not in name]
+    if lacking or (info["missing_keys"] and not head.labels):
+        raise ModelError(f"{setting} has no weights for {sorted(lacking or info['missing_keys'])[0]}")
+    return model
+
+
+@contextmanager
+def _drawn_alike() -> Iterator[None]:
+    """transformers draws from PyTorch's global generator: for that time it starts from a seed of ours."""
+    before = torch.get_rng_state()
+    torch.set_rng_state(torch.Generator().manual_seed(derive_seed(0, "initial weights")).get_state())
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            config_dir, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{setting} is no causal language model that can be read: {reason}") from error
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report of what it found in a file: what matters of it is an error here."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def _end_token(config_dir: Path, head: Head) -> int | None:
+    """Of the tokenizer, if there is one, for a head that must know where a text ends."""
+    if not head.labels:
+        return None
+    try:
+        return load_tokenizer(config_dir).eos_token_id
+    except ModelError:
+        return None
 
 
 def _with_weights_in(dtype: torch.dtype, model: PreTrainedModel) -> PreTrainedModel:
@@ -378,11 +449,6 @@ def _with_weights_in(dtype: torch.dtype, model: PreTrainedModel) -> PreTrainedMo
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
-
-
-def _float_of(value: dict) -> Any:
-    """How transformers writes infinity, which JSON has no word for: {"__float__": "Infinity"}."""
-    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def _has_bf16_instructions() -> bool:

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedpeat_ray.fleet.memory import POWERS, BlockTerms, ModelShape, StepTerms, Terms, Trainable
+from fedpeat_ray.models.architecture import is_causal_lm, model_class
 from fedpeat_ray.models.foundation import block_list_name
 
 TESTED_FAMILIES = ("gpt2", "llama", "qwen3", "gemma2", "mixtral", "phi3", "opt")
@@ -56,7 +57,8 @@ def model_shape(model: PreTrainedModel, weight_bytes: int) -> ModelShape:
     weights = dict(block.named_parameters())
     linears = [module.get_parameter("weight") for module in block.modules() if isinstance(module, nn.Linear | Conv1D)]
     block_parameters = sum(weight.numel() for weight in weights.values())
-    stand_in = None if config.model_type in TESTED_FAMILIES else _llama_like(config, weights).to_json_string()
+    known = config.model_type in TESTED_FAMILIES and is_causal_lm(model)
+    stand_in = None if known else _llama_like(config, weights).to_json_string()
     steps = _Steps(config.to_json_string(), stand_in, weight_bytes)
     flops = steps.flops
     tokens, pairs = POWERS.index((1, 1, 0)), POWERS.index((1, 2, 0))
@@ -177,7 +179,7 @@ def _note_step(config_json: str, weight_bytes: int, trainable: Trainable, depth:
     """Run a step of a model of `depth` blocks that trains some of these, or with "all" everything."""
     config = _with_depth(json.loads(config_json), depth)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=_DTYPES[weight_bytes], trust_remote_code=False)
+        model = model_class(config)._from_config(config, dtype=_DTYPES[weight_bytes])
     model.eval().requires_grad_(trainable == "all")
     model.loss_type = "ForCausalLM"  # what is taken anyway, without a warning
     blocks = list(model.get_submodule(block_list_name(model)).children())
@@ -357,8 +359,8 @@ def _llama_like(config: PretrainedConfig, weights: Iterable[str]) -> LlamaConfig
         num_attention_heads=heads,
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=config.hidden_size // heads,
-        vocab_size=config.vocab_size,
-        tie_word_embeddings=config.tie_word_embeddings,
+        vocab_size=getattr(config, "vocab_size", config.num_labels),
+        tie_word_embeddings=getattr(config, "tie_word_embeddings", False),
         attention_bias=biased,
         mlp_bias=biased,
     )

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from fedpeat_ray.models import weight_files
+from fedpeat_ray.models.architecture import CAUSAL, Head, with_head
 from fedpeat_ray.models.foundation import EMBEDDED, Foundation, empty, model_digest, model_dir, tensors_of
 from fedpeat_ray.models.traits import check_configuration
 
@@ -67,7 +68,7 @@ class Sketch(Foundation):
         return {name: (self.exact_dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
-def sketched(name: str, training_dtype: str, field: str = "foundation.name") -> Sketch:
+def sketched(name: str, training_dtype: str, field: str = "foundation.name", head: Head = CAUSAL) -> Sketch:
     """A model by one of the names in KNOWN, or by its config.json: embedded, in a directory, or on Hugging Face.
 
     Raises ConfigError, of the setting `field`, if there is none; ModelError for one that cannot be tuned here.
@@ -79,5 +80,6 @@ def sketched(name: str, training_dtype: str, field: str = "foundation.name") -> 
     else:
         directory = model_dir(name, field, weights=False)
         text = (directory / "config.json").read_text()
+    text = with_head(text, head)
     check_configuration(empty(text))
     return Sketch(name, directory, text, Path(name), training_dtype, model_digest("none", text))

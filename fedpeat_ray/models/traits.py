@@ -20,13 +20,14 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedpeat_ray.errors import ModelError
+from fedpeat_ray.models.architecture import is_causal_lm
 from fedpeat_ray.seeding import generator
 
 NO_LIMIT = sys.maxsize
 TOLERANCE = 2.0**-15
 """Of the largest logit: 256 roundings of float32, which some models compute in whatever their weights are, against
 what one token, or the wrong client's adapter, does to logits: 2**-11 of them even in a model of tiny random weights."""
-NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads")
 _LIMITS = ("max_position_embeddings", "max_seq_len", "n_positions")
 _SHAPE = (2, 6)  # sequences and tokens that a model is asked about
 
@@ -42,26 +43,51 @@ class Traits:
 
 
 def examine(model: PreTrainedModel) -> Traits:
-    """Ask the model, or its first blocks. Raises ModelError for one that is not causal, or has no finite logits."""
-    name, tokens_BT = type(model).__name__, some_tokens(model, *_SHAPE)
+    """Ask the model, or its first blocks. Raises ModelError for a language model that is not causal, and for one whose
+    outputs are not finite."""
+    name, inputs = type(model).__name__, some_inputs(model, *_SHAPE)
+    shorter = {key: value[:, :-1] for key, value in inputs.items()} if reads_tokens(model) else inputs
     with torch.no_grad(), _looked_up() as rows:
-        logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
+        logits = model(**inputs).logits
     with torch.no_grad(), _looked_up() as rows_of_shorter:
-        shorter = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits
-    if not logits_BTV.isfinite().all():
+        logits_of_shorter = model(**shorter).logits
+    if not logits.isfinite().all():
         raise ModelError(f"{name} gives logits that are not finite")
-    if (logits_BTV[:, :-1] - shorter).abs().max() > TOLERANCE * logits_BTV.abs().max():
+    if not reads_tokens(model):
+        return Traits(False, NO_LIMIT)
+    if is_causal_lm(model) and (logits[:, :-1] - logits_of_shorter).abs().max() > TOLERANCE * logits.abs().max():
         raise ModelError(f"{name} is not causal: a token changes the logits of those before it")
     tables = [table for weight, table in rows.items() if weight != id(model.get_input_embeddings().weight)]
     known = {weight: last for weight, (last, _) in rows_of_shorter.items()}
     growing = [rows[weight] for weight in known if rows[weight] in tables and rows[weight][0] == known[weight] + 1]
     limits = [num_rows - (last + 1 - _SHAPE[1]) for last, num_rows in growing]
-    return Traits(_has_plain_head(model, tokens_BT, logits_BTV), min([configured_positions(model), *limits]))
+    plain = is_causal_lm(model) and _has_plain_head(model, inputs["input_ids"], logits)
+    return Traits(plain, min([configured_positions(model), *limits]))
+
+
+def reads_tokens(model: PreTrainedModel) -> bool:
+    """Whether it reads text."""
+    return model.main_input_name == "input_ids"
+
+
+def some_inputs(model: PreTrainedModel, num_rows: int, length: int) -> dict[str, Tensor]:
+    """What the model can be tried on: random tokens of a length, or images."""
+    if not reads_tokens(model):
+        side = getattr(model.config, "image_size", None)
+        if not isinstance(side, int):
+            raise ModelError(f"{type(model).__name__} reads neither text nor images of one size")
+        rng = torch.Generator().manual_seed(0)
+        dtype = next(model.parameters()).dtype
+        shape = (num_rows, model.config.num_channels, side, side)
+        return {model.main_input_name: torch.randn(shape, generator=rng, dtype=dtype)}
+    tokens = some_tokens(model, num_rows, length)
+    return {"input_ids": tokens} | ({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {})
 
 
 def check_configuration(model: PreTrainedModel) -> None:
     """Raise ModelError for a model that is no transformer with blocks of attention."""
-    missing = [name for name in NEEDED if getattr(model.config, name, None) is None]
+    needed = (*NEEDED, *(("vocab_size",) if reads_tokens(model) else ()))
+    missing = [name for name in needed if getattr(model.config, name, None) is None]
     if missing:
         known = "only transformers whose blocks have attention can be tuned"
         raise ModelError(f"{type(model).__name__} has no {missing[0]} in its configuration: {known}")

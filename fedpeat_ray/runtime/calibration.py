@@ -19,13 +19,14 @@ from fedpeat_ray.fleet.costs import forward_flops, training_flops
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models import weight_files
 from fedpeat_ray.models.foundation import Foundation
-from fedpeat_ray.models.lora import find_lora
 from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.models.traits import examine
 from fedpeat_ray.records import ClientTask
 from fedpeat_ray.runtime.process import process_settings
 from fedpeat_ray.runtime.serial import Serial
-from fedpeat_ray.training.adapters import Adapter, LoraAdapter, WeightsAdapter
+from fedpeat_ray.tasks.task import Task
+from fedpeat_ray.trainable.lora import find_lora
+from fedpeat_ray.training.adapters import Adapter, StackedAdapter, WeightsAdapter
 from fedpeat_ray.training.evaluation import EvaluationTask, ScoreSum
 
 MOST_PARAMETERS = 30_000_000
@@ -50,6 +51,7 @@ def measured_speed(
     foundation: Foundation,
     lora: LoraConfig | None,
     local: LocalConfig,
+    task: Task,
     tasks: Sequence[ClientTask],
     heldout: EvaluationTask,
     num_threads: int,
@@ -59,7 +61,7 @@ def measured_speed(
     with process_settings(num_threads), tempfile.TemporaryDirectory() as directory:
         if sum(parameter.numel() for parameter in model.parameters()) > MOST_PARAMETERS:
             return _of_largest_product(foundation, model, heldout)
-        return _of_model(_made_up(foundation, Path(directory)), lora, local, tasks, heldout)
+        return _of_model(_made_up(foundation, Path(directory)), lora, local, task, tasks, heldout)
 
 
 def _made_up(foundation: Foundation, directory: Path) -> Foundation:
@@ -75,20 +77,21 @@ def _of_model(
     foundation: Foundation,
     lora: LoraConfig | None,
     local: LocalConfig,
+    task: Task,
     tasks: Sequence[ClientTask],
     heldout: EvaluationTask,
 ) -> Speed:
     backbone = foundations.load_backbone(foundation, "cuda" if torch.cuda.is_available() else "cpu")
     shape, length = model_shape(backbone.exact, 4), local.sequence_length
     if lora is None:
-        adapter: Adapter = WeightsAdapter("all", foundations.weights_layout(backbone.exact), foundation)
+        adapter: Adapter = WeightsAdapter("all", foundations.weights_layout(backbone.exact), foundation, task)
     else:
-        adapter = LoraAdapter(find_lora(backbone.exact, lora))
+        adapter = StackedAdapter(find_lora(backbone.exact, lora), task)
     hosts, start_P = Serial(backbone), adapter.init(0)
     elements = adapter.layout.num_elements if lora else 0
-    num_tokens = sum(int(task.lengths_SB.sum()) for task in tasks)
+    num_tokens = sum(client.num_tokens for client in tasks)
     of_training = float(training_flops(shape, num_tokens, length, adapter.kind, elements))
-    of_evaluation = heldout.tokens_NT.size * forward_flops(shape, heldout.tokens_NT.shape[1])
+    of_evaluation = heldout.num_tokens * forward_flops(shape, int(heldout.arrays["lengths"].max()))
 
     def train() -> None:
         hosts(adapter.trainer(local), start_P, tasks, WeightedMean(), len(tasks) if lora else 1)
@@ -106,7 +109,7 @@ def _of_model(
 def _of_largest_product(foundation: Foundation, model: nn.Module, heldout: EvaluationTask) -> Speed:
     """Large models are multiplications: one with the largest matrix, or as much of it as is worth the time."""
     matrix = max((p for p in model.parameters() if p.ndim == 2), key=lambda p: min(p.shape))
-    width, features, rows = min(matrix.shape[1], _SIDE), min(matrix.shape[0], _SIDE), min(heldout.tokens_NT.size, _ROWS)
+    width, features, rows = min(matrix.shape[1], _SIDE), min(matrix.shape[0], _SIDE), min(heldout.num_tokens, _ROWS)
     rates = []
     for dtype in (getattr(torch, foundation.training_dtype), foundation.exact_dtype):
         some, weight = (torch.full((n, width), _WEIGHT, dtype=dtype) for n in (rows, features))

@@ -79,4 +79,4 @@ def remembered(what: Sequence[Any], find: Callable[[], int]) -> int:
 
 
 def _two_steps(task: ClientTask) -> ClientTask:
-    return dataclasses.replace(task, tokens_SBT=task.tokens_SBT[:2], lengths_SB=task.lengths_SB[:2])
+    return dataclasses.replace(task, arrays={name: array[:2] for name, array in task.arrays.items()})

@@ -1,25 +1,30 @@
-"""What is trained: LoRA, biases, whole blocks, or all weights. One interface for the four."""
+"""What is trained: small tensors beside a frozen model, whole blocks, or all weights. One interface for all."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedpeat_ray.config import LocalConfig
-from fedpeat_ray.errors import ConfigError
+from fedpeat_ray.fleet.memory import Trainable
+from fedpeat_ray.models.architecture import configuration, model_class
 from fedpeat_ray.models.foundation import Foundation
 from fedpeat_ray.models.layout import Layout
-from fedpeat_ray.models.lora import Lora, save_adapter
-from fedpeat_ray.training.client_batch import TrainClientBatch, stacked_lora
-from fedpeat_ray.training.evaluation import EvaluateLora, EvaluateWeights, replaced_weights
-from fedpeat_ray.training.gradients import LoraGradient
+from fedpeat_ray.tasks.language_modelling import LANGUAGE_MODELLING
+from fedpeat_ray.tasks.task import Task
+from fedpeat_ray.trainable import peft_files
+from fedpeat_ray.trainable.find import kind_of
+from fedpeat_ray.trainable.lora import Lora
+from fedpeat_ray.trainable.part import Part, read_weights, stacked
+from fedpeat_ray.training.client_batch import TrainClientBatch
+from fedpeat_ray.training.evaluation import Evaluate, EvaluateWeights, replaced_weights
+from fedpeat_ray.training.gradients import Gradient
 from fedpeat_ray.training.one_client import TrainAllWeights
 
 
@@ -27,7 +32,12 @@ class Adapter(Protocol):
     """Tensors that are trained while everything else is frozen."""
 
     @property
-    def kind(self) -> Literal["lora", "bias", "blocks", "all"]: ...
+    def kind(self) -> Trainable: ...
+
+    @property
+    def task(self) -> Task:
+        """What they are trained for."""
+        ...
 
     @property
     def layout(self) -> Layout: ...
@@ -38,11 +48,11 @@ class Adapter(Protocol):
         ...
 
     def init(self, seed: int) -> Tensor:
-        """The start, flat: with it the model is the foundation."""
+        """The start, flat: with it the model is the foundation, but for prompts."""
         ...
 
     def within(self, block_list: str, blocks: Container[int]) -> Adapter:
-        """The part that lies in some blocks."""
+        """The part that lies in some blocks, or in none at all."""
         ...
 
     def trainer(self, local: LocalConfig) -> Callable:
@@ -50,12 +60,12 @@ class Adapter(Protocol):
         ...
 
     def gradient(self) -> Callable | None:
-        """`train(backbone, adapter_P, batches)`: gradients of batches of text; None if there are too many elements to
-        be sent in every step."""
+        """`train(backbone, adapter_P, batches)`: gradients of batches of examples; None if there are too many elements
+        to be sent in every step."""
         ...
 
     def evaluator(self, exact: bool = True) -> Callable:
-        """`train(backbone, adapter_P, tasks)` that scores held-out text, exactly or in the type of training."""
+        """`train(backbone, adapter_P, tasks)` that scores held-out examples, exactly or in the type of training."""
         ...
 
     def plugged(self, model: PreTrainedModel, adapter_P: Tensor) -> contextlib.AbstractContextManager:
@@ -68,93 +78,91 @@ class Adapter(Protocol):
 
 
 @dataclass(frozen=True)
-class LoraAdapter:
-    """Low-rank factors, trained in client batches."""
+class StackedAdapter:
+    """Small tensors such as LoRA, trained in client batches."""
 
-    lora: Lora
-    kind: Literal["lora"] = "lora"
+    part: Part
+    task: Task = LANGUAGE_MODELLING
+    foundation: Foundation | None = None
+    """The model it is for, by whose class PEFT knows what it is; None: a causal language model."""
+
+    @property
+    def kind(self) -> Trainable:
+        return kind_of(self.part)
 
     @property
     def layout(self) -> Layout:
-        return self.lora.layout
+        return self.part.layout
 
     @property
-    def rank(self) -> int:
-        return self.lora.rank
+    def rank(self) -> int | None:
+        own, _ = peft_files.divided(self.part)
+        return own.rank if isinstance(own, Lora) else None
 
     def init(self, seed: int) -> Tensor:
-        return self.lora.init(seed)
+        return self.part.init(seed)
 
-    def within(self, block_list: str, blocks: Container[int]) -> LoraAdapter:
-        return LoraAdapter(self.lora.within(block_list, blocks))
+    def within(self, block_list: str, blocks: Container[int]) -> StackedAdapter:
+        return replace(self, part=self.part.within(block_list, blocks))
 
     def trainer(self, local: LocalConfig) -> TrainClientBatch:
-        return TrainClientBatch(self.lora, local)
+        return TrainClientBatch(self.part, local, self.task)
 
-    def gradient(self) -> LoraGradient:
-        return LoraGradient(self.lora)
+    def gradient(self) -> Gradient:
+        return Gradient(self.part, self.task)
 
-    def evaluator(self, exact: bool = True) -> EvaluateLora:
-        return EvaluateLora(self.lora, exact)
+    def evaluator(self, exact: bool = True) -> Evaluate:
+        return Evaluate(self.part, exact, self.task)
 
     @contextlib.contextmanager
     def plugged(self, model: PreTrainedModel, adapter_P: Tensor) -> Iterator[None]:
-        with stacked_lora(model, self.lora, called=True) as set_factors:
-            set_factors(adapter_P.to(next(model.parameters()).device).unsqueeze(0))
+        with stacked(model, self.part, called=True) as set_tensors:
+            set_tensors(adapter_P.to(next(model.parameters()).device).unsqueeze(0))
             yield
 
     def save(self, directory: Path, adapter_P: Tensor, base_model: str) -> None:
-        save_adapter(directory, self.lora, adapter_P, base_model)
+        kind = model_class(configuration(self.foundation.config_json)).__name__ if self.foundation else None
+        peft_files.save(directory, self.part, adapter_P, base_model, *([kind] if kind else []))
 
 
 @dataclass(frozen=True)
 class WeightsAdapter:
     """Some of the foundation's own weights, or all, trained one client after another."""
 
-    kind: Literal["bias", "blocks", "all"]
+    kind: Trainable
     layout: Layout
     foundation: Foundation
+    task: Task = LANGUAGE_MODELLING
     rank: None = None
 
     def init(self, seed: int) -> Tensor:
-        with safe_open(self.foundation.weights, framework="pt") as file:
-            return self.layout.flatten({name: file.get_tensor(name) for name in self.layout.names})
+        return read_weights(self.foundation, self.layout)
 
     def within(self, block_list: str, blocks: Container[int]) -> WeightsAdapter:
-        return self  # it lies in blocks that every emulator has
+        return self  # it lies in blocks that every emulator has, and around them
 
     def trainer(self, local: LocalConfig) -> TrainAllWeights:
-        return TrainAllWeights(self.layout, local)
+        return TrainAllWeights(self.layout, local, self.task)
 
     def gradient(self) -> None:
         return None
 
     def evaluator(self, exact: bool = True) -> EvaluateWeights:
-        return EvaluateWeights(self.layout)  # whole weights are trained in the exact type
+        return EvaluateWeights(self.layout, self.task)  # whole weights are trained in the exact type
 
     def plugged(self, model: PreTrainedModel, adapter_P: Tensor) -> contextlib.AbstractContextManager:
         return replaced_weights(model, self.layout, adapter_P)
 
     def save(self, directory: Path, adapter_P: Tensor, base_model: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "weights.safetensors").write_bytes(self.layout.serialize(adapter_P))
+        (directory / peft_files.WEIGHTS).write_bytes(self.layout.serialize(adapter_P))
 
 
-def find_weights(
-    model: PreTrainedModel,
-    kind: Literal["bias", "blocks"],
-    block_list: str,
-    blocks: Iterable[int],
-    foundation: Foundation,
+def find_blocks(
+    model: PreTrainedModel, block_list: str, blocks: Iterable[int], foundation: Foundation, task: Task, head: Layout
 ) -> WeightsAdapter:
-    """The biases, or all weights, of some blocks. Raises ConfigError for a model without biases."""
+    """All weights of some blocks, and of the task's head."""
     prefixes = tuple(f"{block_list}.{i}." for i in blocks)
-    shapes = {
-        name: tuple(parameter.shape)
-        for name, parameter in model.named_parameters()
-        if name.startswith(prefixes) and (kind == "blocks" or name.endswith(".bias"))
-    }
-    if not shapes:
-        allowed = f"lora or blocks, as {type(model).__name__} has no biases"
-        raise ConfigError.of("emulator.trained", kind, allowed)
-    return WeightsAdapter(kind, Layout(tuple(shapes), tuple(shapes.values())), foundation)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name.startswith(prefixes)}
+    shapes |= dict(zip(head.names, head.shapes, strict=True))
+    return WeightsAdapter("blocks", Layout(tuple(shapes), tuple(shapes.values())), foundation, task)

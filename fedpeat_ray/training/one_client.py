@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from fedpeat_ray.config import LocalConfig
 from fedpeat_ray.models.foundation import Backbone
 from fedpeat_ray.models.layout import Layout
-from fedpeat_ray.models.lora import Lora, peft_config
 from fedpeat_ray.records import NON_FINITE, ClientReport, ClientTask
-from fedpeat_ray.training.client_batch import IGNORED, ClientUpdate, build_optimizer, next_token_labels, usable
+from fedpeat_ray.tasks.language_modelling import LANGUAGE_MODELLING
+from fedpeat_ray.tasks.task import Task, tensors_of
+from fedpeat_ray.trainable.lora import Lora
+from fedpeat_ray.trainable.peft_files import peft_config
+from fedpeat_ray.training.client_batch import ClientUpdate, build_optimizer, usable
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class TrainAllWeights:
 
     layout: Layout
     local: LocalConfig
+    task: Task = LANGUAGE_MODELLING
 
     def __call__(self, backbone: Backbone, start_P: Tensor, tasks: Sequence[ClientTask]) -> list[ClientUpdate]:
         model = backbone.exact
@@ -38,8 +42,7 @@ class TrainAllWeights:
             for weight in weights.values():
                 weight.requires_grad_(True)
             return [
-                _train_from(model, self.layout, weights, self.local, start_P, task, backbone.while_training)
-                for task in tasks
+                _train_from(model, self, self.layout, weights, start_P, task, backbone.while_training) for task in tasks
             ]
         finally:
             for name, weight in weights.items():
@@ -53,9 +56,12 @@ class TrainWithPeft:
 
     lora: Lora
     local: LocalConfig
+    task: Task = LANGUAGE_MODELLING
 
     def __call__(self, backbone: Backbone, start_P: Tensor, tasks: Sequence[ClientTask]) -> list[ClientUpdate]:
-        model = get_peft_model(backbone.training, peft_config(self.lora, base_model=None, trainable=True))
+        model = get_peft_model(
+            backbone.training, peft_config(self.lora, type(backbone.training).__name__, trainable=True)
+        )
         assert isinstance(model, PeftModel)
         try:
             factors = {
@@ -63,19 +69,16 @@ class TrainWithPeft:
                 for name in self.lora.layout.names
             }
             layout = self.lora.layout
-            return [
-                _train_from(model, layout, factors, self.local, start_P, task, backbone.while_training)
-                for task in tasks
-            ]
+            return [_train_from(model, self, layout, factors, start_P, task, backbone.while_training) for task in tasks]
         finally:
             model.unload()
 
 
 def _train_from(
-    model: Callable,
+    model: nn.Module,
+    work: TrainAllWeights | TrainWithPeft,
     layout: Layout,
     trained: dict[str, nn.Parameter],
-    local: LocalConfig,
     start_P: Tensor,
     task: ClientTask,
     while_training: Callable[[], AbstractContextManager],
@@ -87,7 +90,7 @@ def _train_from(
         for name, parameter in trained.items():
             parameter.copy_(start[name])
     with while_training():
-        loss_sum = _steps(model, trained, start, local, task)
+        loss_sum = _steps(model, work, trained, start, task)
     with torch.no_grad():
         delta_P = layout.flatten({n: p.detach().double() for n, p in trained.items()}).cpu() - start_P.double()
     failure = None if usable(delta_P.unsqueeze(0), start_P).all() else NON_FINITE
@@ -96,19 +99,19 @@ def _train_from(
 
 
 def _steps(
-    model: Callable,
+    model: nn.Module,
+    work: TrainAllWeights | TrainWithPeft,
     trained: dict[str, nn.Parameter],
     start: Mapping[str, Tensor],
-    local: LocalConfig,
     task: ClientTask,
 ) -> float:
     """All optimizer steps of one client; returns the sum of their losses."""
-    optimizer = build_optimizer(local, list(trained.values()))
-    loss_sum = 0.0
-    for tokens_BT, lengths_B in zip(task.tokens_SBT, task.lengths_SB, strict=True):
-        tokens = torch.from_numpy(tokens_BT).long().to(next(iter(trained.values())).device)
-        labels_BT = next_token_labels(tokens, torch.from_numpy(lengths_B).to(tokens.device))
-        loss = mean_loss(model(input_ids=tokens, use_cache=False).logits, labels_BT)
+    local, optimizer = work.local, build_optimizer(work.local, list(trained.values()))
+    parameter, loss_sum = next(model.parameters()), 0.0
+    for step in range(task.num_steps):
+        batch = tensors_of(task.step(step), parameter.device, parameter.dtype)
+        loss_N, count_N = work.task.losses(model, batch)
+        loss = loss_N.sum() / count_N.sum().clamp(min=1)
         loss.backward()
         if local.prox_mu:
             for name, parameter in trained.items():
@@ -118,11 +121,3 @@ def _steps(
         optimizer.zero_grad()
         loss_sum += loss.item()
     return loss_sum
-
-
-def mean_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Mean cross-entropy over labels that are not IGNORED, in float32 at least; zero if there are none."""
-    logits = logits_BTV.flatten(0, 1)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    total = nn.functional.cross_entropy(logits, labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total / (labels_BT != IGNORED).sum().clamp(min=1)

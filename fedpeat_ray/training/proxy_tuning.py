@@ -26,12 +26,14 @@ from fedpeat_ray.config import ProxyConfig
 from fedpeat_ray.fleet.costs import ServerCosts, forward_flops, training_flops
 from fedpeat_ray.fleet.memory import ModelShape, training_memory
 from fedpeat_ray.models.foundation import Backbone, Foundation, load
-from fedpeat_ray.models.lora import Lora
 from fedpeat_ray.models.proxy import proxy_logits
 from fedpeat_ray.records import TextBatch
-from fedpeat_ray.training.client_batch import IGNORED, next_token_labels, stacked_lora, tensors
+from fedpeat_ray.tasks.language_modelling import IGNORED, next_token_labels, score_of, tensors
+from fedpeat_ray.tasks.task import tensors_of
+from fedpeat_ray.trainable.lora import Lora
+from fedpeat_ray.trainable.part import stacked
 from fedpeat_ray.training.collect import Result
-from fedpeat_ray.training.evaluation import EvaluationTask, GroupScore, score_of
+from fedpeat_ray.training.evaluation import EvaluationTask, GroupScore
 
 ROWS_AT_A_TIME = 2  # sequences whose logits of three models exist at one time
 
@@ -48,7 +50,7 @@ class SmallModel:
         """Gives `logits(tokens_BT) -> (tuned, original)`, each (B, T, V)."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         tuned, original = _loaded(self.foundation, device, 0), _loaded(self.foundation, device, 1)
-        with torch.no_grad(), stacked_lora(tuned, self.lora) as set_factors:
+        with torch.no_grad(), stacked(tuned, self.lora) as set_factors:
             set_factors(adapter_P.to(device).unsqueeze(0))
 
             def logits(tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,11 +81,13 @@ class EvaluateProxy:
     def __call__(self, backbone: Backbone, adapter_P: Tensor, tasks: Sequence[EvaluationTask]) -> list[GroupScore]:
         with self.small.pair(adapter_P) as pair:
 
-            def logits(tokens_BT: Tensor) -> Tensor:
+            def logits(tokens_BT: Tensor, wanted: Tensor) -> Tensor:
                 parts = tokens_BT.split(ROWS_AT_A_TIME)
-                return torch.cat([_steered(backbone.exact, pair, part, self.alpha) for part in parts])
+                found = torch.cat([_steered(backbone.exact, pair, part, self.alpha) for part in parts]).flatten(0, 1)
+                return found[wanted.to(found.device)]
 
-            return [score_of(logits, task) for task in tasks]
+            batches = [tensors_of(task.arrays, "cpu", torch.float32) for task in tasks]
+            return [GroupScore(task.group, score_of(logits, batch)) for task, batch in zip(tasks, batches, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def distil_small(
     device, dtype = next(student.parameters()).device, next(student.parameters()).dtype
     theta_KP = nn.Parameter(adapter_P.to(device, dtype).unsqueeze(0).clone())
     optimizer = torch.optim.AdamW([theta_KP], lr=config.learning_rate, weight_decay=0.0, fused=True)
-    with stacked_lora(student, lora) as set_factors:
+    with stacked(student, lora) as set_factors:
         for batch, logits in zip(batches, taught, strict=True):
             tokens_BT, lengths_B = tensors(batch, device)
             labels_N = next_token_labels(tokens_BT, lengths_B).flatten()

@@ -18,28 +18,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedpeat_ray.errors import ConfigError
-from fedpeat_ray.models.foundation import Foundation, asked, block_list_name, empty, linear_widths
-from fedpeat_ray.models.lora import Lora, linear_layers, peft_config
-from fedpeat_ray.models.traits import TOLERANCE, some_tokens
-from fedpeat_ray.training.client_batch import stacked_lora
+from fedpeat_ray.models.foundation import Foundation, asked, block_list_names, empty, linear_widths
+from fedpeat_ray.models.traits import TOLERANCE, some_inputs
+from fedpeat_ray.trainable.lora import Lora, linear_layers
+from fedpeat_ray.trainable.part import stacked
+from fedpeat_ray.trainable.peft_files import peft_config
 
 _NUM_CLIENTS, _NUM_ROWS, _NUM_TOKENS = 2, 2, 6
 
 
 def check_stacking(foundation: Foundation, lora: Lora) -> None:
     """Raise ConfigError, naming the layers that work, unless each layer of this LoRA gets clients' rows in order."""
-    prefix = block_list_name(empty(foundation.config_json)) + "."
-    targets = sorted({_inside_block(name, prefix) for name, _, _ in lora.modules})
+    prefixes = tuple(f"{name}." for name in block_list_names(empty(foundation.config_json)))
+    targets = sorted({_inside_block(name, prefixes) for name, _, _ in lora.modules})
 
     def stay_apart(model: PreTrainedModel) -> dict[str, bool]:
-        tokens = some_tokens(model, _NUM_CLIENTS * _NUM_ROWS, _NUM_TOKENS)
+        inputs = some_inputs(model, _NUM_CLIENTS * _NUM_ROWS, _NUM_TOKENS)
         with torch.no_grad():
-            model(input_ids=tokens, use_cache=False)  # what the model itself raises is not the layers' doing
-        linears = linear_layers(model, prefix)
+            model(**inputs)  # what the model itself raises is not the layers' doing
+        linears = linear_layers(model, prefixes)
 
         def together(*some: str) -> bool:
-            layers = {name: layer for name, layer in linears.items() if _inside_block(name, prefix) in some}
-            return _clients_stay_apart(model, layers, lora, tokens)
+            layers = {name: layer for name, layer in linears.items() if _inside_block(name, prefixes) in some}
+            return _clients_stay_apart(model, layers, lora, inputs)
 
         return dict.fromkeys(targets, True) if together(*targets) else {target: together(target) for target in targets}
 
@@ -51,11 +52,14 @@ def check_stacking(foundation: Foundation, lora: Lora) -> None:
         raise ConfigError.of("lora.targets", asked_for, allowed)
 
 
-def _inside_block(name: str, prefix: str) -> str:
+def _inside_block(name: str, prefixes: tuple[str, ...]) -> str:
+    prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
     return name.removeprefix(prefix).split(".", 1)[1]
 
 
-def _clients_stay_apart(model: PreTrainedModel, layers: Mapping[str, nn.Module], like: Lora, tokens: Tensor) -> bool:
+def _clients_stay_apart(
+    model: PreTrainedModel, layers: Mapping[str, nn.Module], like: Lora, inputs: Mapping[str, Tensor]
+) -> bool:
     """Whether a batch of clients with random factors in these layers has the logits that PEFT gives each alone."""
     modules = tuple((name, *linear_widths(layer)) for name, layer in layers.items())
     lora = dataclasses.replace(like, modules=modules, rank=2, alpha=2.0)
@@ -64,26 +68,28 @@ def _clients_stay_apart(model: PreTrainedModel, layers: Mapping[str, nn.Module],
     theta_KP = torch.empty(_NUM_CLIENTS, lora.layout.num_elements, dtype=dtype).normal_(0, 0.3, generator=rng)
     with torch.no_grad():
         try:
-            alone = [_alone(model, lora, *client) for client in zip(theta_KP, tokens.split(_NUM_ROWS), strict=True)]
-            with stacked_lora(model, lora) as set_factors:
-                set_factors(theta_KP)
-                together = model(input_ids=tokens, use_cache=False).logits
+            rows = [slice(i * _NUM_ROWS, (i + 1) * _NUM_ROWS) for i in range(_NUM_CLIENTS)]
+            own = [{name: tensor[part] for name, tensor in inputs.items()} for part in rows]
+            alone = [_alone(model, lora, *client) for client in zip(theta_KP, own, strict=True)]
+            with stacked(model, lora) as set_tensors:
+                set_tensors(theta_KP)
+                together = model(**inputs).logits
         except Exception:  # PEFT refuses the layer, rows cannot be divided, the model's code reads what the layer lacks
             return False
     expected = torch.cat(alone)
     return bool((together - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
-def _alone(model: PreTrainedModel, lora: Lora, theta_P: Tensor, tokens_BT: Tensor) -> Tensor:
+def _alone(model: PreTrainedModel, lora: Lora, theta_P: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
     """Logits by PEFT itself."""
     frozen = {name: model.get_submodule(name) for name, _, _ in lora.modules}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers will rename
-            with_lora = get_peft_model(model, peft_config(lora, base_model=None, trainable=True))
+            with_lora = get_peft_model(model, peft_config(lora, type(model).__name__, trainable=True))
         for name, tensor in lora.layout.unflatten(theta_P).items():
             with_lora.get_parameter(f"base_model.model.{name.removesuffix('.weight')}.default.weight").data = tensor
-        return with_lora(input_ids=tokens_BT, use_cache=False).logits
+        return with_lora(**inputs).logits
     finally:  # also after a refusal half-way
         for name, layer in frozen.items():
             model.set_submodule(name, layer)

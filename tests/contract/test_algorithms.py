@@ -75,8 +75,8 @@ def test_it_starts_from_the_foundation_alike_every_time(world, serial):
     assert one.model_P.shape == (world.algorithm.layout.num_elements,) and one.model_P.dtype == torch.float32
     scores = evaluate(world, serial, one, world.algorithm.levels)
     plain = serial.backbone if serial.driver is None else serial.driver
-    tokens = torch.from_numpy(world.heldout[0].tokens_NT)
-    valid = torch.arange(tokens.shape[1]) < torch.from_numpy(world.heldout[0].lengths_N)[:, None]
+    tokens = torch.from_numpy(world.heldout[0].arrays["tokens"])
+    valid = torch.arange(tokens.shape[1]) < torch.from_numpy(world.heldout[0].arrays["lengths"])[:, None]
     with torch.no_grad():
         loss = plain.exact(input_ids=tokens, labels=tokens.masked_fill(~valid, -100)).loss.double().item()
     first = evaluate(dataclasses.replace(world, heldout=world.heldout[:1]), serial, one)["all"]

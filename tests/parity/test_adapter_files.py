@@ -19,9 +19,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fedpeat_ray.config import LoraConfig
 from fedpeat_ray.errors import ModelError
 from fedpeat_ray.models.foundation import load, load_backbone, prepare, save_weights, weights_layout
-from fedpeat_ray.models.lora import find_lora, load_adapter, save_adapter
-from fedpeat_ray.training.client_batch import stacked_lora
-from fedpeat_ray.training.evaluation import EvaluateLora, EvaluateWeights, ScoreSum, evaluation_tasks
+from fedpeat_ray.records import sequences
+from fedpeat_ray.trainable.lora import find_lora
+from fedpeat_ray.trainable.part import stacked
+from fedpeat_ray.trainable.peft_files import load as load_adapter
+from fedpeat_ray.trainable.peft_files import save
+from fedpeat_ray.training.evaluation import Evaluate, EvaluateWeights, ScoreSum, evaluation_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers will rename
 
@@ -75,38 +78,38 @@ def plain_model(directory: Path) -> PreTrainedModel:
 
 
 def test_peft_loads_a_saved_adapter_and_finds_the_same_perplexity(model_dir, foundation, lora, adapter_P, tmp_path):
-    save_adapter(tmp_path, lora, adapter_P, str(model_dir))
+    save(tmp_path, lora, adapter_P, str(model_dir))
     plain = plain_model(model_dir)
     zero_shot = perplexity(plain)
     theirs = PeftModel.from_pretrained(plain, str(tmp_path)).eval()
 
-    tasks = evaluation_tasks("all", *heldout())
-    assert [len(task.tokens_NT) for task in tasks] == [8, 8, 3]
+    tasks = evaluation_tasks("all", sequences(*heldout()))
+    assert [len(task.arrays["tokens"]) for task in tasks] == [8, 8, 3]
     backbone = load_backbone(foundation)
-    score = ScoreSum().add(EvaluateLora(lora)(backbone, adapter_P, tasks)).result()["all"]
+    score = ScoreSum().add(Evaluate(lora)(backbone, adapter_P, tasks)).result()["all"]
     assert score.num_tokens == 17 * 31 + 6
     assert score.perplexity == pytest.approx(perplexity(theirs), rel=PERPLEXITY)
     assert abs(score.perplexity - zero_shot) > 0.01 * zero_shot, "the adapter does something"
     assert theirs.peft_config["default"].base_model_name_or_path == str(model_dir)
 
     tokens = torch.from_numpy(heldout()[0][:5])
-    with torch.no_grad(), stacked_lora(backbone.exact, lora) as set_factors:
+    with torch.no_grad(), stacked(backbone.exact, lora) as set_factors:
         set_factors(adapter_P[None])
         logits = backbone.exact(input_ids=tokens).logits
         torch.testing.assert_close(logits, theirs(input_ids=tokens).logits, rtol=0, atol=LOGIT)
         greedy = theirs(input_ids=tokens).logits[:, :-1].argmax(-1)
-    accuracy = EvaluateLora(lora)(backbone, adapter_P, evaluation_tasks("all", tokens.numpy(), np.full(5, 32)))
+    accuracy = Evaluate(lora)(backbone, adapter_P, evaluation_tasks("all", sequences(tokens.numpy(), np.full(5, 32))))
     assert accuracy[0].score.num_correct == (greedy == tokens[:, 1:]).sum().item()
 
 
 def test_a_new_adapter_changes_nothing(model_dir, foundation, lora):
-    scores = EvaluateLora(lora)(load_backbone(foundation), lora.init(0), evaluation_tasks("all", *heldout()))
+    scores = Evaluate(lora)(load_backbone(foundation), lora.init(0), evaluation_tasks("all", sequences(*heldout())))
     own = perplexity(plain_model(model_dir))
     assert ScoreSum().add(scores).result()["all"].perplexity == pytest.approx(own, rel=PERPLEXITY)
 
 
 def test_what_is_saved_is_loaded_bit_for_bit_and_is_the_factors_alone(lora, adapter_P, tmp_path):
-    save_adapter(tmp_path / "deep" / "adapter", lora, adapter_P, "base")
+    save(tmp_path / "deep" / "adapter", lora, adapter_P, "base")
     assert load_adapter(tmp_path / "deep" / "adapter", lora).equal(adapter_P)
     stored = load_file(tmp_path / "deep" / "adapter" / "adapter_model.safetensors")
     assert len(stored) == 2 * len(lora.modules)
@@ -118,14 +121,14 @@ def test_what_is_saved_is_loaded_bit_for_bit_and_is_the_factors_alone(lora, adap
 
 
 def test_an_adapter_that_peft_saved_is_loaded(model_dir, lora, adapter_P, tmp_path):
-    save_adapter(tmp_path / "ours", lora, adapter_P, str(model_dir))
+    save(tmp_path / "ours", lora, adapter_P, str(model_dir))
     plain = AutoModelForCausalLM.from_pretrained(model_dir)
     PeftModel.from_pretrained(plain, str(tmp_path / "ours")).save_pretrained(str(tmp_path / "theirs"))
     assert load_adapter(tmp_path / "theirs", lora).equal(adapter_P)
 
 
 def test_an_adapter_of_another_shape_is_refused(foundation, lora, adapter_P, tmp_path):
-    save_adapter(tmp_path, lora, adapter_P, "base")
+    save(tmp_path, lora, adapter_P, "base")
     model = load(foundation)
     for wrong, said in (
         (LoraConfig(rank=4, alpha=12.0), "rank 3 and alpha 12.0, expected rank 4 and alpha 12.0"),
@@ -141,7 +144,7 @@ def test_an_adapter_of_another_shape_is_refused(foundation, lora, adapter_P, tmp
 
 def test_an_adapter_of_another_model_is_refused(gpt2_dir, llama_dir, tmp_path):
     gpt2, llama = (find_lora(load(prepare(str(path), "float32")), LORA) for path in (gpt2_dir, llama_dir))
-    save_adapter(tmp_path, gpt2, gpt2.init(0), "gpt2")
+    save(tmp_path, gpt2, gpt2.init(0), "gpt2")
     with pytest.raises(ModelError, match="does not fit this model"):
         load_adapter(tmp_path, llama)
 
@@ -157,7 +160,7 @@ def test_a_model_saved_with_all_its_weights_is_read_by_transformers(foundation, 
 
     theirs = plain_model(tmp_path)
     assert layout.flatten(theirs.state_dict()).equal(weights_P)
-    scores = EvaluateWeights(layout)(backbone, weights_P, evaluation_tasks("all", *heldout()))
+    scores = EvaluateWeights(layout)(backbone, weights_P, evaluation_tasks("all", sequences(*heldout())))
     assert ScoreSum().add(scores).result()["all"].perplexity == pytest.approx(perplexity(theirs), rel=PERPLEXITY)
     again = prepare(str(tmp_path), "float64")
     assert layout.flatten(load(again).state_dict()).equal(weights_P)

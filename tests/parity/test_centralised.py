@@ -31,14 +31,15 @@ def test_steps_in_parts_are_those_of_the_plain_peft_loop(gpt2_dir, text_dir, opt
     world = prepare(config, Path())
     adapter, serial = world.algorithm.reference.adapter, Serial(load_backbone(world.foundation))
     task = world.data.pooled_task(6, centralised.BATCH_SIZE)
-    task = dataclasses.replace(task, lengths_SB=task.lengths_SB - (torch.arange(8) % 3 == 0).numpy() * 5)
+    shorter = task.arrays["lengths"] - (torch.arange(8) % 3 == 0).numpy() * 5
+    task = dataclasses.replace(task, arrays={**task.arrays, "lengths": shorter})
     start_P = adapter.init(0).double() + 0.05 * torch.randn(
         adapter.layout.num_elements, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
     gradient = adapter.gradient()
     assert gradient is not None
     ours_P = centralised._step_by_step(gradient, start_P, task, config.local, serial, "driver")
-    mean, _ = serial(TrainWithPeft(adapter.lora, config.local), start_P, [task], WeightedMean())  # type: ignore
+    mean, _ = serial(TrainWithPeft(adapter.part, config.local), start_P, [task], WeightedMean())  # type: ignore
     assert ours_P is not None
     torch.testing.assert_close(ours_P - start_P, mean.result(), rtol=1e-9, atol=1e-11)
 

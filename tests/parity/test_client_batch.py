@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from fedpeat_ray.config import LocalConfig, LoraConfig
 from fedpeat_ray.models.foundation import Backbone, load_backbone, prepare, weights_layout
-from fedpeat_ray.models.lora import Lora, find_lora, peft_config
-from fedpeat_ray.records import NON_FINITE, ClientTask
+from fedpeat_ray.records import NON_FINITE, ClientTask, sequences
+from fedpeat_ray.trainable.lora import Lora, find_lora
+from fedpeat_ray.trainable.peft_files import peft_config
 from fedpeat_ray.training.client_batch import ClientUpdate, TrainClientBatch
 from fedpeat_ray.training.one_client import TrainAllWeights, TrainWithPeft
 
@@ -43,7 +44,9 @@ def client_tasks() -> list[ClientTask]:
         lengths_SB[0, 0] = 16
         if device_id % 3 == 1:
             lengths_SB[:, 2] = 0
-        tasks.append(ClientTask(device_id, device_id + 1, rng.integers(0, 250, (num_steps, 3, 16)), lengths_SB))
+        tasks.append(
+            ClientTask(device_id, device_id + 1, sequences(rng.integers(0, 250, (num_steps, 3, 16)), lengths_SB))
+        )
     return tasks
 
 
@@ -72,7 +75,7 @@ def largest_difference(
     updates = train(lora, local)(backbone, start_P, tasks)
     differences = []
     for task, update in zip(tasks, updates, strict=True):
-        steps = (task.tokens_SBT, task.lengths_SB)
+        steps = (task.arrays["tokens"], task.arrays["lengths"])
         expected, loss = train_lora(model_dir, start, steps, optimizer, rank=RANK, alpha=ALPHA, **reference)
         assert update.report.device_id == task.device_id and update.weight == task.num_examples
         assert update.report.failure is None
@@ -124,7 +127,7 @@ def test_full_fine_tuning_gives_what_a_plain_loop_gives(model_dir, optimizer, mu
     tasks = client_tasks()[:3]
     updates = TrainAllWeights(layout, local)(backbone, start_P, tasks)
     for task, update in zip(tasks, updates, strict=True):
-        start, steps = layout.unflatten(start_P), (task.tokens_SBT, task.lengths_SB)
+        start, steps = layout.unflatten(start_P), (task.arrays["tokens"], task.arrays["lengths"])
         plain = {"adamw": ADAMW, "sgd": SGD}[optimizer]
         expected, loss = train_all_weights(model_dir, start, steps, plain, dtype=torch.float64, mu=mu)
         assert update.report.train_loss == pytest.approx(loss, rel=1e-12)
@@ -182,7 +185,7 @@ def test_every_module_starts_with_draws_of_its_own_whatever_else_is_adapted(gpt2
     factors = [tensors[f"transformer.h.{block}.mlp.c_fc.lora_A.weight"] for block in (0, 1)]
     assert not factors[0].equal(factors[1])
     assert not everything.init(3).equal(everything.init(4))
-    assert set(peft_config(some, "base").target_modules or ()) == {name for name, _, _ in some.modules}
+    assert set(peft_config(some).target_modules or ()) == {name for name, _, _ in some.modules}
 
 
 @pytest.mark.parametrize("train", [TrainClientBatch, TrainWithPeft])
@@ -192,9 +195,13 @@ def test_what_stands_in_padding_changes_nothing(model_dir, train):
     train_batch, start_P, tasks = train(lora, LOCAL), start_of(lora), client_tasks()
     other = []
     for task in tasks:
-        padding = np.arange(16) >= task.lengths_SB[..., None]
+        padding = np.arange(16) >= task.arrays["lengths"][..., None]
         assert padding.any()
-        other.append(dataclasses.replace(task, tokens_SBT=np.where(padding, 99, task.tokens_SBT)))
+        other.append(
+            dataclasses.replace(
+                task, arrays=sequences(np.where(padding, 99, task.arrays["tokens"]), task.arrays["lengths"])
+            )
+        )
     one, two = train_batch(backbone, start_P, tasks), train_batch(backbone, start_P, other)
     for a, b in zip(one, two, strict=True):
         assert a.delta_P.equal(b.delta_P) and a.report.train_loss == b.report.train_loss
@@ -208,8 +215,10 @@ def test_more_padding_changes_nothing(gpt2_dir, train):
     padded = [
         dataclasses.replace(
             task,
-            tokens_SBT=np.pad(task.tokens_SBT, ((0, 0), (0, 2), (0, 5))),
-            lengths_SB=np.pad(task.lengths_SB, ((0, 0), (0, 2))),
+            arrays=sequences(
+                np.pad(task.arrays["tokens"], ((0, 0), (0, 2), (0, 5))),
+                np.pad(task.arrays["lengths"], ((0, 0), (0, 2))),
+            ),
         )
         for task in tasks
     ]
@@ -221,7 +230,7 @@ def test_more_padding_changes_nothing(gpt2_dir, train):
 def test_a_step_without_a_token_to_predict_trains_nothing(gpt2_dir, train):
     backbone = backbone_of(gpt2_dir, torch.float32)
     lora = find_lora(backbone.exact, LoraConfig(rank=RANK))
-    empty = ClientTask(0, 1, np.zeros((2, 3, 16), np.int64), np.array([[0, 1, 0], [0, 0, 0]]))
+    empty = ClientTask(0, 1, sequences(np.zeros((2, 3, 16), np.int64), np.array([[0, 1, 0], [0, 0, 0]])))
     (update, other) = train(lora, LOCAL)(backbone, start_of(lora), [empty, client_tasks()[0]])
     assert not update.delta_P.any() and update.report.train_loss == 0.0 and update.report.failure is None
     assert other.delta_P.any()
@@ -236,7 +245,7 @@ def test_a_client_that_diverges_is_reported_and_the_others_keep_every_bit(llama_
         start_of(lora),
         client_tasks(),
     )
-    tasks[3].tokens_SBT[0, 0, 2] = 255  # in nobody else's data
+    tasks[3].arrays["tokens"][0, 0, 2] = 255  # in nobody else's data
     healthy = train_batch(backbone, start_P, tasks)
     with torch.no_grad():
         backbone.training.get_parameter("model.embed_tokens.weight")[255] = poison

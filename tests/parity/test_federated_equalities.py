@@ -89,7 +89,7 @@ def test_fed_peft_with_one_client_that_has_everything_is_centralised_lora(model_
         plain, _ = train_lora(
             model_dir,
             start,
-            (task.tokens_SBT, task.lengths_SB),
+            (task.arrays["tokens"], task.arrays["lengths"]),
             {"adamw": ADAMW, "sgd": SGD}[optimizer],
             rank=LORA.rank,
             alpha=LORA.alpha,
@@ -104,8 +104,8 @@ def test_fed_peft_with_one_client_that_has_everything_is_centralised_lora(model_
         [corpus.tokens[corpus.offsets[d] : corpus.offsets[d + 1]] for d in np.flatnonzero(~corpus.heldout)]
     )
     (task,) = world.data.tasks([0], 1)
-    valid = np.arange(32) < task.lengths_SB[..., None]
-    trained_on = task.tokens_SBT[valid]  # one pass over all there is (and what fills up the last batch)
+    valid = np.arange(32) < task.arrays["lengths"][..., None]
+    trained_on = task.arrays["tokens"][valid]  # one pass over all there is (and what fills up the last batch)
     missing = np.bincount(private, minlength=257) - np.bincount(trained_on, minlength=257)
     assert missing.max() <= 1, "all private text but at most one last token"
     assert task.num_examples == math.ceil((len(private) - 1) / 32)
@@ -132,7 +132,7 @@ def test_fed_avg_with_one_client_is_plain_training_of_all_weights(model_dir, tex
     before, after = rounds(world, 1)
     (task,) = world.data.tasks([0], 1)
     layout = world.algorithm.layout
-    start, steps = layout.unflatten(before.model_P), (task.tokens_SBT, task.lengths_SB)
+    start, steps = layout.unflatten(before.model_P), (task.arrays["tokens"], task.arrays["lengths"])
     plain, _ = train_all_weights(model_dir, start, steps, SGD, dtype=torch.float64)
     assert (after.model_P - layout.flatten(plain)).abs().max() <= 1e-9
 
@@ -147,7 +147,7 @@ def test_the_mean_is_weighted_by_examples(gpt2_dir, text_dir, algorithm):
     assert len({task.num_examples for task in tasks}) == 3
     mean = torch.zeros(layout.num_elements, dtype=torch.float64)
     for task in tasks:
-        start, steps = layout.unflatten(before.model_P), (task.tokens_SBT, task.lengths_SB)
+        start, steps = layout.unflatten(before.model_P), (task.arrays["tokens"], task.arrays["lengths"])
         if algorithm == "fed-avg":
             plain, _ = train_all_weights(gpt2_dir, start, steps, SGD, dtype=torch.float64)
         else:

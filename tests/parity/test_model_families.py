@@ -25,12 +25,12 @@ from fedpeat_ray.config import LocalConfig, LoraConfig
 from fedpeat_ray.errors import ConfigError, ModelError
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models.foundation import block_list_name, load, load_backbone, max_positions, plain_head, prepare
-from fedpeat_ray.models.lora import find_lora
 from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.models.traits import NO_LIMIT
-from fedpeat_ray.records import ClientTask
+from fedpeat_ray.records import ClientTask, sequences
+from fedpeat_ray.trainable.lora import find_lora
 from fedpeat_ray.training.client_batch import TrainClientBatch
-from fedpeat_ray.training.evaluation import EvaluateLora, ScoreSum, evaluation_tasks
+from fedpeat_ray.training.evaluation import Evaluate, ScoreSum, evaluation_tasks
 from fedpeat_ray.training.stacking import check_stacking
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers will rename
@@ -51,7 +51,7 @@ def tasks() -> list[ClientTask]:
     """Two clients with padding, and different numbers of steps."""
     rng = np.random.default_rng(0)
     return [
-        ClientTask(i, 1, rng.integers(2, 250, (steps, 2, 12)), rng.integers(3, 13, (steps, 2)))
+        ClientTask(i, 1, sequences(rng.integers(2, 250, (steps, 2, 12)), rng.integers(3, 13, (steps, 2))))
         for i, steps in enumerate((1, 2))
     ]
 
@@ -71,7 +71,7 @@ def test_each_client_of_a_batch_gets_what_plain_peft_gives_it_alone(family_dir, 
         expected, loss = train_lora(
             family_dir(family),
             start,
-            (task.tokens_SBT, task.lengths_SB),
+            (task.arrays["tokens"], task.arrays["lengths"]),
             SGD,
             rank=2,
             alpha=4.0,
@@ -90,7 +90,7 @@ def test_evaluation_gives_the_models_own_loss(family_dir, family):
     backbone = load_backbone(foundation)
     lora = find_lora(backbone.exact, LoraConfig(rank=2))
     tokens = np.random.default_rng(1).integers(2, 250, (5, 12))
-    scores = EvaluateLora(lora)(backbone, lora.init(0), evaluation_tasks("all", tokens, np.full(5, 12)))
+    scores = Evaluate(lora)(backbone, lora.init(0), evaluation_tasks("all", sequences(tokens, np.full(5, 12))))
     kinds = {"attn_implementation": "eager", "experts_implementation": "eager"}
     plain = AutoModelForCausalLM.from_pretrained(family_dir(family), dtype=torch.float64, **kinds).eval()
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_what_was_found_out_about_a_model_is_asked_once(family_dir, monkeypatch)
     monkeypatch.setattr(foundations, "examine", None)
     assert prepare(str(family_dir("Gemma2")), "float32") == one
     monkeypatch.setattr(peft, "__version__", "9.9")
-    with pytest.raises(ModelError, match="cannot be run on token ids alone: 'NoneType'"):
+    with pytest.raises(ModelError, match="cannot be run on its inputs alone: 'NoneType'"):
         prepare(str(family_dir("Gemma2")), "float32")
 
 

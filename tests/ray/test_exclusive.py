@@ -20,11 +20,11 @@ from fedpeat_ray.fleet.memory import training_memory
 from fedpeat_ray.fleet.population import build_fleet
 from fedpeat_ray.fleet.tiers import TIERS
 from fedpeat_ray.models import foundation as foundations
-from fedpeat_ray.models.lora import find_lora
 from fedpeat_ray.models.shape import model_shape
-from fedpeat_ray.records import MEMORY, ClientTask
+from fedpeat_ray.records import MEMORY, ClientTask, sequences
 from fedpeat_ray.runtime.ray_hosts import ExclusiveHosts
 from fedpeat_ray.runtime.serial import Serial
+from fedpeat_ray.trainable.lora import find_lora
 from fedpeat_ray.training.client_batch import TrainClientBatch
 from fedpeat_ray.world import prepare
 
@@ -36,7 +36,7 @@ def test_a_device_that_runs_into_its_cap_is_reported_and_the_others_train_the_sa
     rng = np.random.default_rng(0)
     # Only this many sequences at once need more than a device of 64 MiB has.
     tasks = [
-        ClientTask(device_id, 1, rng.integers(0, 257, (1, size, 64)), np.full((1, size), 64))
+        ClientTask(device_id, 1, sequences(rng.integers(0, 257, (1, size, 64)), np.full((1, size), 64)))
         for device_id, size in ((3, 2), (5, 4096))
     ]
     fleet = build_fleet(FleetConfig(num_devices=10), seed=0)
@@ -76,7 +76,7 @@ def test_a_device_that_the_memory_model_just_admits_trains_and_one_that_is_too_s
     need = training_memory(shape, batch_size=8, sequence_length=64, trainable="lora", lora_rank=2)
     weights_bytes, rest_bytes = int(need.weights_bytes), int(need.peak_bytes - need.weights_bytes)
     tokens = np.random.default_rng(0).integers(0, 257, (2, 8, 64))
-    tasks = [ClientTask(device_id, 1, tokens, np.full((2, 8), 64)) for device_id in (0, 1)]
+    tasks = [ClientTask(device_id, 1, sequences(tokens, np.full((2, 8), 64))) for device_id in (0, 1)]
     caps = np.array([weights_bytes + rest_bytes, weights_bytes // 2])
     fleet = dataclasses.replace(build_fleet(FleetConfig(num_devices=2), seed=0), memory_cap_bytes=caps)
     told: Any = (foundation, lambda *_, **__: None, fleet, lambda level: weights_bytes)

@@ -23,9 +23,9 @@ from fedpeat_ray.files import file_sha256, kept_sha256, user_cache_dir, written_
 from fedpeat_ray.models import arithmetic
 from fedpeat_ray.models.arithmetic import arithmetic_key
 from fedpeat_ray.models.foundation import load, prepare
-from fedpeat_ray.models.lora import find_lora
 from fedpeat_ray.runtime.run_log import read_config
-from fedpeat_ray.training.adapters import LoraAdapter
+from fedpeat_ray.trainable.lora import find_lora
+from fedpeat_ray.training.adapters import StackedAdapter
 from fedpeat_ray.training.map_clients import Call, MapClients
 
 DISTILLED = {"weights": "elastic", "first": 1, "last": 1, "shares": (0.6,)}
@@ -174,7 +174,7 @@ def test_shipped_emulators_are_found_whatever_the_machine(monkeypatch):
     foundation, config = prepare("pydoc-base", "bfloat16"), EmulatorConfig()
     model = load(foundation)
     ladder = build_ladder(model, config)
-    adapter = LoraAdapter(find_lora(model, LoraConfig()))
+    adapter = StackedAdapter(find_lora(model, LoraConfig()))
     workshop = Workshop(foundation, foundation.digest, config, adapter, None, True, Path())
 
     class Nobody(MapClients):

@@ -22,6 +22,7 @@ from fedpeat_ray.data.documents import Removed, load_documents
 from fedpeat_ray.data.partition import Partition
 from fedpeat_ray.errors import ConfigError, DataError, ModelError
 from fedpeat_ray.files import sha256_of
+from fedpeat_ray.records import sequences
 
 EOS = 0
 WORDS = [f"w{i}" for i in range(50)]
@@ -529,7 +530,8 @@ def test_every_pass_has_every_sequence_once(num_sequences, batch_size):
     rows = min(num_sequences, batch_size)
     passes = 6
     steps = passes * num_sequences // rows
-    tokens_SBT, lengths_SB = batches.client_batches(tokens_NT, lengths_N, steps, batch_size, np.random.default_rng(0))
+    made = batches.client_batches(sequences(tokens_NT, lengths_N), steps, batch_size, np.random.default_rng(0))
+    tokens_SBT, lengths_SB = made["tokens"], made["lengths"]
     assert tokens_SBT.shape == (steps, batch_size, 4) and lengths_SB.shape == (steps, batch_size)
     assert (lengths_SB[:, :rows] == 4).all() and not lengths_SB[:, rows:].any() and not tokens_SBT[:, rows:].any()
     order = tokens_SBT[:, :rows, 0]
@@ -538,8 +540,8 @@ def test_every_pass_has_every_sequence_once(num_sequences, batch_size):
     assert (np.sort(complete, axis=1) == np.arange(1, num_sequences + 1)).all()
     if num_sequences > 3:
         assert len({tuple(one) for one in complete}) > 1  # in a new order
-    repeated = batches.client_batches(tokens_NT, lengths_N, steps, batch_size, np.random.default_rng(0))
-    assert np.array_equal(repeated[0], tokens_SBT)
+    repeated = batches.client_batches(sequences(tokens_NT, lengths_N), steps, batch_size, np.random.default_rng(0))
+    assert np.array_equal(repeated["tokens"], tokens_SBT)
 
 
 def test_heldout_sequences_are_proportional_over_groups():
@@ -566,7 +568,7 @@ def test_tokens_travel_as_the_name_of_their_file_which_is_opened_when_they_are_r
     (file,) = corpus.files
     sent, hidden = pickle.dumps(corpus), file.with_name("hidden")
     file.rename(hidden)
-    corpus_module._mapped.cache_clear()
+    corpus_module.mapped.cache_clear()
     arrived = pickle.loads(sent)  # on a node that does not have the file yet
     hidden.rename(file)
     assert np.array_equal(arrived.tokens, corpus.tokens) and arrived.digest == corpus.digest

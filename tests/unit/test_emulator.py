@@ -43,9 +43,9 @@ from fedpeat_ray.errors import ConfigError, ModelError
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models import weight_files
 from fedpeat_ray.models.layout import Layout
-from fedpeat_ray.models.lora import find_lora
-from fedpeat_ray.records import NON_FINITE, ClientReport, ClientTask, TextBatch
-from fedpeat_ray.training.adapters import LoraAdapter
+from fedpeat_ray.records import NON_FINITE, ClientReport, ClientTask, TextBatch, sequences
+from fedpeat_ray.trainable.lora import find_lora
+from fedpeat_ray.training.adapters import StackedAdapter
 from fedpeat_ray.training.client_batch import ClientUpdate
 
 ENDS = EmulatorConfig(first=1, last=1, shares=(0.2, 0.6))  # of five blocks between: one, three, all
@@ -378,8 +378,8 @@ def test_lora_within_some_blocks_is_what_lora_on_these_blocks_alone_would_be(mod
     assert within == find_lora(model, LoraConfig(rank=3, blocks=(1, 5)))
     places = everywhere.layout.part(within.layout.names)[1]
     assert everywhere.init(seed=4)[places].equal(within.init(seed=4))
-    adapter = LoraAdapter(everywhere)
-    assert [len(ladder.part(adapter, level).lora.modules) for level in (1, 2, 3)] == [
+    adapter = StackedAdapter(everywhere)
+    assert [len(ladder.part(adapter, level).part.modules) for level in (1, 2, 3)] == [
         len(everywhere.modules) * kept // 7 for kept in (3, 5, 7)
     ]
 
@@ -427,7 +427,7 @@ def test_the_mean_over_levels_is_a_monoid_that_is_never_changed():
 
 def test_the_work_on_a_level_comes_back_as_what_that_level_has_and_no_more(deep_dir, ladder):
     backbone = foundations.load_backbone(foundations.prepare(str(deep_dir), "float32"))
-    adapter = LoraAdapter(find_lora(backbone.exact, LoraConfig(rank=2, blocks=(0, 1, 6))))
+    adapter = StackedAdapter(find_lora(backbone.exact, LoraConfig(rank=2, blocks=(0, 1, 6))))
     local = LocalConfig(optimizer="sgd", learning_rate=0.5)
     parts = [ladder.part(adapter, level) for level in (1, 2, 3)]
     places = [adapter.layout.part(part.layout.names)[1] for part in parts]
@@ -438,7 +438,8 @@ def test_the_work_on_a_level_comes_back_as_what_that_level_has_and_no_more(deep_
     )
     batch, start_P = text(1)[0], adapter.init(0)
     tasks = [
-        ClientTask(i, 4, batch.tokens_BT[None], batch.lengths_B[None], level) for i, level in enumerate((1, 2, 2, None))
+        ClientTask(i, 4, sequences(batch.tokens_BT[None], batch.lengths_B[None]), level)
+        for i, level in enumerate((1, 2, 2, None))
     ]
     updates = train(backbone, start_P, tasks)
     assert [(update.report.device_id, update.level) for update in updates] == [(0, 1), (1, 2), (2, 2), (3, None)]
@@ -525,7 +526,7 @@ def middle(model: PreTrainedModel, ladder: Ladder, level: int) -> dict[int, nn.M
 def test_the_teacher_gives_what_the_last_middle_block_puts_out(deep_dir, ladder):
     backbone = foundations.load_backbone(foundations.prepare(str(deep_dir), "float64"))
     expected = middle_output(plain(deep_dir).double())
-    batches, adapter = text(2), LoraAdapter(find_lora(backbone.exact, LoraConfig(rank=2)))
+    batches, adapter = text(2), StackedAdapter(find_lora(backbone.exact, LoraConfig(rank=2)))
     results = MiddleOutput(ladder, adapter, "float32")(backbone, None, batches)
     for result, batch in zip(results, batches, strict=True):
         # the result is rounded to float32, as some of what LLaMA computes on the way is

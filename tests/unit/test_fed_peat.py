@@ -67,8 +67,10 @@ def perplexity(model: nn.Module, config: SimulationConfig) -> float:
     """Of the run's held-out text, by transformers."""
     loss, count = 0.0, 0
     for task in prepare(config, Path()).heldout:
-        tokens = torch.from_numpy(task.tokens_NT).long()
-        labels = tokens.masked_fill(torch.arange(tokens.shape[1]) >= torch.from_numpy(task.lengths_N)[:, None], -100)
+        tokens = torch.from_numpy(task.arrays["tokens"]).long()
+        labels = tokens.masked_fill(
+            torch.arange(tokens.shape[1]) >= torch.from_numpy(task.arrays["lengths"])[:, None], -100
+        )
         with torch.no_grad():
             logits = model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
         loss += nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum").item()
@@ -328,7 +330,7 @@ def test_a_round_with_the_server_in_it_is_the_mean_of_each_element_by_those_that
     ((place, own, update),) = [entry for entry in record.updates if entry[1].device_id == SERVER]
     assert place == "driver" and own.level is None and own.num_steps == 2 and own.num_examples == 4
     text = load_tokenizer(Path(tiny.foundation.name)).decode(
-        own.tokens_SBT[np.arange(32) < own.lengths_SB[..., None]].tolist(), skip_special_tokens=True
+        own.arrays["tokens"][np.arange(32) < own.arrays["lengths"][..., None]].tolist(), skip_special_tokens=True
     )
     assert set("PUBLIC") < set(text) <= set("PUBLIC WORDS ONLY"), "no word of a device"
     levels = {task.level for _, task, _ in record.updates}
@@ -597,6 +599,6 @@ def test_settings_that_do_not_go_together_are_refused_and_nothing_is_written(run
 
 
 def test_biases_are_refused_where_there_are_none(run, deep_llama_dir):
-    said = r"^emulator.trained = 'bias' is not allowed: lora or blocks, as LlamaForCausalLM has no biases$"
+    said = r"^emulator.trained = 'bias' is not allowed: another one, as LlamaForCausalLM has no biases$"
     with pytest.raises(ConfigError, match=said):
         run(emulator={"trained": "bias"}, foundation=FoundationConfig(str(deep_llama_dir)))

@@ -49,8 +49,10 @@ def perplexity(config: SimulationConfig, logits_of: Callable[[Tensor], Tensor]) 
     """Of the run's held-out text."""
     loss, count = 0.0, 0
     for task in prepare(config, Path()).heldout:
-        tokens = torch.from_numpy(task.tokens_NT).long()
-        labels = tokens.masked_fill(torch.arange(tokens.shape[1]) >= torch.from_numpy(task.lengths_N)[:, None], -100)
+        tokens = torch.from_numpy(task.arrays["tokens"]).long()
+        labels = tokens.masked_fill(
+            torch.arange(tokens.shape[1]) >= torch.from_numpy(task.arrays["lengths"])[:, None], -100
+        )
         with torch.no_grad():
             logits = logits_of(tokens)[:, :-1].flatten(0, 1)
         loss += nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum").item()
@@ -115,7 +117,7 @@ def test_without_distillation_devices_do_what_they_do_in_fed_peft_on_the_small_m
     )
     one, other = summary(proxy_tuned), summary(small)
     pd.testing.assert_frame_equal(table(proxy_tuned, "clients"), table(small, "clients"), check_exact=True)
-    judged = ["perplexity", "device_perplexity", "token_accuracy"]
+    judged = ["perplexity", "device_perplexity", "token_accuracy", "metrics", "device_metrics"]
     rounds, rounds_of_small = table(proxy_tuned, "rounds"), table(small, "rounds")
     pd.testing.assert_frame_equal(rounds.drop(columns=judged), rounds_of_small.drop(columns=judged), check_exact=True)
     assert one["adapter_sha256"] == other["adapter_sha256"]

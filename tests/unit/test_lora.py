@@ -11,7 +11,7 @@ from fedpeat_ray.config import LoraConfig
 from fedpeat_ray.errors import ConfigError, ModelError
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models.layout import Layout
-from fedpeat_ray.models.lora import find_lora
+from fedpeat_ray.trainable.lora import find_lora
 
 
 @pytest.fixture

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, LogitsProcessorList
 from fedpeat_ray.config import LoraConfig, ProxyConfig
 from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.models.foundation import Backbone, load, load_tokenizer, prepare
-from fedpeat_ray.models.lora import find_lora, save_adapter
 from fedpeat_ray.models.proxy import ProxyLogits, check_vocabularies, proxy_logits
-from fedpeat_ray.records import TextBatch
+from fedpeat_ray.records import TextBatch, sequences
+from fedpeat_ray.trainable.lora import find_lora
+from fedpeat_ray.trainable.peft_files import save
 from fedpeat_ray.training.evaluation import EvaluationTask
 from fedpeat_ray.training.proxy_tuning import (
     EvaluateProxy,
@@ -243,7 +244,7 @@ def rows_and_labels(batch: TextBatch) -> list[tuple[int, int, int]]:
 
 
 def of_peft(model_dir: Path, small: SmallModel, adapter_P: Tensor, directory: Path, trainable: bool = False) -> Any:
-    save_adapter(directory, small.lora, adapter_P, str(model_dir))
+    save(directory, small.lora, adapter_P, str(model_dir))
     return PeftModel.from_pretrained(plain(model_dir), str(directory), is_trainable=trainable)
 
 
@@ -254,7 +255,7 @@ def test_distillation_is_plain_training_of_the_lora_alone(
     config = ProxyConfig(kl_weight=kl_weight, temperature=2.0, top_k=top_k, learning_rate=0.01)
     batch, student = text(), load(small.foundation)
     tokens = torch.from_numpy(batch.tokens_BT.astype(np.int64))
-    sequences, positions, labels = (torch.tensor(part) for part in zip(*rows_and_labels(batch), strict=True))
+    rows, positions, labels = (torch.tensor(part) for part in zip(*rows_and_labels(batch), strict=True))
     with torch.no_grad():
         teacher = plain(deep_gpt2_dir)(input_ids=tokens).logits
     values, kept = (teacher, None) if top_k is None else teacher.topk(top_k, dim=-1)
@@ -272,8 +273,8 @@ def test_distillation_is_plain_training_of_the_lora_alone(
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.0)
     losses = []
     for _ in range(steps):
-        logits = model(input_ids=tokens).logits[sequences, positions]
-        loss = loss_by_hand(logits.double(), labels, teacher[sequences, positions].double(), kl_weight, 2.0)
+        logits = model(input_ids=tokens).logits[rows, positions]
+        loss = loss_by_hand(logits.double(), labels, teacher[rows, positions].double(), kl_weight, 2.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -325,10 +326,10 @@ def expected_BTV(small, adapter_P, model_dir, black_box, tmp_path) -> Tensor:
 
 def test_a_large_model_that_can_only_be_called_is_judged_with_the_small_one(small, adapter_P, black_box, expected_BTV):
     batch = text()
-    task = EvaluationTask("all", batch.tokens_BT, batch.lengths_B)
+    task = EvaluationTask("all", sequences(batch.tokens_BT, batch.lengths_B))
     (found,) = EvaluateProxy(small, 0.7)(black_box[0], adapter_P, [task])
-    sequences, positions, labels = (torch.tensor(part) for part in zip(*rows_and_labels(batch), strict=True))
-    logits = expected_BTV[sequences, positions]
+    rows, positions, labels = (torch.tensor(part) for part in zip(*rows_and_labels(batch), strict=True))
+    logits = expected_BTV[rows, positions]
     assert (found.group, found.score.num_tokens) == ("all", len(labels))
     assert found.score.loss == pytest.approx(nn.functional.cross_entropy(logits, labels, reduction="sum").item(), 1e-5)
     assert found.score.num_correct == (logits.argmax(dim=1) == labels).sum()

@@ -22,6 +22,7 @@ from fedpeat_ray.data.repeats import MOST_REPEATED, NUM_WORDS, grams_of, private
 from fedpeat_ray.errors import DataError
 from fedpeat_ray.models.foundation import load_tokenizer
 from fedpeat_ray.runtime.run_log import read_config
+from fedpeat_ray.tasks.language_modelling import LANGUAGE_MODELLING
 
 
 def words(seed: int, count: int) -> str:
@@ -249,10 +250,12 @@ def test_no_heldout_text_is_in_anything_that_is_trained_on(gpt2_dir, overlapping
 
     shares = Partition(partition, private.group, private.heldout, 0)
     local = LocalConfig(batch_size=4, sequence_length=48, max_steps=10**6)
-    devices = ClientData(private, shares, local, 0)
+    devices = ClientData(private, shares, local, 0, LANGUAGE_MODELLING)
     server, rng = ServerData(public), np.random.default_rng(0)
     tasks = [*devices.tasks(range(12), 1), devices.pooled_task(200, 4), server.task(100, local, rng)]
-    rows = [(tokens, length) for task in tasks for tokens, length in by_row(task.tokens_SBT, task.lengths_SB)]
+    rows = [
+        (tokens, length) for task in tasks for tokens, length in by_row(task.arrays["tokens"], task.arrays["lengths"])
+    ]
     for batch in server.batches(100, 4, 48, rng):
         rows += by_row(batch.tokens_BT, batch.lengths_B)
     trained: set[bytes] = set()

@@ -12,10 +12,11 @@ from transformers import ViTConfig, ViTForImageClassification
 from fedpeat_ray.aggregation.mean import MeanOverLevels
 from fedpeat_ray.config import EmulatorConfig, LoraConfig
 from fedpeat_ray.emulators.ladder import Ladder, build_ladder, emulated
-from fedpeat_ray.models.lora import Lora, find_lora
 from fedpeat_ray.records import ClientReport
-from fedpeat_ray.training.adapters import LoraAdapter
-from fedpeat_ray.training.client_batch import ClientUpdate, stacked_lora
+from fedpeat_ray.trainable.lora import Lora, find_lora
+from fedpeat_ray.trainable.part import stacked
+from fedpeat_ray.training.adapters import StackedAdapter
+from fedpeat_ray.training.client_batch import ClientUpdate
 
 ENDS = EmulatorConfig(first=1, last=1, shares=(0.5,))
 NUM_CLIENTS, NUM_IMAGES = 2, 6
@@ -70,7 +71,7 @@ def tune(model: ViTForImageClassification, lora: Lora, start_P: Tensor, data: li
     """Eight steps of SGD of all clients at once."""
     theta_KP = start_P.double().repeat(len(data), 1).requires_grad_(True)
     optimizer = torch.optim.SGD([theta_KP], lr=0.2)
-    with stacked_lora(model, lora) as set_factors:
+    with stacked(model, lora) as set_factors:
         for _ in range(8):
             set_factors(theta_KP)
             losses(model, data).sum().backward()
@@ -106,7 +107,7 @@ def test_clients_of_a_batch_are_tuned_on_an_emulator_as_each_would_be_alone(mode
 
 
 def test_what_was_tuned_on_two_emulators_lowers_the_loss_of_the_whole_model(model, ladder, lora):
-    adapter, start_P = LoraAdapter(lora), lora.init(0)
+    adapter, start_P = StackedAdapter(lora), lora.init(0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trained, updates, places = {}, [], {}
     for level in (1, 2):
@@ -116,7 +117,7 @@ def test_what_was_tuned_on_two_emulators_lowers_the_loss_of_the_whole_model(mode
         trained[level][places[level]] = True
         data = [images(10 * level + client) for client in range(NUM_CLIENTS)]
         with emulated(model, ladder.block_list, ladder.rungs[level - 1]):
-            theta_KP = tune(model, part.lora, start_P[places[level]], data)
+            theta_KP = tune(model, part.part, start_P[places[level]], data)
         for client, theta_P in enumerate(theta_KP):
             delta_P = theta_P.double() - start_P[places[level]].double()
             report = ClientReport(client, None, None, 0.0)

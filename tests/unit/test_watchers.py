@@ -123,7 +123,7 @@ def assert_shows_the_run(directory: Path) -> None:
 
 def test_every_column_of_the_rounds_table_has_its_group():
     grouped = sorted(name for names in scalars.GROUPS.values() for name in names)
-    assert sorted([*grouped, "round", "figures"]) == sorted(column.name for column in ROUND_COLUMNS)
+    assert sorted([*grouped, "round", *scalars.MAPS]) == sorted(column.name for column in ROUND_COLUMNS)
 
 
 def test_tensorboard_is_shown_what_the_run_log_has(run):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from fedpeat_ray.errors import ModelError
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models import weight_files
 from fedpeat_ray.models.foundation import prepare
@@ -86,7 +87,7 @@ def source(request, model_dir, tmp_path) -> Path:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_model_is_converted_tensor_by_tensor_to_the_bytes_of_a_whole_one(source, dtype, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(foundations, "_load_pretrained", None)
+        patch.setattr(foundations, "_started", None)
         streamed = prepare(str(source), dtype, tmp_path / "streamed")
     monkeypatch.setattr(foundations, "_files_of_tensors", lambda config_json, source: None)
     whole = prepare(str(source), dtype, tmp_path / "whole")
@@ -110,8 +111,12 @@ def test_files_that_are_not_just_the_model_are_left_to_transformers(change, gpt2
         save_file({"transformer.ln_f.bias": state["transformer.ln_f.bias"]}, tmp_path / "more.safetensors")
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     asked = []
-    whole = foundations._load_pretrained
-    monkeypatch.setattr(foundations, "_load_pretrained", lambda *arguments: asked.append(1) or whole(*arguments))
+    whole = foundations._started
+    monkeypatch.setattr(foundations, "_started", lambda *arguments: asked.append(1) or whole(*arguments))
+    if change == "one missing":
+        with pytest.raises(ModelError, match=r"has no weights for transformer.h.1.mlp.c_fc.bias"):
+            prepare(str(tmp_path), "float32", tmp_path / "cache")
+        return
     prepared = prepare(str(tmp_path), "float32", tmp_path / "cache")
     assert asked
     if change in ("other name", "one more", "twice"):

@@ -39,11 +39,12 @@ from torch import Tensor
 from fedpeat_ray.aggregation.mean import WeightedMean
 from fedpeat_ray.config import HostsConfig, LocalConfig, LoraConfig
 from fedpeat_ray.models import foundation as foundations
-from fedpeat_ray.models.lora import find_lora, peft_config
-from fedpeat_ray.records import ClientTask
+from fedpeat_ray.records import ClientTask, sequences
 from fedpeat_ray.runtime.knee import find_client_batch_size
 from fedpeat_ray.runtime.process import keep_freed_memory
 from fedpeat_ray.runtime.ray_hosts import RayHosts
+from fedpeat_ray.trainable.lora import find_lora
+from fedpeat_ray.trainable.peft_files import peft_config
 from fedpeat_ray.training.client_batch import TrainClientBatch
 
 VOCABULARY = 4096
@@ -88,7 +89,7 @@ class PlainLoop:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
         lora = find_lora(model, LoraConfig())
         self.start = list(lora.layout.unflatten(start_P.clone()).values())
-        self.model = peft.get_peft_model(model, peft_config(lora, None, trainable=True))
+        self.model = peft.get_peft_model(model, peft_config(lora, trainable=True))
         self.factors = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def train(self, tasks: list[ClientTask]) -> None:
@@ -98,7 +99,7 @@ class PlainLoop:
                 for parameter, value in zip(self.factors, self.start, strict=True):
                     parameter.copy_(value)
             optimizer = torch.optim.AdamW(self.factors, lr=1e-3, weight_decay=0.0, fused=True)
-            for tokens in torch.from_numpy(task.tokens_SBT):
+            for tokens in torch.from_numpy(task.arrays["tokens"]):
                 self.model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -169,7 +170,7 @@ def make_tasks(config: BenchmarkConfig, batch_size: int, length: int) -> list[Cl
     rng = np.random.default_rng(0)
     size = (config.num_steps, batch_size, length)
     lengths = np.full(size[:2], length)
-    return [ClientTask(k, 1, rng.integers(0, VOCABULARY, size), lengths) for k in range(config.num_clients)]
+    return [ClientTask(k, 1, sequences(rng.integers(0, VOCABULARY, size), lengths)) for k in range(config.num_clients)]
 
 
 def main(config: BenchmarkConfig) -> None:

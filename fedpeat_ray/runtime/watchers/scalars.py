@@ -16,16 +16,19 @@ GROUPS = {
     + ("server_memory_bytes",),
     "wall": ("wall_train_s", "wall_eval_s", "wall_s"),
 }
-"""The columns of the rounds table, all but `round` and `figures`, which are a group."""
+"""The columns of the rounds table, all but `round` and those of MAPS."""
 
-_RESULTS = ("perplexity", "gap_closed", "privacy_gap", "token_accuracy", "figures")
+MAPS = ("metrics", "device_metrics", "figures")
+"""Columns of numbers by name, each a group of its own."""
+
+_RESULTS = ("perplexity", "metrics", "gap_closed", "privacy_gap", "token_accuracy", "figures")
 
 
 def of_round(row: Mapping[str, Any], clients: Mapping[str, Any]) -> dict[str, float]:
     """A round: what its row of the rounds table has, and how many devices dropped out, by reason. What is null, as
     perplexity in a round without evaluation, is left out."""
     found = {f"{group}/{name}": row[name] for group, names in GROUPS.items() for name in names}
-    found |= {f"figures/{name}": value for name, value in row["figures"].items()}
+    found |= {f"{group}/{name}": value for group in MAPS for name, value in row[group].items()}
     reasons = Counter(clients["drop_reason"])
     found |= {f"dropped/{reason}": reasons[reason] for reason in DROP_REASONS}
     return {name: float(value) for name, value in found.items() if value is not None}
