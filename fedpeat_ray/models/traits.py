@@ -79,7 +79,7 @@ def some_inputs(model: PreTrainedModel, num_rows: int, length: int) -> dict[str,
         rng = torch.Generator().manual_seed(0)
         dtype = next(model.parameters()).dtype
         shape = (num_rows, model.config.num_channels, side, side)
-        return {model.main_input_name: torch.randn(shape, generator=rng, dtype=dtype)}
+        return {model.main_input_name: torch.empty(shape, dtype=dtype).normal_(generator=rng)}
     tokens = some_tokens(model, num_rows, length)
     return {"input_ids": tokens} | ({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {})
 
