@@ -57,10 +57,11 @@ def examine(model: PreTrainedModel) -> Traits:
         return Traits(False, NO_LIMIT)
     if is_causal_lm(model) and (logits[:, :-1] - logits_of_shorter).abs().max() > TOLERANCE * logits.abs().max():
         raise ModelError(f"{name} is not causal: a token changes the logits of those before it")
-    tables = [table for weight, table in rows.items() if weight != id(model.get_input_embeddings().weight)]
-    known = {weight: last for weight, (last, _) in rows_of_shorter.items()}
-    growing = [rows[weight] for weight in known if rows[weight] in tables and rows[weight][0] == known[weight] + 1]
-    limits = [num_rows - (last + 1 - _SHAPE[1]) for last, num_rows in growing]
+    tokens = model.get_input_embeddings().weight
+    limits = []
+    for table, (last, num_rows, width) in rows.items():  # of the width of the model: not of biases by distance
+        if table != id(tokens) and width >= tokens.shape[1] and last == rows_of_shorter[table][0] + 1:
+            limits.append(num_rows - (last + 1 - _SHAPE[1]))
     plain = is_causal_lm(model) and _has_plain_head(model, inputs["input_ids"], logits)
     return Traits(plain, min([configured_positions(model), *limits]))
 
@@ -147,16 +148,16 @@ def _has_plain_head(model: PreTrainedModel, tokens_BT: Tensor, logits_BTV: Tenso
 
 
 @contextmanager
-def _looked_up() -> Iterator[Mapping[int, tuple[int, int]]]:
-    """Gives {id of a table: (largest row that was looked up, number of rows)}, filled while it is open."""
-    rows: dict[int, tuple[int, int]] = {}
+def _looked_up() -> Iterator[Mapping[int, tuple[int, int, int]]]:
+    """Gives {id of a table: (largest row that was looked up, number of rows, of columns)}, filled while it is open."""
+    rows: dict[int, tuple[int, int, int]] = {}
 
     class Watch(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is nn.functional.embedding:
                 asked, table = args[0], args[1]
-                before, _ = rows.get(id(table), (-1, 0))
-                rows[id(table)] = (max(before, int(asked.max())), len(table))
+                before, *_ = rows.get(id(table), (-1, 0, 0))
+                rows[id(table)] = (max(before, int(asked.max())), *table.shape)
             return func(*args, **(kwargs or {}))
 
     with Watch():

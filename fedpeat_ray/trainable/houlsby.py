@@ -69,9 +69,8 @@ class StackedHoulsby(StackedLayer):
     """A frozen layer with an adapter of each client behind it."""
 
     def __init__(self, name: str, frozen: nn.Module):
-        super().__init__()
+        super().__init__(frozen)
         self.names = tuple(_names(name))
-        self.frozen = frozen
 
     def forward(self, x: Tensor) -> Tensor:
         down_KWD, down_bias_KW, up_KDW, up_bias_KD = self.tensors

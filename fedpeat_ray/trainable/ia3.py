@@ -57,9 +57,8 @@ class StackedIA3(StackedLayer):
     """A frozen layer whose inputs, or outputs, each client scales by its own factors."""
 
     def __init__(self, name: str, frozen: nn.Module, scales_input: bool):
-        super().__init__()
+        super().__init__(frozen)
         self.names = (f"{name}.ia3_l",)
-        self.frozen = frozen
         self.scales_input = scales_input
 
     def forward(self, x: Tensor) -> Tensor:

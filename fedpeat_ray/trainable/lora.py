@@ -116,7 +116,7 @@ class StackedLoraLinear(StackedLayer):
     """A frozen linear layer in which every client of the batch has its own low-rank update."""
 
     def __init__(self, frozen: nn.Module, scaling: float):
-        super().__init__()
+        super().__init__(frozen)
         self.weight_IO = frozen.weight if isinstance(frozen, Conv1D) else frozen.weight.T
         self.bias_O = frozen.bias
         self.scaling = scaling
@@ -132,8 +132,7 @@ class CalledLoraLinear(StackedLayer):
     """The same through a call of the frozen layer, for layers whose weights are only there while they are called."""
 
     def __init__(self, frozen: nn.Module, scaling: float):
-        super().__init__()
-        self.frozen = frozen
+        super().__init__(frozen)
         self.scaling = scaling
 
     def forward(self, x: Tensor) -> Tensor:

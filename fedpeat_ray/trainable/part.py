@@ -36,6 +36,15 @@ class StackedLayer(nn.Module):
     tensors: Sequence[Tensor] = ()
     """Those, (K, ...) each: set before a forward."""
 
+    def __init__(self, frozen: nn.Module):
+        super().__init__()
+        self.frozen = frozen
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen one: some models look at its type."""
+        return self.frozen.get_parameter("weight")
+
 
 class Part(ABC):
     """Immutable, and travels to hosts."""

@@ -122,9 +122,8 @@ class PromptedBlock(StackedLayer):
     """A frozen block that reads learned tokens of each client behind the first token."""
 
     def __init__(self, name: str, frozen: nn.Module, num_tokens: int):
-        super().__init__()
+        super().__init__(frozen)
         self.names = (f"{name}.prompt",)
-        self.frozen = frozen
         self.num_tokens = num_tokens
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -48,9 +48,8 @@ class StackedBias(StackedLayer):
     """A frozen layer whose bias each client has of its own."""
 
     def __init__(self, name: str, frozen: nn.Module):
-        super().__init__()
+        super().__init__(frozen)
         self.names = (f"{name}.bias",)
-        self.frozen = frozen
         self.none = {"bias": torch.zeros_like(frozen.get_parameter("bias"))}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,7 +88,7 @@ class StackedLinear(StackedLayer):
     """A linear layer of which each client has its own."""
 
     def __init__(self, name: str, linear: nn.Module):
-        super().__init__()
+        super().__init__(linear)
         self.names = tuple(f"{name}.{parameter}" for parameter, _ in linear.named_parameters())
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,91 @@
+"""Models of every family for the task each is made for: three blocks of random weights, written to disk, and documents
+for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+from tiny_models import _ALL, END, FAMILIES, VOCABULARY, write_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+)
+
+from fedpeat_ray.config import DataConfig
+from fedpeat_ray.data.hub import Document
+from fedpeat_ray.data.images import Picture
+
+CLASSES = ("boat", "cart", "sled")
+_BERT = {**FAMILIES["Roberta"], "is_decoder": False, "num_hidden_layers": 3, "hidden_size": 32}
+_VIT = {"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 32, "num_hidden_layers": 3}
+_VIT |= {"num_attention_heads": 2, "intermediate_size": 48}
+_T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 3, "num_heads": 2, "decoder_start_token_id": 0}
+_T5 |= {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": END, "dropout_rate": 0.0}
+
+MODELS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "gpt2": ("GPT2", AutoModelForCausalLM, FAMILIES["GPT2"] | {"n_layer": 3}),
+    "llama": ("Llama", AutoModelForCausalLM, FAMILIES["Llama"] | {"num_hidden_layers": 3}),
+    "bert": ("Bert", AutoModelForMaskedLM, _BERT),
+    "roberta": ("Roberta", AutoModelForMaskedLM, _BERT),
+    "t5": ("T5", AutoModelForSeq2SeqLM, _T5),
+    "vit": ("ViT", AutoModelForImageClassification, _VIT),
+}
+"""By family: the configuration's class, what it is pre-trained as, and its settings."""
+
+CASES = {
+    "gpt2": ("gpt2", "language-modelling"),
+    "llama": ("llama", "language-modelling"),
+    "gpt2 classifier": ("gpt2", "classification"),
+    "llama classifier": ("llama", "classification"),
+    "bert": ("bert", "classification"),
+    "roberta": ("roberta", "classification"),
+    "roberta masked": ("roberta", "masked-language-modelling"),
+    "t5": ("t5", "sequence-to-sequence"),
+    "vit": ("vit", "images"),
+}
+"""A family and a task, by a name."""
+
+
+def write_family_for_tasks(directory: Path, family: str) -> Path:
+    """A model of one of these families, with a tokenizer of bytes that has a mask."""
+    name, kind, settings = MODELS[family]
+    values = _ALL | settings if family != "vit" else settings
+    config = getattr(transformers, f"{name}Config")(**values)
+    write_model(directory, kind.from_config, config)
+    if family in ("bert", "roberta"):
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(3)
+        tokenizer.save_pretrained(directory)
+    return directory
+
+
+def documents(config: DataConfig) -> list[Document]:
+    """Texts of three classes, each with words of its own, and of different lengths."""
+    rng = np.random.default_rng(0)
+    words = {"boat": "sail mast tide", "cart": "wheel axle horse", "sled": "snow rope hill"}
+    return [
+        Document(" ".join(rng.choice(words[label].split(), int(rng.integers(2, 9)))) + f" {i}", f"source {i % 4}", label)
+        for i in range(90)
+        for label in [CLASSES[i % 3]]
+    ]
+
+
+def pictures(config: DataConfig) -> list[Picture]:
+    """Images of three classes, which differ in where they are bright."""
+    rng = np.random.default_rng(0)
+    found = []
+    for i in range(90):
+        pixels = rng.integers(0, 90, (8, 8))
+        pixels[:, 3 * (i % 3) : 3 * (i % 3) + 2] += 140
+        found.append(Picture(pixels.astype(np.uint8), CLASSES[i % 3], f"source {i % 4}", str(i)))
+    return found
+
+
+def data_for(task: str) -> str:
+    """data.name of a task's documents."""
+    return f"{__file__}:{'pictures' if task == 'images' else 'documents'}"
