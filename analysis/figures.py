@@ -8,10 +8,11 @@ nothing global is touched.
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -23,10 +24,17 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter, StrMethodFormatter
+from matplotlib.ticker import (
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+    ScalarFormatter,
+    StrMethodFormatter,
+)
 
 from analysis.compare import Group, Groups
-from analysis.load import Frame, Run
+from analysis.load import Frame, Metric, Run
 
 Cost = Callable[[Frame], Any]  # cumulative, a value a round
 
@@ -81,37 +89,38 @@ FOUNDATION_LINES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def perplexity_over_rounds(groups: Groups) -> Figure | None:
-    return _perplexity(groups, {"round": lambda rounds: rounds["round"]}, 3.2, on_devices=True)
+def quality_over_rounds(groups: Groups) -> Figure | None:
+    return _quality(groups, {"round": lambda rounds: rounds["round"]}, 3.2, on_devices=True)
 
 
-def perplexity_over_costs(groups: Groups) -> Figure | None:
+def quality_over_costs(groups: Groups) -> Figure | None:
     unit_s, time_name = time_unit(max(run.rounds["virtual_s"].max() for run in _runs(groups)))
     unit_bytes, bytes_name = byte_unit(max(_traffic(run.rounds).max() for run in _runs(groups)))
     costs: dict[str, Cost] = {
         f"virtual time ({time_name})": lambda rounds: rounds["virtual_s"] / unit_s,
         f"down and up, all devices ({bytes_name})": lambda rounds: _traffic(rounds) / unit_bytes,
     }
-    return _perplexity(groups, costs, 2.9)
+    return _quality(groups, costs, 2.9)
 
 
-def perplexity_by_level(groups: Groups) -> Figure | None:
+def quality_by_level(groups: Groups) -> Figure | None:
     """Emulators before and after tuning, by the blocks they keep, between what the foundation does."""
     names, several = {"emulator_zero_shot", "emulator_tuned"}, len(groups) > 1
     groups = {
         label: group
         for label, group in groups.items()
-        if all(run.levels and names <= run.perplexity.keys() for run in group.runs)
+        if all(run.levels and names <= run.scores.keys() for run in group.runs)
     }
     if not groups:
         return None
-    figure, panels = _grid(len(groups), min(2, len(groups)), 3.1)
+    metrics = dict.fromkeys(group.first.metric for group in groups.values())
+    figure, panels = _grid(len(groups), min(2, len(groups)), 3.1, share_y=len(metrics) == 1)
     emulators = (("emulator_zero_shot", GREY, "white"), ("emulator_tuned", RUN_COLOURS[0], RUN_COLOURS[0]))
     for axes, (label, group) in zip(panels, groups.items(), strict=True):
         levels = group.first.levels
         for name, colour, face in emulators:
             of_runs = [
-                pd.Series({level: run.perplexity[name].get(str(level)) for level in levels}, dtype=float).dropna()
+                pd.Series({level: run.scores[name].get(str(level)) for level in levels}, dtype=float).dropna()
                 for run in group.runs
             ]
             points = _over_runs(of_runs)
@@ -121,16 +130,17 @@ def perplexity_by_level(groups: Groups) -> Figure | None:
         for name, (_, style) in FOUNDATION_LINES.items():
             if (value := _reference(group, name)) is not None:
                 axes.axhline(value, **style)
-        tuned = [run.perplexity["emulator_tuned"] for run in group.runs]
+        tuned = [run.scores["emulator_tuned"] for run in group.runs]
         given = {level: blocks for level, blocks in levels.items() if any(str(level) in of_run for of_run in tuned)}
         axes.set_xticks(list(given.values()), [f"{blocks}\nlevel {level}" for level, blocks in given.items()])
         axes.margins(x=0.12)
         axes.grid(axis="y")
         axes.set_xlabel(f"blocks of the foundation's {max(levels.values())} that an emulator keeps")
-        _log_if_wide(axes, 4, (1, 2, 5))
+        _scale(axes, group.first.metric, 4, (1, 2, 5))
+        if axes is panels[0] or len(metrics) > 1:
+            axes.set_ylabel(group.first.metric.words)
         if several:
             axes.set_title(label)
-    panels[0].set_ylabel("perplexity")
     marks = (("emulator, zero-shot", GREY, "white"), ("emulator, tuned", RUN_COLOURS[0], RUN_COLOURS[0]))
     key = [Line2D([], [], color=c, marker="o", markersize=5, markerfacecolor=f, label=label) for label, c, f in marks]
     key += [
@@ -356,19 +366,25 @@ def draw(plot: Callable[[Groups], Figure | None], groups: Groups, file: IO[bytes
     return True
 
 
-def _perplexity(
-    groups: Groups, costs: Mapping[str, Cost], panel_height: float, on_devices: bool = False
-) -> Figure | None:
-    """Perplexity against each cost, from zero-shot at no cost on; reference points as lines.
+def _quality(groups: Groups, costs: Mapping[str, Cost], panel_height: float, on_devices: bool = False) -> Figure | None:
+    """The metric against each cost, from zero-shot at no cost on; reference points as lines. A row of panels a metric.
 
     With `on_devices` also of the largest model that devices get, where that is not the foundation.
     """
-    if all(run.rounds["perplexity"].dropna().empty for run in _runs(groups)):
+    metrics = list(dict.fromkeys(run.metric for run in _runs(groups) if run.rounds["score"].notna().any()))
+    if not metrics:
         return None
-    figure, panels = _grid(len(costs), len(costs), panel_height)
-    for axes, (name, cost) in zip(panels, costs.items(), strict=True):
-        for group, look in zip(groups.values(), _looks(groups), strict=True):
-            zero_shot, centralised = (_reference(group, key) for key in ("zero_shot", "centralised"))
+    figure, panels = _grid(len(metrics) * len(costs), len(costs), panel_height, share_y="row")
+    looks = dict(zip(groups, _looks(groups), strict=True))
+    for axes, (metric, (name, cost)) in zip(panels, itertools.product(metrics, costs.items()), strict=True):
+        for label, group in groups.items():
+            if group.first.metric != metric:
+                continue
+            look, zero_shot, centralised = (
+                looks[label],
+                _reference(group, "zero_shot"),
+                _reference(group, "centralised"),
+            )
             if zero_shot is not None:
                 axes.axhline(zero_shot, color=GREY, **ZERO_SHOT)
             if centralised is not None:
@@ -380,10 +396,11 @@ def _perplexity(
         axes.grid(axis="y")
         axes.set_xlim(left=0)
         axes.set_xlabel(name)
-        _log_if_wide(axes)
-    panels[0].set_ylabel("perplexity")
-    if len(costs) == 1:
-        panels[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _scale(axes, metric)
+        if len(costs) == 1:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    for axes, metric in zip(panels[:: len(costs)], metrics, strict=True):
+        axes.set_ylabel(metric.words)
     lines: list[Artist] = [*_group_key(groups), *_band_key(groups)]
     if on_devices and any(_has_path_on_devices(group) for group in groups.values()):
         lines.append(
@@ -398,12 +415,12 @@ def _perplexity(
 
 
 def _path(axes: Axes, of_runs: Sequence[Frame], **look: Any) -> None:
-    """Perplexity against a cost, of several runs the means of both, round by round."""
+    """The metric against a cost, of several runs the means of both, round by round."""
     of_runs = [points for points in of_runs if not points.empty]
     if of_runs:
-        perplexity = _over_runs([points["perplexity"] for points in of_runs])
+        score = _over_runs([points["score"] for points in of_runs])
         cost = _over_runs([points["cost"] for points in of_runs])["mean"]
-        _line(axes, perplexity.set_axis(cost), **look)
+        _line(axes, score.set_axis(cost), **look)
 
 
 def _over_runs(of_runs: Sequence[Any]) -> Frame:
@@ -428,7 +445,7 @@ def _line(axes: Axes, points: Frame, **look: Any) -> None:
 
 
 def _grid(
-    num_panels: int, num_columns: int, panel_height: float, share_x: bool = False, share_y: bool = True
+    num_panels: int, num_columns: int, panel_height: float, share_x: bool = False, share_y: bool | Literal["row"] = True
 ) -> tuple[Figure, list[Axes]]:
     num_rows = math.ceil(num_panels / num_columns)
     figure = Figure((WIDTH, panel_height * num_rows + 0.35), layout="constrained")
@@ -490,9 +507,12 @@ def _legend_above(figure: Figure, colours: Mapping[str, str]) -> None:
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), columnspacing=1.2)
 
 
-def _log_if_wide(axes: Axes, wide: float = 8, subs: tuple[int, ...] = (1, 3)) -> None:
+def _scale(axes: Axes, metric: Metric, wide: float = 8, subs: tuple[int, ...] = (1, 3)) -> None:
+    """On the y axis: shares in percent, perplexities that are far apart logarithmic."""
+    if metric.is_share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     low, high = axes.dataLim.intervaly
-    if low > 0 and high / low > wide:
+    if metric.is_perplexity and low > 0 and high / low > wide:
         axes.set_yscale("log")
         _plain_numbers(axes.yaxis, subs)
 
@@ -573,31 +593,29 @@ def _band_key(groups: Groups) -> list[Patch]:
 
 
 def _reference(group: Group, name: str) -> float | None:
-    """A perplexity of the summary, of several runs the mean."""
-    values = [value for run in group.runs if (value := run.perplexity.get(name)) is not None]
+    """A score of the summary, of several runs the mean."""
+    values = [value for run in group.runs if (value := run.scores.get(name)) is not None]
     return sum(values) / len(values) if values else None
 
 
 def _path_of_the_model(run: Run, cost: Cost) -> Frame:
-    """Perplexity against a cost by round, from zero-shot on."""
-    return _from_zero_shot(run, cost, "perplexity", run.perplexity.get("zero_shot"))
+    """The metric against a cost by round, from zero-shot on."""
+    return _from_zero_shot(run, cost, "score", run.scores.get("zero_shot"))
 
 
 def _path_on_devices(run: Run, cost: Cost) -> Frame:
     """The same of the largest model on devices; empty where there is none."""
-    if "device_perplexity" not in run.rounds:
-        return pd.DataFrame()
     zero_shot, _ = ((None, None), *run.on_devices.values())[-1]
-    points = _from_zero_shot(run, cost, "device_perplexity", zero_shot)
+    points = _from_zero_shot(run, cost, "device_score", zero_shot)
     return points if len(points.drop(0, errors="ignore")) else pd.DataFrame()
 
 
 def _from_zero_shot(run: Run, cost: Cost, column: str, zero_shot: float | None) -> Frame:
-    points = pd.DataFrame({"cost": cost(run.rounds), "perplexity": run.rounds[column]})
+    points = pd.DataFrame({"cost": cost(run.rounds), "score": run.rounds[column]})
     points = points.astype(float).set_axis(run.rounds["round"]).dropna()
     if zero_shot is None:
         return points
-    return pd.concat([pd.DataFrame({"cost": [0.0], "perplexity": [zero_shot]}, index=[0]), points])
+    return pd.concat([pd.DataFrame({"cost": [0.0], "score": [zero_shot]}, index=[0]), points])
 
 
 def _has_path_on_devices(group: Group) -> bool:

@@ -24,6 +24,7 @@ class Section(NamedTuple):
 
     title: str
     text: str
+    """`{measured}` stands for the metrics."""
     plot: Callable[[Groups], Figure | None]
     nothing: str
     only_if: Callable[[Run], bool] | None = None
@@ -33,23 +34,23 @@ class Section(NamedTuple):
 SECTIONS = (
     Section(
         "Quality over rounds",
-        "Perplexity on held-out private text after each round (lower is better), from the foundation as it came "
-        "(zero-shot) towards what tuning centrally on the pooled data reaches with as many tokens.",
-        figures.perplexity_over_rounds,
-        "Perplexity was not measured.",
+        "On held-out private data after each round: {measured}; from the foundation as it came (zero-shot) towards "
+        "what tuning centrally on the pooled data reaches with as many tokens.",
+        figures.quality_over_rounds,
+        "Quality was not measured.",
     ),
     Section(
         "Quality for its price",
-        "The same perplexity over the simulated time it took, and over all bytes devices received and sent.",
-        figures.perplexity_over_costs,
-        "Perplexity was not measured.",
+        "The same over the simulated time it took, and over all bytes devices received and sent.",
+        figures.quality_over_costs,
+        "Quality was not measured.",
     ),
     Section(
-        "Perplexity by emulator level",
-        "Emulators that devices get, before and after, by the blocks of the foundation they keep, on the same text; "
+        "Quality by emulator level",
+        "Emulators that devices get, before and after, by the blocks of the foundation they keep, on the same data; "
         "the lines are the foundation without and with the tuned adapter. What lies between an emulator and the "
         "plug-in is the privacy gap: what only the owner of the foundation has.",
-        figures.perplexity_by_level,
+        figures.quality_by_level,
         "Emulators are measured at the end of a run, and these runs are unfinished.",
         only_if=lambda run: bool(run.levels),
     ),
@@ -141,7 +142,15 @@ def render(groups: Groups) -> str:
         lstrip_blocks=True,
     )
     runs = [run for group in groups.values() for run in group.runs]
-    sections = [s for s in SECTIONS if s.only_if is None or any(map(s.only_if, runs))]
+    measured = " and ".join(
+        f"{metric.words} ({'higher' if metric.higher_is_better else 'lower'} is better)"
+        for metric in dict.fromkeys(run.metric for run in runs)
+    )
+    sections = [
+        section._replace(text=section.text.format(measured=measured))
+        for section in SECTIONS
+        if section.only_if is None or any(map(section.only_if, runs))
+    ]
     return environment.get_template("report.html").render(
         labels=list(groups),
         runs=runs,
@@ -149,6 +158,7 @@ def render(groups: Groups) -> str:
         outcomes={label: tables.outcome(group) for label, group in groups.items()},
         warnings={label: tables.warnings(group) for label, group in groups.items()},
         key_figures=tables.key_figures(groups),
+        metrics=tables.metrics(groups),
         sections=[(section, _image(section, groups)) for section in sections],
         events=tables.events(groups),
         differences=tables.differences(groups),

@@ -10,10 +10,10 @@ import pandas as pd
 
 from analysis import figures
 from analysis.compare import Group, Groups, differing_settings, text, texts
-from analysis.load import Frame, Run
+from analysis.load import Frame, Metric, Run, last_of
 
 NO_VALUE = "–"
-HOW = {  # in a word, and in a sentence: names of perplexities that say how the tuned model came about
+HOW = {  # in a word, and in a sentence: names of scores that say how the tuned model came about
     "plug_in": ("plug-in", "with the adapter plugged into the foundation"),
     "proxy_tuned": ("steered", "with the foundation steered by the small model"),
 }
@@ -56,30 +56,32 @@ def describe(group: Group) -> str:
 
 def outcome(group: Group) -> str:
     """What came out, in a sentence or two."""
-    finished = all(run.summary for run in group.runs)
+    finished, metric = all(run.summary for run in group.runs), group.first.metric
     zero_shot, tuned, centralised = (
-        _known(run.perplexity.get(name) for run in group.runs) for name in ("zero_shot", "tuned", "centralised")
+        _known(run.scores.get(name) for run in group.runs) for name in ("zero_shot", "tuned", "centralised")
     )
     if not zero_shot or not tuned:
-        measured = _known(_last(run.rounds["perplexity"]) for run in group.runs)
+        measured = _known(last_of(run.rounds["score"]) for run in group.runs)
         when = "after the last round is" if finished else "so far is"
-        return f"Perplexity {when} {_spread(measured, _number)}." if measured else "Perplexity was not measured."
+        words = f"{when} {_spread(measured, metric.written)}" if measured else "was not measured"
+        return f"{metric.title} {words}."
     how = "".join(f" {HOW[name][1]}" if name in HOW else f" ({_words(name)})" for name in _tuned_by(group))
-    words = f"Perplexity went from {_spread(zero_shot, _number)} to {_spread(tuned, _number)}{how}"
+    words = f"{metric.title} went from {_spread(zero_shot, metric.written)} to {_spread(tuned, metric.written)}{how}"
     gaps = _of_summaries(group, "gap_closed")
     if len(gaps) == len(group) and centralised:
-        words += f", which is {_mean(gaps):.0%} of the way to tuning centrally ({_mean(centralised):.2f})"
+        words += f", which is {_mean(gaps):.0%} of the way to tuning centrally ({metric.written(_mean(centralised))})"
     elif centralised:
-        words += f"; tuning centrally with as many tokens came to {_mean(centralised):.2f}, "
+        words += f"; tuning centrally with as many tokens came to {metric.written(_mean(centralised))}, "
         words += f"a bound for {len(gaps)} of {len(group)} seeds only" if gaps else "so it is no bound here"
     if group.first.on_devices:
         name = list(group.first.on_devices)[-1]
         before, after = _on_devices(group, name)
         if gaps := _of_summaries(group, "privacy_gap"):
-            words += f". With the same adapter the largest emulator on devices has {_spread(after, _number)}, "
-            words += f"a privacy gap of {_spread(gaps, _number)}"
+            words += f". With the same adapter the largest emulator on devices has {_spread(after, metric.written)}, "
+            words += f"a privacy gap of {_spread(gaps, _number)}{'' if metric.is_perplexity else ' in perplexity'}"
         elif before and after:
-            words += f". The {name} alone went from {_spread(before, _number)} to {_spread(after, _number)}"
+            change = f"from {_spread(before, metric.written)} to {_spread(after, metric.written)}"
+            words += f". The {name} alone went {change}"
     return words + "."
 
 
@@ -112,13 +114,25 @@ def _warnings(run: Run) -> list[str]:
 
 def key_figures(groups: Groups) -> Rows:
     """What came out, what the algorithm sums up under names of its own, and what it cost."""
-    runs = [run for group in groups.values() for run in group.runs]
-    on_devices = list(dict.fromkeys(name for run in runs for name in run.on_devices))
-    others = list(dict.fromkeys(name for run in runs for name in run.other_perplexities if name not in run.tuned_by))
-    results = {label: _results(group, on_devices, others) for label, group in groups.items()}
+    results = {label: _results(group, _with_metric(groups, group.first.metric)) for label, group in groups.items()}
     summed_up = {label: _summed_up(group) for label, group in groups.items()}
     costs = {label: _costs(group) for label, group in groups.items()}
     return [row for facts in (results, summed_up, costs) for row in _side_by_side(facts)]
+
+
+def metrics(groups: Groups) -> Rows:
+    """All that the tasks measure, before and after; none where that is no more than what they are judged by."""
+    rows = {label: _measured(group) for label, group in groups.items()}
+    return _side_by_side(rows) if any(len(of_group) > 1 for of_group in rows.values()) else []
+
+
+def _measured(group: Group) -> dict[str, str]:
+    found = {}
+    for name in dict.fromkeys(name for run in group.runs for name in run.metrics):
+        pairs, metric = [run.metrics.get(name, (None, None)) for run in group.runs], Metric(name)
+        before, after = [before for before, _ in pairs], [after for _, after in pairs]
+        found[metric.title] = _change(before, after, metric.written)
+    return found
 
 
 def differences(groups: Groups) -> Rows:
@@ -148,34 +162,37 @@ def events(groups: Groups) -> dict[str, list[tuple[str, str, str]]]:
     return found
 
 
-def _results(group: Group, on_devices: Sequence[str], others: Sequence[str]) -> dict[str, str | None]:
+def _with_metric(groups: Groups, metric: Metric) -> list[Run]:
+    """The runs that are judged by it."""
+    return [run for group in groups.values() for run in group.runs if run.metric == metric]
+
+
+def _results(group: Group, alike: Sequence[Run]) -> dict[str, str | None]:
     """How good the model became; from the tables, so that an unfinished run has it too.
 
-    With a row for each of these models on devices, and for these other perplexities.
+    With a row for each model on devices and for each other score that any of the runs `alike` has.
     """
-    runs = group.runs
+    runs, metric = group.runs, group.first.metric
     summaries = [run.summary or {} for run in runs]
-    accuracy = [summary.get("token_accuracy") or {} for summary in summaries]
-    tuned = [run.perplexity.get("tuned", _last(run.rounds["perplexity"])) for run in runs]
-    accurate = [of.get("tuned", _last(run.rounds["token_accuracy"])) for of, run in zip(accuracy, runs, strict=True)]
+    on_devices = dict.fromkeys(name for run in alike for name in run.on_devices)
+    others = dict.fromkeys(name for run in alike for name in run.other_scores if name not in run.tuned_by)
+    tuned = [run.scores.get("tuned", last_of(run.rounds["score"])) for run in runs]
 
-    def perplexity(name: str) -> list[float | None]:
-        return [run.perplexity.get(name) for run in runs]
+    def scores(name: str) -> str:
+        return _spread([run.scores.get(name) for run in runs], metric.written)
 
     return {
-        "Perplexity, zero-shot": _spread(perplexity("zero_shot"), _number),
-        **{f"Perplexity, {name}": _change(*_on_devices(group, name)) for name in on_devices},
-        "Perplexity, tuned": _spread(tuned, _number, ", ".join(map(_words, _tuned_by(group)))),
-        **{f"Perplexity, {_words(name)}": _spread(perplexity(name), _number) for name in others},
-        "Perplexity, tuned centrally": _spread(perplexity("centralised"), _number),
+        f"{metric.title}, zero-shot": scores("zero_shot"),
+        **{f"{metric.title}, {name}": _change(*_on_devices(group, name), metric.written) for name in on_devices},
+        f"{metric.title}, tuned": _spread(tuned, metric.written, ", ".join(map(_words, _tuned_by(group)))),
+        **{f"{metric.title}, {_words(name)}": scores(name) for name in others},
+        f"{metric.title}, tuned centrally": scores("centralised"),
         "Share of the gap closed": _spread([summary.get("gap_closed") for summary in summaries], _percent),
-        "Privacy gap": (
+        "Privacy gap" if metric.is_perplexity else "Privacy gap, in perplexity": (
             _spread([summary.get("privacy_gap") for summary in summaries], _number)
             if any("privacy_gap" in summary for summary in summaries)
             else None
         ),
-        "Token accuracy, zero-shot": _spread([of.get("zero_shot") for of in accuracy], _percent),
-        "Token accuracy, tuned": _spread(accurate, _percent),
     }
 
 
@@ -277,7 +294,7 @@ def _tuned_by(group: Group) -> list[str]:
 
 
 def _on_devices(group: Group, name: str) -> tuple[list[float], list[float]]:
-    """Perplexities before and after of a model that devices train, over the runs that have them."""
+    """Scores before and after of a model that devices train, over the runs that have them."""
     pairs = [run.on_devices.get(name, (None, None)) for run in group.runs]
     return _known(before for before, _ in pairs), _known(after for _, after in pairs)
 
@@ -288,11 +305,6 @@ def _of_summaries(group: Group, name: str) -> list[float]:
 
 def _known(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
-
-
-def _last(series: Any) -> float | None:
-    values = series.dropna()
-    return float(values.iloc[-1]) if len(values) else None
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -312,8 +324,8 @@ def _spread(values: Sequence[float | None], how: Callable[[float], str], *notes:
     return how(_mean(known)) + (f" ({'; '.join(inside)})" if inside else "")
 
 
-def _change(before: Sequence[float], after: Sequence[float]) -> str:
-    return f"{_spread(before, _number)} → {_spread(after, _number)}" if before or after else NO_VALUE
+def _change(before: Sequence[float | None], after: Sequence[float | None], how: Callable[[float], str]) -> str:
+    return f"{_spread(before, how)} → {_spread(after, how)}" if _known([*before, *after]) else NO_VALUE
 
 
 def _words(name: str) -> str:

@@ -27,6 +27,7 @@ from fedpeat_ray.records import NO_HOST
 from fedpeat_ray.runtime import verdict
 from fedpeat_ray.runtime.centralised import tune_centrally
 from fedpeat_ray.runtime.checkpoint import Facts, load_checkpoint, save_checkpoint
+from fedpeat_ray.runtime.metric import Metric
 from fedpeat_ray.runtime.process import loaded, process_settings
 from fedpeat_ray.runtime.progress import Progress, fits_table
 from fedpeat_ray.runtime.resume import with_resumed
@@ -41,7 +42,9 @@ from fedpeat_ray.runtime.run_log import (
 )
 from fedpeat_ray.runtime.trace import MAIN, Trace, process_started_s
 from fedpeat_ray.runtime.watchers.watchers import Watchers, check_watchers, watchers_of
+from fedpeat_ray.tasks.find import find_task
 from fedpeat_ray.tasks.score import Score
+from fedpeat_ray.tasks.task import Task
 from fedpeat_ray.training.evaluation import ScoreSum
 from fedpeat_ray.training.map_clients import MapClients
 from fedpeat_ray.tuned import texts, tuned_model
@@ -124,7 +127,8 @@ class Simulation:
             if config.trace:
                 stack.callback(trace.write, config.trace)
             first_round = before[1].round + 1 if before else 1
-            progress = stack.enter_context(Progress(config.rounds, first_round, trace=trace))
+            metric = Metric(**_metric(find_task(config.task)))
+            progress = stack.enter_context(Progress(config.rounds, first_round, trace=trace, metric=metric))
             for path, value, when in config.without_effect(_uses(config)):
                 progress.warn(f"{path} = {value!r} has no effect here: it counts if {when}")
             progress.stage(f"loading {config.foundation.name} and {config.data.name}")
@@ -293,13 +297,18 @@ def _finish(
         "virtual_s": facts.virtual_s,
         "num_tokens": facts.num_tokens,
         "perplexity": _values(scores, lambda score: score.perplexity),
-        "metric": {"name": task.metric, "higher_is_better": task.higher_is_better},
+        "metric": _metric(task),
         "scores": _values(scores, lambda score: task.metrics(score)[task.metric]),
         "gap_closed": gap,
         **world.algorithm.summary(zero_shot, tuned),
         "token_accuracy": {"zero_shot": zero_shot[ALL].token_accuracy, "tuned": tuned[ALL].token_accuracy},
         "metrics": {"zero_shot": task.metrics(zero_shot[ALL]), "tuned": task.metrics(tuned[ALL])},
     }
+
+
+def _metric(task: Task) -> dict[str, Any]:
+    """What config.json and summary.json say of the metric."""
+    return {"name": task.metric, "higher_is_better": task.higher_is_better}
 
 
 def _values(scores: Mapping[str, Any], value: Callable[[Score], float]) -> dict[str, Any]:
@@ -345,6 +354,7 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
     resolved: dict[str, Any] = {
         "num_hosts": num_hosts,
         "tiers": world.conditions.fleet.tier_names,
+        "metric": _metric(world.task),
         **inputs,
         "num_trained_elements": world.algorithm.layout.num_elements,
         "payload_bytes": world.algorithm.layout.payload_bytes(),

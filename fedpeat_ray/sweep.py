@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from fedpeat_ray.config import HostsConfig, SimulationConfig
 from fedpeat_ray.errors import FedPeatError
+from fedpeat_ray.runtime.metric import metric_of, scores_of
 
 
 class Sweep:
@@ -77,7 +78,7 @@ class Sweep:
             else:
                 summaries[name] = result
             done = f"{len(summaries) + len(failed)}/{len(configs)}"
-            came_to = result if isinstance(result, str) else f"perplexity {result['perplexity']['tuned']:.2f}"
+            came_to = result if isinstance(result, str) else _came_to(result)
             print(f"{done} {name}: {came_to}; {time.monotonic() - started_s:.0f} s", flush=True)
         if failed:
             raise FedPeatError(f"{len(failed)} of {len(configs)} runs failed: {'; '.join(failed)}")
@@ -110,6 +111,12 @@ def _result(config: SimulationConfig, pool: Any = None) -> dict[str, Any] | str:
         return Simulation(config).run(pool)
     except FedPeatError as error:
         return str(error)
+
+
+def _came_to(summary: Mapping[str, Any]) -> str:
+    """In the task's metric: accuracy 72.7%."""
+    metric = metric_of(summary)
+    return f"{metric.words} {metric.written(scores_of(summary)['tuned'])}"
 
 
 def _beside_others(config: SimulationConfig, hosts: HostsConfig, folder: Path) -> dict[str, Any] | str:

@@ -66,7 +66,8 @@ def choices(setting: str) -> list[tuple[str, str]]:
 def table(directories: Sequence[Path]) -> str:
     """What came of each setting, as mean and range over its seeds, and what it cost; not how long it took here."""
     groups = group_runs(read_runs(directories))
-    figures = [(name, values) for name, values in tables.key_figures(groups) if "measured" not in name]
+    results = [*tables.key_figures(groups), *tables.metrics(groups)]
+    figures = [(name, values) for name, values in results if "measured" not in name]
     rows = [["", *groups], *([name, *values] for name, values in figures)]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"

@@ -55,7 +55,7 @@ def _followed(directory: Path, to_run: str) -> int:
     if run.state == UNFINISHED:
         print("no locks tell whether it is running: followed until it has a summary")
     sys.stdout.flush()
-    with Progress(run.num_rounds or 0) as progress:
+    with Progress(run.num_rounds or 0, metric=run.metric) as progress:
         _follow(directory, progress)
     run = state_of(directory)
     if not run.summary:

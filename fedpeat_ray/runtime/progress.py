@@ -6,6 +6,7 @@ control codes, flushed one by one.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,22 +23,25 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpeat_ray.fleet.fits import Fits
+from fedpeat_ray.runtime.metric import (
+    NO_VALUE,
+    Metric,
+    metric_of,
+    metric_words,
+    score_of_round,
+    scores_of,
+    written_metric,
+)
 from fedpeat_ray.runtime.trace import Trace
 
 if TYPE_CHECKING:
     from fedpeat_ray.runtime.run_state import RunState
 
-NO_VALUE = "-"  # ASCII: a log may have any encoding
-IN_WORDS = {"plug_in": "plug-in", "proxy_tuned": "steered"}  # names of perplexities that say how `tuned` came about
+IN_WORDS = {"plug_in": "plug-in", "proxy_tuned": "steered"}  # names of scores that say how `tuned` came about
 
 
-_HEAD = ("round", "perplexity", "updates", "clock", "down", "up", "took", "left")
-_WIDTHS = (8, 12, 9, 12, 8, 8, 11, 11)
-
-
-def _in_columns(words: Iterable[str]) -> str:
-    """A line of the table of rounds: of fewer than 80 characters, if numbers are not very long."""
-    return "".join(f"{word:>{width}}" for word, width in zip(words, _WIDTHS, strict=True)).rstrip()
+_WIDTHS = {"round": 8, "": 12, "updates": 9, "clock": 12, "down": 8, "up": 8, "took": 11, "left": 11}
+"""Of the columns of the table of rounds; the second has the name of the metric."""
 
 
 class Progress:
@@ -53,12 +57,19 @@ class Progress:
         first_round: the round it starts with; above 1 in a resumed run.
         console: where to write; by default standard output.
         trace: is told what is done when.
+        metric: what rounds are judged by.
     """
 
     def __init__(
-        self, num_rounds: int, first_round: int = 1, console: Console | None = None, trace: Trace | None = None
+        self,
+        num_rounds: int,
+        first_round: int = 1,
+        console: Console | None = None,
+        trace: Trace | None = None,
+        metric: Metric | None = None,
     ) -> None:
         self.num_rounds = num_rounds
+        self._metric = metric or Metric()
         self._trace = trace or Trace()
         self._console = console or _standard_output()
         self._walls_s: list[float] = []
@@ -104,7 +115,7 @@ class Progress:
         num_asked = row["num_completed"] + row["num_dropped"]
         figures = (
             f"{row['round']}/{self.num_rounds}",
-            _number(row["perplexity"]),
+            self._metric.written(score_of_round(row, self._metric)),
             f"{row['num_completed']}/{num_asked}",
             human_seconds(row["virtual_s"]),
             human_bytes(row["download_bytes"]),
@@ -113,8 +124,8 @@ class Progress:
             eta,
         )
         if len(self._walls_s) == 1:
-            self._print(_in_columns(_HEAD))
-        self._print(_in_columns(figures))
+            self._print(self._in_columns(name or self._metric.words for name in _WIDTHS))
+        self._print(self._in_columns(figures))
         if self._live:
             total, eta = self.num_rounds, eta and f"{eta} left"
             self._live.update(self._task, description="training", completed=row["round"], total=total, eta=eta)
@@ -123,6 +134,11 @@ class Progress:
         """Something to be read above the rounds."""
         self._console.print(table)
         self._console.file.flush()
+
+    def _in_columns(self, words: Iterable[str]) -> str:
+        """A line of the table of rounds: of fewer than 80 characters, if numbers and the metric's name are short."""
+        widths = (width if name else max(width, len(self._metric.words) + 2) for name, width in _WIDTHS.items())
+        return "".join(f"{word:>{width}}" for word, width in zip(words, widths, strict=True)).rstrip()
 
     def _print(self, line: str) -> None:
         self._console.print(Text(line), soft_wrap=True)  # as it is: brackets are no markup, a log has no width
@@ -195,7 +211,7 @@ def _tiers_table(tiers: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """What came out of a run, from its summary.json."""
-    perplexity = summary["perplexity"]
+    metric, scores, perplexity = metric_of(summary), scores_of(summary), summary["perplexity"]
     title = Text(f"{summary['algorithm']}, {summary['rounds']} rounds")
     table = Table(box=box.SIMPLE, show_header=False, title=title)
     table.add_column()
@@ -204,24 +220,27 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     def add(name: str, value: str) -> None:
         table.add_row(Text(name), Text(value))  # as they are: brackets are no markup
 
-    add("perplexity, zero-shot", _number(perplexity["zero_shot"]))
-    on_devices, others = _sorted_out(perplexity)
+    add(f"{metric.words}, zero-shot", metric.written(scores["zero_shot"]))
+    on_devices, others = _sorted_out(scores)
     for name, change in on_devices.items():
-        add(f"perplexity, {name}", _change(change, _number))
-    how = [name for name, value in others.items() if str(value) == str(perplexity["tuned"])]  # nan is nan
-    add(f"perplexity, {', '.join(map(_words, how)) or 'tuned'}", _number(perplexity["tuned"]))
+        add(f"{metric.words}, {name}", _change(change, metric.written))
+    # Equal perplexities, not scores: two accuracies may well be equal by chance. As text, for nan is nan.
+    how = [name for name in others if str(perplexity.get(name)) == str(perplexity["tuned"])]
+    add(f"{metric.words}, {', '.join(map(_words, how)) or 'tuned'}", metric.written(scores["tuned"]))
     for name, value in others.items():
         if name not in how:
-            add(f"perplexity, {_words(name)}", _number(value))
-    if perplexity.get("centralised") is not None:
-        add("perplexity, tuned centrally", _number(perplexity["centralised"]))
+            add(f"{metric.words}, {_words(name)}", metric.written(value))
+    if scores.get("centralised") is not None:
+        add(f"{metric.words}, tuned centrally", metric.written(scores["centralised"]))
         gap = summary.get("gap_closed")
         add("share of the gap closed", _percent(gap) if gap is not None else "tuned centrally is no bound here")
     if "privacy_gap" in summary:
-        add("privacy gap", _number(summary["privacy_gap"]))
+        unit = "" if metric.name == "perplexity" else ", in perplexity"
+        add(f"privacy gap{unit}", _number(summary["privacy_gap"]))
     for name, value in (summary.get("figures") or {}).items():
         add(_words(name), _figure(value))
-    add("token accuracy", _change(summary["token_accuracy"], _percent))
+    for name, change in _other_metrics(summary, metric).items():
+        add(metric_words(name), _change(change, functools.partial(written_metric, name)))
     table.add_section()
     add("updates used", f"{summary['num_completed']:,}")
     add("devices dropped", f"{summary['num_dropped']:,}")
@@ -243,11 +262,14 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
 
 def runs_table(runs: Iterable[RunState], folder: Path, now: float) -> Table:
     """How far runs are, a row a run; `now` is in seconds since the epoch."""
+    runs = list(runs)
+    metrics = {run.metric for run in runs if run.score is not None} or {Metric()}
+    one = metrics.pop() if len(metrics) == 1 else None  # for which a heading is enough
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("run")
     table.add_column("algorithm")
     table.add_column("state")
-    for name in ("rounds", "perplexity", "clock", "wall time", "last round"):
+    for name in ("rounds", one.words if one else "score", "clock", "wall time", "last round"):
         table.add_column(name, justify="right")
     for run in runs:
         table.add_row(
@@ -255,7 +277,7 @@ def runs_table(runs: Iterable[RunState], folder: Path, now: float) -> Table:
             Text(run.algorithm or NO_VALUE),
             run.state,
             f"{run.last_round}/{run.num_rounds or NO_VALUE}",
-            _number(run.perplexity),
+            Text(f"{'' if one or run.score is None else run.metric.words} {run.metric.written(run.score)}".strip()),
             human_seconds(run.virtual_s),
             human_seconds(run.wall_s),
             NO_VALUE if run.last_round_at is None else f"{human_seconds(max(now - run.last_round_at, 0.0))} ago",
@@ -332,10 +354,19 @@ def _change(values: Mapping[str, float | None], write: Callable[[float | None], 
     return f"{write(values.get('zero_shot'))} -> {write(values.get('tuned'))}"
 
 
-def _sorted_out(perplexity: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Perplexities of what devices train where that is not the model itself, in words: every pair `X_zero_shot`,
+def _other_metrics(summary: Mapping[str, Any], metric: Metric) -> dict[str, Mapping[str, float | None]]:
+    """What else the task measures, before and after, by name; older runs have the share of tokens guessed."""
+    metrics = summary.get("metrics")
+    if metrics is None:
+        return {"token_accuracy": summary["token_accuracy"]}
+    names = dict.fromkeys(name for of in metrics.values() for name in of if name != metric.name)
+    return {name: {when: of.get(name) for when, of in metrics.items()} for name in names}
+
+
+def _sorted_out(scores: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Scores of what devices train where that is not the model itself, in words: every pair `X_zero_shot`,
     `X_tuned`, by level or not. And the numbers under any other name."""
-    others = {name: value for name, value in perplexity.items() if name not in ("zero_shot", "tuned", "centralised")}
+    others = {name: value for name, value in scores.items() if name not in ("zero_shot", "tuned", "centralised")}
     on_devices = {}
     for name in [name.removesuffix("_zero_shot") for name in others if name.endswith("_zero_shot")]:
         if f"{name}_tuned" not in others:

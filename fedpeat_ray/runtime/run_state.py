@@ -4,7 +4,7 @@ being written at this moment. Nothing is written, and what cannot be read is Non
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from fedpeat_ray import own
 from fedpeat_ray.errors import RunDirError
+from fedpeat_ray.runtime.metric import Metric, metric_of, score_of_round
 from fedpeat_ray.runtime.run_lock import is_held
 from fedpeat_ray.runtime.run_log import CONFIG, EVENTS, SUMMARY, round_files
 
@@ -35,8 +36,10 @@ class RunState:
     """Of the whole run."""
     last_round: int
     """That is complete; 0 if none is."""
-    perplexity: float | None
-    """Of the summary; else of the last round that was evaluated."""
+    metric: Metric
+    """What the task is judged by."""
+    score: float | None
+    """In it: of the summary; else of the last round that was evaluated."""
     virtual_s: float | None
     wall_s: float | None
     """Of the summary; else of all rounds together."""
@@ -58,6 +61,8 @@ def state_of(directory: Path) -> RunState:
     ended = None if held else summary
     rounds = round_files(directory)
     rows = [] if ended else [row for _, part in sorted(rounds.items()) if (row := _row(part))]
+    metric = metric_of(ended or _at(config, dict, "resolved"))
+    scores = (score_of_round(row, metric) for row in rows)
     last, algorithm = max(rounds, default=0), _at(config, str, "config", "algorithm")
     return RunState(
         directory=directory,
@@ -67,8 +72,9 @@ def state_of(directory: Path) -> RunState:
         foundation=_at(config, str, "config", "foundation", "name"),
         num_rounds=_at(config, int, "config", "rounds"),
         last_round=last,
-        perplexity=_at(ended, float, "perplexity", "tuned") if ended else _last_of(rows, "perplexity"),
-        virtual_s=_at(ended, float, "virtual_s") if ended else _last_of(rows, "virtual_s"),
+        metric=metric,
+        score=_at(ended, float, "scores" if "scores" in ended else "perplexity", "tuned") if ended else _last(scores),
+        virtual_s=_at(ended, float, "virtual_s") if ended else _last(row["virtual_s"] for row in rows),
         wall_s=_at(ended, float, "wall_s") if ended else sum(row["wall_s"] for row in rows) if rows else None,
         last_round_at=_written_at(rounds[last]) if rounds else None,
         summary=summary,
@@ -158,8 +164,8 @@ def _row(part: Path) -> dict[str, Any] | None:
     return row
 
 
-def _last_of(rows: list[dict[str, Any]], name: str) -> float | None:
-    return next((row[name] for row in reversed(rows) if row[name] is not None), None)
+def _last(values: Iterable[float | None]) -> float | None:
+    return next((value for value in reversed([*values]) if value is not None), None)
 
 
 def _written_at(path: Path) -> float | None:

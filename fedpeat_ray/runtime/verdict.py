@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fedpeat_ray.runtime.metric import metric_of, scores_of
+
 
 def failure(summary: Mapping[str, Any]) -> str | None:
     """One line if the run has no result: no update was used in any round, or a perplexity at its end is no number."""
@@ -23,14 +25,14 @@ def failure(summary: Mapping[str, Any]) -> str | None:
 
 def warnings(summary: Mapping[str, Any]) -> list[str]:
     """A line for each thing that a reader of the results should know first."""
-    found, perplexity = [], summary["perplexity"]
+    found, metric, scores = [], metric_of(summary), scores_of(summary)
     empty = summary["rounds_without_updates"]
     if 0 < empty < summary["rounds"]:  # in all of them: see `failure`
         found.append(f"no update was used in {empty} of {summary['rounds']} rounds")
     for what, before, after in (("model", "zero_shot", "tuned"), ("small model", "small_zero_shot", "small_tuned")):
-        if after in perplexity and perplexity[after] > perplexity[before]:
-            change = f"{perplexity[before]:.2f} -> {perplexity[after]:.2f}"
-            found.append(f"the tuned {what} is worse than it was before: perplexity {change}")
+        if after in scores and metric.worse(scores[after], scores[before]):
+            change = f"{metric.written(scores[before])} -> {metric.written(scores[after])}"
+            found.append(f"the tuned {what} is worse than it was before: {metric.words} {change}")
     return found
 
 

@@ -50,11 +50,11 @@ def prometheus(discovery: Path, folder: Path) -> Iterator[str]:
 
 
 def asked(server: str, query: str) -> dict[str, float]:
-    """What the server answers now: values by name, those of clients with what became of them."""
+    """What the server answers now: values by name, with what became of clients and what was measured."""
     with urllib.request.urlopen(f"{server}/api/v1/query?{urllib.parse.urlencode({'query': query})}") as answer:
         found = json.load(answer)["data"]["result"]
-    names = ("__name__", "outcome", "drop_reason")
-    return {" ".join(each["metric"].get(name, "") for name in names).strip(): float(each["value"][1]) for each in found}
+    names = ("__name__", "outcome", "drop_reason", "metric")
+    return {" ".join(filter(None, map(each["metric"].get, names))): float(each["value"][1]) for each in found}
 
 
 def expected(directory: Path) -> dict[str, Any]:
@@ -71,6 +71,7 @@ def expected(directory: Path) -> dict[str, Any]:
         "ray_fedpeat_download_bytes_total": rounds["download_bytes"].sum(),
         "ray_fedpeat_upload_bytes_total": rounds["upload_bytes"].sum(),
         "ray_fedpeat_energy_joules_total": pytest.approx(rounds["energy_j"].sum(), rel=1e-12),
+        **{f"ray_fedpeat_metric {name}": value for name, value in last["metrics"]},
     } | {f"ray_fedpeat_clients_total {fate}": number for fate, number in fates.items()}
 
 

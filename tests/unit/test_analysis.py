@@ -24,9 +24,9 @@ from sweeps import sweep
 from analysis import __main__ as command_line
 from analysis import figures, load_runs, report
 from analysis.compare import ComparisonError, Group, Groups, group_runs, short_names
-from analysis.load import NotARunError, Run, load_run
+from analysis.load import Metric, NotARunError, Run, load_run
 from analysis.report import SECTIONS, render, write_report
-from analysis.tables import describe
+from analysis.tables import describe, outcome
 from fedpeat_ray.config import FleetConfig, LoraConfig, SimulationConfig
 from fedpeat_ray.records import DEADLINE, MEMORY, SKIPPED, UNAVAILABLE
 from fedpeat_ray.runtime.run_log import RunLog
@@ -34,6 +34,7 @@ from fedpeat_ray.runtime.run_log import RunLog
 TIERS = ("laptop", "phone", "sbc")
 SUMMED = ("download_bytes", "emulator_bytes", "upload_bytes", "energy_j", "flops")
 LEVELS = [{"level": level, "blocks": list(range(2 + 3 * level))} for level in (1, 2, 3)]
+ACCURACY = {"name": "accuracy", "higher_is_better": True}
 ROOT = Path(__file__).parents[2]
 
 
@@ -89,13 +90,16 @@ def write_run(
     emulators: bool = False,
     skipped: Sequence[int] = (),
     logged: Callable[[int], dict[str, Any]] = lambda round: {},
+    classes: bool = False,
     **summary,
 ) -> Path:
+    """A run directory; that of a classification with `classes`, otherwise as one of an older version."""
     algorithm = "fed-peat" if emulators else "fed-peft"
     config = config or SimulationConfig(algorithm=algorithm, rounds=rounds)
     config = dataclasses.replace(config, fleet=FleetConfig(2000))
     other_on_devices = emulators or config.algorithm == "fed-pt"
-    log = RunLog.create(directory, config.to_dict(), {"levels": LEVELS} if emulators else {}, data_digest="abc")
+    resolved: dict[str, Any] = ({"levels": LEVELS} if emulators else {}) | ({"metric": ACCURACY} if classes else {})
+    log = RunLog.create(directory, config.to_dict(), resolved, data_digest="abc")
     for round in range(1, rounds + 1):
         reasons = [(None, DEADLINE, None, UNAVAILABLE, None, MEMORY)[id % 6] if dropouts else None for id in range(9)]
         reasons = [UNAVAILABLE] * 9 if round == empty_round else reasons
@@ -107,6 +111,10 @@ def write_run(
         row |= {name: sum(row[name] for row in clients) for name in SUMMED}
         row |= {"perplexity": 60.0 - 5 * round if completed else None}
         row |= {"device_perplexity": 80.0 - 5 * round if completed and other_on_devices else None}
+        if classes and completed:
+            measured = {"accuracy": 0.1 + 0.2 * round, "macro_f1": 0.2 * round}
+            on_devices = {"accuracy": 0.05 + 0.2 * round} if other_on_devices else {}
+            row |= {"metrics": measured, "device_metrics": on_devices}
         row |= {"server_flops": 0.0, "server_memory_bytes": 0}
         log.write_round(round, row | {"wall_train_s": 1.0, "wall_eval_s": 0.5, "wall_s": 1.6}, clients)
     if finished:
@@ -118,6 +126,14 @@ def write_run(
             summary = {"privacy_gap": 65.0 - tuned, **summary}
         written = {"algorithm": algorithm, "perplexity": perplexity, "gap_closed": 0.5, "wall_s": 6.0}
         written |= {"token_accuracy": {"zero_shot": 0.25, "tuned": 0.3}}
+        if classes:
+            scores: dict[str, Any] = {"zero_shot": 0.1, "tuned": 0.1 + 0.2 * rounds, "centralised": 0.9}
+            if emulators:
+                scores |= {"plug_in": scores["tuned"], "emulator_zero_shot": {"1": 0.05, "2": 0.08}}
+                scores |= {"emulator_tuned": {"1": 0.4, "2": 0.65}}
+            measured = {"zero_shot": {"accuracy": 0.1, "macro_f1": 0.02}}
+            measured |= {"tuned": {"accuracy": scores["tuned"], "macro_f1": 0.2 * rounds}}
+            written |= {"metric": ACCURACY, "scores": scores, "metrics": measured}
         log.write_summary(written | summary)
     return directory
 
@@ -133,7 +149,7 @@ def without_new_columns(directory: Path, *rounds: int) -> Path:
 
 
 ALL = {section.title for section in SECTIONS if section.only_if is None}
-EMULATORS = {"Perplexity by emulator level", "Levels in use"}
+EMULATORS = {"Quality by emulator level", "Levels in use"}
 LOGGED = {"Logged by the algorithm"}
 
 
@@ -287,7 +303,7 @@ def test_a_run_with_emulators_has_their_figures_and_numbers(tmp_path):
     run = load_run(write_run(tmp_path / "run", emulators=True))
     assert run.levels == {1: 5, 2: 8, 3: 11}
     page = render(group_runs([run]))
-    assert shown(page) == ALL | EMULATORS == ALL | {"Perplexity by emulator level", "Levels in use"}
+    assert shown(page) == ALL | EMULATORS == ALL | {"Quality by emulator level", "Levels in use"}
     assert "from 60.00 to 45.00 with the adapter plugged into the foundation, which is 50%" in page
     assert "the largest emulator on devices has 65.00, a privacy gap of 20.00." in page
     rows = dict(re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', page))
@@ -297,6 +313,91 @@ def test_a_run_with_emulators_has_their_figures_and_numbers(tmp_path):
     assert "Perplexity, emulator of level 3" not in rows, "devices do not get the foundation"
     assert rows["Perplexity, tuned"] == "45.00 (plug-in)" and rows["Privacy gap"] == "20.00"
     assert rows["Sent to devices"] == "1.68 MB (1.26 MB emulators)"
+
+
+def test_a_classification_is_spoken_of_in_its_own_metric(tmp_path):
+    run = load_run(write_run(tmp_path / "run", classes=True))
+    assert run.metric == Metric("accuracy", higher_is_better=True)
+    assert run.scores["tuned"] == pytest.approx(0.7) and run.perplexity["tuned"] == 45.0
+    assert run.rounds["score"].tolist() == run.rounds["metrics.accuracy"].tolist() == pytest.approx([0.3, 0.5, 0.7])
+    assert run.rounds["metrics.macro_f1"].tolist() == pytest.approx([0.2, 0.4, 0.6])
+    page = render(group_runs([run]))
+    assert shown(page) == ALL and "accuracy (higher is better)" in page
+    assert "Accuracy went from 10.0% to 70.0%, which is 50% of the way to tuning centrally (90.0%)." in page
+    rows = rows_of(run.directory)
+    assert rows["Accuracy, zero-shot"] == ["10.0%"] and rows["Accuracy, tuned centrally"] == ["90.0%"]
+    assert rows["Accuracy"] == ["10.0% → 70.0%"] and rows["Macro F1"] == ["2.0% → 60.0%"]
+    assert "perplexity" not in re.sub("<[^>]*>", " ", page).lower().split("where it comes from")[0]
+    (axes,) = figure_of(figures.quality_over_rounds, run.directory)
+    assert axes.get_ylabel() == "accuracy" and axes.get_yscale() == "linear"
+    assert axes.yaxis.get_major_formatter()(0.5) == "50%" and ([0, 1, 2, 3], [0.1, 0.3, 0.5, 0.7]) in [
+        (x, pytest.approx(y)) for x, y in lines(axes)
+    ]
+
+
+def test_an_unfinished_classification_knows_its_metric(tmp_path):
+    run = load_run(write_run(tmp_path / "run", classes=True, finished=False, empty_round=2))
+    assert run.metric.higher_is_better and run.scores == {}
+    assert outcome(Group((run,))) == "Accuracy so far is 70.0%."
+    rows = rows_of(run.directory)
+    assert rows["Accuracy, tuned"] == ["70.0%"] and rows["Macro F1"] == ["– → 60.0%"]
+
+
+def test_emulators_of_a_classification(tmp_path):
+    directory = write_run(tmp_path / "run", classes=True, emulators=True)
+    page, rows = page_without_figures(directory), rows_of(directory)
+    assert rows["Accuracy, emulator of level 2"] == ["8.0% → 65.0%"] and rows["Accuracy, tuned"] == ["70.0% (plug-in)"]
+    assert rows["Privacy gap, in perplexity"] == ["20.00"]
+    assert "emulator on devices has 65.0%, a privacy gap of 20.00 in perplexity." in page
+    (axes,) = figure_of(figures.quality_by_level, directory)
+    assert axes.get_ylabel() == "accuracy" and axes.get_yscale() == "linear", "12-fold, yet no perplexity"
+    assert lines(axes)[1] == ([5, 8], [0.4, 0.65])
+    (axes,) = figure_of(figures.quality_over_rounds, directory)
+    assert len([line for line in lines(axes) if len(line[0]) > 2]) == 2, "the model, and the one on devices"
+
+
+def test_that_an_accuracy_equals_that_of_the_tuned_model_says_nothing(tmp_path):
+    perplexity = {"zero_shot": 60.0, "tuned": 45.0, "of_the_median": 46.0, "plug_in": 45.0}
+    scores = {"zero_shot": 0.1, "tuned": 0.5, "of_the_median": 0.5, "plug_in": 0.5}
+    run = load_run(write_run(tmp_path / "run", classes=True, perplexity=perplexity, scores=scores))
+    assert run.tuned_by == ["plug_in"] and rows_of(run.directory)["Accuracy, of the median"] == ["50.0%"]
+
+
+def test_runs_of_different_metrics_never_share_an_axis(tmp_path):
+    old, new = write_run(tmp_path / "old", emulators=True), write_run(tmp_path / "new", classes=True, emulators=True)
+    for plot, labels in (
+        (figures.quality_over_rounds, ["perplexity", "accuracy"]),
+        (figures.quality_over_costs, ["perplexity", "", "accuracy", ""]),
+        (figures.quality_by_level, ["perplexity", "accuracy"]),
+    ):
+        panels = figure_of(plot, old, new)
+        assert [axes.get_ylabel() for axes in panels] == labels
+        share = [max(y for _, ys in lines(axes) for y in ys) < 1 for axes in panels]
+        assert share == [index >= len(labels) / 2 for index in range(len(labels))]
+    rows, page = rows_of(old, new), render(group_runs([load_run(old), load_run(new)]))
+    assert rows["Perplexity, tuned"] == ["45.00 (plug-in)", "–"] and rows["Accuracy, tuned"] == ["–", "70.0% (plug-in)"]
+    assert rows["Token accuracy"] == ["25.0% → 30.0%", "–"] and rows["Macro F1"] == ["–", "2.0% → 60.0%"]
+    assert "perplexity (lower is better) and accuracy (higher is better)" in page
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_runs_of_older_versions_have_the_columns_of_what_was_measured(tmp_path, measured):
+    directory = write_run(tmp_path / "run", emulators=True, empty_round=2)
+    if not measured:
+        for part in (directory / "rounds").glob("*.parquet"):
+            pq.write_table(pq.read_table(part).drop_columns(["metrics", "device_metrics"]), part)
+    run = load_run(directory)
+    assert run.metric == Metric("perplexity", higher_is_better=False) and run.scores == run.perplexity
+    assert run.rounds["score"].fillna(0).tolist() == [55, 0, 45]
+    assert run.rounds["device_score"].fillna(0).tolist() == [75, 0, 65]
+    assert run.rounds["metrics.token_accuracy"].tolist() == [0.3] * 3
+    assert run.metrics == {"perplexity": (60, 45), "token_accuracy": (0.25, 0.3)}
+
+
+def test_metrics_are_written_as_people_write_them():
+    written = {name: Metric(name).written(0.1234567) for name in ("macro_f1", "exact_match", "perplexity", "bits")}
+    assert written == {"macro_f1": "12.3%", "exact_match": "12.3%", "perplexity": "0.12", "bits": "0.1235"}
+    assert Metric("macro_f1").title == "Macro F1" and Metric("exact_match").words == "exact match"
 
 
 def test_a_run_with_emulators_beside_one_without(tmp_path):
@@ -322,12 +423,12 @@ def test_a_run_with_a_small_model_has_its_numbers_and_its_path(tmp_path):
     assert rows["Perplexity, small model"] == "80.00 → 65.00"
     assert rows["Perplexity, tuned"] == "45.00 (steered)"
     assert not {"Privacy gap", "Perplexity, emulator of level 1"} & rows.keys()
-    (axes,) = figure_of(figures.perplexity_over_rounds, directory)
+    (axes,) = figure_of(figures.quality_over_rounds, directory)
     paths = [line for line in lines(axes) if len(line[0]) > 2]
     assert paths == [([0.0, 1.0, 2.0, 3.0], [80.0, 75.0, 70.0, 65.0]), ([0.0, 1.0, 2.0, 3.0], [60.0, 55.0, 50.0, 45.0])]
 
 
-def test_what_devices_train_is_any_pair_of_perplexities(tmp_path):
+def test_what_devices_train_is_any_pair_of_scores(tmp_path):
     perplexity = {"zero_shot": 60.0, "tuned": 45.0, "centralised": None, "lone_tuned": 50.0, "lone_zero_shot_": 1.0}
     perplexity |= {"sparse_twin_zero_shot": 70.0, "sparse_twin_tuned": None, "note": "many", "of": {"a": 1.0}}
     perplexity |= {"slice_zero_shot": {"10": 90.0, "9": 91.0}, "slice_tuned": {"9": 80.0, "11": 79.0}}
@@ -338,7 +439,7 @@ def test_what_devices_train_is_any_pair_of_perplexities(tmp_path):
         ("slice of level 10", (90.0, None)),
         ("slice of level 11", (None, 79.0)),
     ]
-    assert run.other_perplexities == {"lone_tuned": 50.0, "lone_zero_shot_": 1.0}
+    assert run.other_scores == {"lone_tuned": 50.0, "lone_zero_shot_": 1.0}
 
 
 def rows_of(*directories: Path) -> dict[str, list[str]]:
@@ -457,13 +558,13 @@ NOT_FINITE |= {"emulator_tuned": {"1": math.nan, "2": math.nan}}
 @pytest.mark.parametrize(
     ("run", "missing"),
     [
-        ({"finished": False}, {"Quality by tier", "Perplexity by emulator level"}),
+        ({"finished": False}, {"Quality by tier", "Quality by emulator level"}),
         ({"empty_round": 2}, set()),
         (
             {"rounds": 1, "empty_round": 1},
-            (ALL | EMULATORS) - {"Who drops out, and why", "Memory", "Quality by tier", "Perplexity by emulator level"},
+            (ALL | EMULATORS) - {"Who drops out, and why", "Memory", "Quality by tier", "Quality by emulator level"},
         ),
-        ({"perplexity": {"zero_shot": 60.0, "tuned": 50.0}}, {"Perplexity by emulator level"}),
+        ({"perplexity": {"zero_shot": 60.0, "tuned": 50.0}}, {"Quality by emulator level"}),
         ({"perplexity": NOT_FINITE, "privacy_gap": math.nan}, set()),
     ],
     ids=case,
@@ -499,7 +600,7 @@ def lines(axes: Axes) -> list[tuple[list[float], list[float]]]:
 
 
 def test_the_figure_of_levels_has_two_paths_and_three_levels_of_the_foundation(tmp_path):
-    (axes,) = figure_of(figures.perplexity_by_level, write_run(tmp_path / "run", emulators=True))
+    (axes,) = figure_of(figures.quality_by_level, write_run(tmp_path / "run", emulators=True))
     before, after, *foundation = lines(axes)
     assert before == ([5, 8], [150, 80]) and after == ([5, 8], [90, 65])
     assert [y for _, y in foundation] == [[60, 60], [45, 45], [30, 30]]
@@ -521,7 +622,7 @@ def test_levels_in_use_are_shares_of_the_completed_and_bytes_are_those_of_the_ro
 
 @pytest.mark.parametrize("emulators", [True, False])
 def test_quality_over_rounds_has_a_path_of_the_largest_emulator(tmp_path, emulators):
-    (axes,) = figure_of(figures.perplexity_over_rounds, write_run(tmp_path / "run", emulators=emulators))
+    (axes,) = figure_of(figures.quality_over_rounds, write_run(tmp_path / "run", emulators=emulators))
     paths = [line for line in lines(axes) if len(line[0]) > 2]
     own = ([0.0, 1.0, 2.0, 3.0], [60.0, 55.0, 50.0, 45.0])
     assert paths == ([([0.0, 1.0, 2.0, 3.0], [80.0, 75.0, 70.0, 65.0])] if emulators else []) + [own]
@@ -676,7 +777,7 @@ def test_of_several_seeds_figures_have_the_mean_and_the_range(tmp_path):
             table = pq.read_table(part)
             column = pa.array([table["perplexity"][0].as_py() + higher])
             pq.write_table(table.set_column(table.column_names.index("perplexity"), "perplexity", column), part)
-    (axes,) = figure_of(figures.perplexity_over_rounds, *directories)
+    (axes,) = figure_of(figures.quality_over_rounds, *directories)
     paths = [line for line in axes.get_lines() if np.size(line.get_xdata()) > 2]
     assert [np.asarray(line.get_ydata()).tolist() for line in paths] == [[60, 58, 53, 48], [60, 55, 50, 45]]
     (band,) = axes.collections
@@ -684,7 +785,7 @@ def test_of_several_seeds_figures_have_the_mean_and_the_range(tmp_path):
     assert min(at_the_end) == 45 and max(at_the_end) == 51
     (pace,) = figure_of(figures.logged_over_rounds, *directories)
     assert [line.get_color() for line in pace.get_lines()] == [line.get_color() for line in paths]
-    assert legend_of(figures.perplexity_over_rounds, *directories)[:3] == [
+    assert legend_of(figures.quality_over_rounds, *directories)[:3] == [
         "rank 8 (3 seeds)",
         "rank 4",
         "range over seeds",
@@ -806,7 +907,7 @@ def test_examples_of_the_docs_run(tmp_path, monkeypatch):
     names = {}
     for example in examples:
         exec(example, names)
-    assert len(examples) == 5
+    assert len(examples) == 6
     assert len(names["slowest"]) == 3
 
 

@@ -80,7 +80,7 @@ def listed(out: str) -> list[list[str]]:
 def test_a_finished_run_has_the_figures_of_its_summary(original):
     run, summary = state_of(original), json.loads((original / SUMMARY).read_text())
     assert (run.state, run.algorithm, run.last_round, run.num_rounds) == ("finished", "fed-peft", 3, 3)
-    assert run.perplexity == summary["perplexity"]["tuned"]
+    assert run.score == summary["perplexity"]["tuned"]
     assert (run.virtual_s, run.wall_s) == (summary["virtual_s"], summary["wall_s"])
     assert run.last_round_at == (original / "rounds" / "00003.parquet").stat().st_mtime
 
@@ -89,11 +89,26 @@ def test_a_run_that_is_not_finished_has_the_figures_of_its_rounds(interrupted):
     (interrupted / "rounds" / "00003.parquet").unlink()
     run, rounds = state_of(interrupted), pq.read_table(interrupted / "rounds").sort_by("round")
     assert (run.state, run.last_round, run.num_rounds) == ("interrupted", 2, 3)
-    assert run.perplexity == rounds["perplexity"].to_pylist()[1] is not None
+    assert run.score == rounds["perplexity"].to_pylist()[1] is not None
     assert run.virtual_s == rounds["virtual_s"].to_pylist()[1]
     assert run.wall_s == pytest.approx(sum(rounds["wall_s"].to_pylist()))
     (interrupted / "rounds" / "00002.parquet").unlink()
-    assert state_of(interrupted).perplexity is None, "the first round is not evaluated"
+    assert state_of(interrupted).score is None, "the first round is not evaluated"
+
+
+def test_runs_are_listed_with_the_metric_of_their_task(original, tmp_path, capsys):
+    summary = json.loads((original / SUMMARY).read_text())
+    summary |= {"metric": {"name": "accuracy", "higher_is_better": True}, "scores": {"tuned": 0.727}}
+    for name in ("one", "two"):
+        shutil.copytree(original, tmp_path / "runs" / name)
+        (tmp_path / "runs" / name / SUMMARY).write_text(json.dumps(summary))
+    assert main(["runs", str(tmp_path / "runs")]) == 0
+    out = capsys.readouterr().out
+    assert "accuracy" in out and out.count("72.7%") == 2 and "perplexity" not in out
+    (tmp_path / "runs" / "two" / SUMMARY).unlink()
+    assert main(["runs", str(tmp_path / "runs")]) == 0
+    out = capsys.readouterr().out
+    assert "score" in out and "accuracy 72.7%" in out and "perplexity " in out
 
 
 def test_states_are_told_by_lock_and_summary(finished):

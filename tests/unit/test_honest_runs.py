@@ -19,6 +19,7 @@ from fedpeat_ray import Simulation, SimulationConfig
 from fedpeat_ray.aggregation.server_optimizer import UPDATES, accepted, init_server, server_step
 from fedpeat_ray.config import AvailabilityConfig, ServerConfig
 from fedpeat_ray.errors import RunFailedError
+from fedpeat_ray.runtime import verdict
 from fedpeat_ray.runtime.progress import print_summary
 from fedpeat_ray.training.client_batch import usable
 from workloads.large_scale import main
@@ -174,6 +175,20 @@ def test_a_model_that_got_worse_and_rounds_without_updates_are_said_first(tiny, 
     page = write_report([directory]).read_text()
     assert "No update was used in 1 of 2 rounds." in page.split("Key figures")[0]
     assert "The tuned model is worse than it was before" in page.split("Key figures")[0]
+
+
+@pytest.mark.parametrize(("higher_is_better", "change"), [(True, "50.0% -> 40.0%"), (False, "40.0% -> 50.0%")])
+def test_what_is_worse_depends_on_the_metric(higher_is_better, change):
+    before, after = (0.5, 0.4) if higher_is_better else (0.4, 0.5)
+    result: dict[str, Any] = {"rounds": 1, "rounds_without_updates": 0}
+    result |= {"metric": {"name": "accuracy", "higher_is_better": higher_is_better}}
+    worse = {"zero_shot": before, "tuned": after, "small_zero_shot": before, "small_tuned": before}
+    better = {"zero_shot": after, "tuned": before}
+    perplexity = {"zero_shot": 9.0, "tuned": 8.0}
+    assert verdict.warnings(result | {"perplexity": perplexity, "scores": worse}) == [
+        f"the tuned model is worse than it was before: accuracy {change}"
+    ]
+    assert verdict.warnings(result | {"perplexity": perplexity, "scores": better}) == []
 
 
 def test_a_good_run_has_no_warning(tiny, tmp_path):

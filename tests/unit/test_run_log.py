@@ -17,6 +17,7 @@ from fedpeat_ray.config import SimulationConfig
 from fedpeat_ray.errors import RunDirError
 from fedpeat_ray.records import CLIENT_COLUMNS, MEMORY, ROUND_COLUMNS, SKIPPED, Column, arrow_schema
 from fedpeat_ray.runtime import run_log
+from fedpeat_ray.runtime.metric import Metric
 from fedpeat_ray.runtime.progress import Progress, human_bytes, human_seconds, print_summary
 from fedpeat_ray.runtime.run_log import RunLog, default_run_dir, read_config
 
@@ -265,6 +266,17 @@ def test_progress_in_a_log_is_one_plain_line_a_round():
     assert out.getvalue().isascii() and "\x1b" not in out.getvalue()
 
 
+def test_progress_speaks_of_the_metric_of_the_task():
+    out = io.StringIO()
+    with Progress(2, console=Console(file=out), metric=Metric("exact_match", higher_is_better=True)) as progress:
+        progress.round(round_row(1, metrics={"exact_match": 0.125, "perplexity": 3.0}))
+        progress.round(round_row(2, metrics=[]))  # as read back from a round that was not evaluated
+    head, first, last = out.getvalue().splitlines()
+    assert "exact match" in head and "perplexity" not in head
+    assert first.split()[1] == "12.5%" and last.split()[1] == "-"
+    assert head.index("exact match") + len("exact match") == first.index("12.5%") + len("12.5%")
+
+
 def test_progress_on_a_terminal_is_live():
     out = io.StringIO()
     with Progress(3, first_round=2, console=Console(file=out, force_terminal=True, width=200)) as progress:
@@ -327,6 +339,22 @@ def test_summary_of_emulators_prints_each_level_and_what_the_foundation_alone_gi
         ("token accuracy", "25.0% -> 30.0%"),
     ]
     assert rows["sent to devices"] == "9.0 MB" and rows["of these emulators"] == "7.0 MB"
+
+
+def test_summary_of_a_classification_speaks_of_accuracy():
+    found: dict = {"metric": {"name": "accuracy", "higher_is_better": True}, "gap_closed": 0.5, "privacy_gap": 1.5}
+    found |= {"scores": {"zero_shot": 0.1, "tuned": 0.5, "centralised": 0.9, "of_the_median": 0.5, "plug_in": 0.5}}
+    found |= {"perplexity": {"zero_shot": 9.0, "tuned": 3.0, "of_the_median": 3.1, "plug_in": 3.0}}
+    found |= {"metrics": {"zero_shot": {"accuracy": 0.1, "macro_f1": 0.02}, "tuned": {"accuracy": 0.5}}}
+    assert list(printed(SUMMARY | found).items())[:7] == [
+        ("accuracy, zero-shot", "10.0%"),
+        ("accuracy, plug-in", "50.0%"),
+        ("accuracy, of the median", "50.0%"),
+        ("accuracy, tuned centrally", "90.0%"),
+        ("share of the gap closed", "50.0%"),
+        ("privacy gap, in perplexity", "1.50"),
+        ("macro F1", "2.0% -> -"),
+    ]
 
 
 def test_summary_of_a_small_model_prints_it_alone():

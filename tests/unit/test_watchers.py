@@ -73,8 +73,8 @@ class Told:
     def set_default_tags(self, tags: dict[str, str]) -> Told:
         return self
 
-    def set(self, value: float | None) -> None:
-        self.told += [] if value is None else [(value, {})]
+    def set(self, value: float | None, tags: dict[str, str] | None = None) -> None:
+        self.told += [] if value is None else [(value, tags or {})]
 
     def inc(self, value: float, tags: dict[str, str] | None = None) -> None:
         assert value > 0
@@ -266,9 +266,10 @@ def test_ray_is_told_of_what_is_there(monkeypatch):
         monkeypatch.setattr(ray_metrics, kind, Told)
     watcher: Any = ray_metrics.RayMetrics("run", "fed-peft")
     row = {"round": 1, "perplexity": None, "train_loss": None, "virtual_s": 2.5, "num_completed": 0}
-    row |= {"wall_train_s": 0.0, "download_bytes": 7, "upload_bytes": 0, "energy_j": 0.0}
+    row |= {"wall_train_s": 0.0, "download_bytes": 7, "upload_bytes": 0, "energy_j": 0.0, "metrics": {}}
     watcher.round(row, {"outcome": np.array(["dropped"] * 2), "drop_reason": np.array(["link"] * 2, dtype=object)})
     row |= {"round": 2, "perplexity": 9.0, "num_completed": 1, "wall_train_s": 0.5, "download_bytes": 3}
+    row |= {"metrics": {"accuracy": 0.5, "macro_f1": 0.4}}
     watcher.round(row, {"outcome": np.array(["completed"]), "drop_reason": np.array([None], dtype=object)})
     told = {name: [value for value, _ in metric.told] for name, metric in (watcher._gauges | watcher._counters).items()}
     assert {name.removeprefix("fedpeat_"): values for name, values in told.items() if values} == {
@@ -279,13 +280,16 @@ def test_ray_is_told_of_what_is_there(monkeypatch):
         "download_bytes": [7, 3],
     }
     fates = [({"outcome": "dropped", "drop_reason": "link"}, 2), ({"outcome": "completed", "drop_reason": ""}, 1)]
+    assert watcher._metric.told == [(0.5, {"metric": "accuracy"}), (0.4, {"metric": "macro_f1"})]
     assert watcher._clients.told == [(number, tags) for tags, number in fates]
 
 
 def test_the_grafana_dashboard_shows_what_there_is():
     board = json.loads((ROOT / "cluster/watching/grafana_dashboard.json").read_text())
     counters = [ray_metrics.CLIENTS, *ray_metrics.COUNTERS]
-    ours = {f"ray_{name}" for name in ray_metrics.GAUGES} | {f"ray_{name}_total" for name in counters}
+    ours = {f"ray_{name}" for name in (*ray_metrics.GAUGES, ray_metrics.METRIC)} | {
+        f"ray_{name}_total" for name in counters
+    }
     variables = {each["name"]: each for each in board["templating"]["list"]}
     assert variables["datasource"]["type"] == "datasource" and variables["datasource"]["query"] == "prometheus"
     assert set(re.findall(r"ray_\w+", variables["run"]["query"])) <= ours

@@ -16,7 +16,7 @@ _TAGS = ("run", "algorithm")
 
 GAUGES = {
     "fedpeat_round": "Rounds that are complete.",
-    "fedpeat_perplexity": "On held-out private text, when it was last evaluated.",
+    "fedpeat_perplexity": "exp of the mean loss a label on held-out private data, when it was last evaluated.",
     "fedpeat_train_loss": "Mean over completed clients of the round, nats per token.",
     "fedpeat_virtual_seconds": "The simulated clock at the end of the round.",
     "fedpeat_clients_per_second": "Clients completed in the round, per second that their training took.",
@@ -27,6 +27,7 @@ COUNTERS = {
     "fedpeat_energy_joules": "Spent by simulated devices, computing and on radio.",
 }
 CLIENTS = "fedpeat_clients"
+METRIC = "fedpeat_metric"
 
 
 class RayMetrics:
@@ -38,6 +39,8 @@ class RayMetrics:
 
         self._gauges = {name: of_this_run(Gauge, name, about) for name, about in GAUGES.items()}
         self._counters = {name: of_this_run(Counter, name, about) for name, about in COUNTERS.items()}
+        about = "What the task measures on held-out private data, by name, when it was last evaluated."
+        self._metric = of_this_run(Gauge, METRIC, about, "metric")
         about = "Clients sampled, by what became of them."
         self._clients = of_this_run(Counter, CLIENTS, about, "outcome", "drop_reason")
 
@@ -53,6 +56,8 @@ class RayMetrics:
         }
         for name, value in now.items():
             self._gauges[name].set(value)  # nothing if there is none
+        for name, value in row["metrics"].items():
+            self._metric.set(value, {"metric": name})
         more = {
             "fedpeat_download_bytes": row["download_bytes"],
             "fedpeat_upload_bytes": row["upload_bytes"],

@@ -21,7 +21,7 @@ GROUPS = {
 MAPS = ("metrics", "device_metrics", "figures")
 """Columns of numbers by name, each a group of its own."""
 
-_RESULTS = ("perplexity", "metrics", "gap_closed", "privacy_gap", "token_accuracy", "figures")
+_RESULTS = ("perplexity", "scores", "metrics", "gap_closed", "privacy_gap", "token_accuracy", "figures")
 
 
 def of_round(row: Mapping[str, Any], clients: Mapping[str, Any]) -> dict[str, float]:
