@@ -16,7 +16,7 @@ from fedpeat_ray.data.corpus import load_corpus
 from fedpeat_ray.errors import ConfigError, ModelError
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models.foundation import Foundation, load, load_backbone, load_tokenizer, prepare, weights_layout
-from fedpeat_ray.models.shape import model_shape
+from fedpeat_ray.trainable.shape import model_shape
 
 TOKENS = torch.arange(60).view(3, 20)
 

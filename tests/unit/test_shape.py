@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, BloomConfig, GPT2Config, LlamaConfig, MixtralConfig
 
 from fedpeat_ray.fleet.memory import POWERS, ModelShape, Trainable, training_memory
-from fedpeat_ray.models import shape as shapes
 from fedpeat_ray.models.foundation import empty
-from fedpeat_ray.models.shape import model_shape
+from fedpeat_ray.trainable import shape as shapes
+from fedpeat_ray.trainable.shape import model_shape
 
 LLAMA_70B = LlamaConfig(
     hidden_size=8192,
