@@ -27,13 +27,12 @@ from fedpeat_ray.config import LORA, LoraConfig, SimulationConfig
 from fedpeat_ray.data.client_data import ServerData
 from fedpeat_ray.data.corpus import NO_TEXT
 from fedpeat_ray.errors import ConfigError, ModelError
-from fedpeat_ray.fleet.costs import forward_flops, training_flops
+from fedpeat_ray.fleet.costs import added_parameters, forward_flops, training_flops
 from fedpeat_ray.fleet.fits import WHOLE_FLEET, Fits, fits
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models import weight_files
 from fedpeat_ray.models.architecture import CAUSAL, Head
 from fedpeat_ray.models.foundation import EMBEDDED, Foundation
-from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.models.sketch import KNOWN, sketched
 from fedpeat_ray.records import COMPLETED, SKIPPED
 from fedpeat_ray.runtime.calibration import Speed, measured_speed
@@ -41,6 +40,7 @@ from fedpeat_ray.runtime.rows import client_columns, round_row
 from fedpeat_ray.runtime.trace import process_started_s
 from fedpeat_ray.tasks.task import Task
 from fedpeat_ray.trainable.lora import Lora, find_lora
+from fedpeat_ray.trainable.shape import model_shape
 from fedpeat_ray.world import World, described
 
 _USUAL_BATCH = 8
@@ -243,7 +243,7 @@ def _wall(world: World, rounds: Sequence[Mapping[str, Any]], prepared_s: float) 
     num_judged = math.ceil(config.rounds / config.evaluation.every)
     a_round = (whole + bool(algorithm.levels) * on_devices) / speed.evaluation_flops_per_s
     at_the_end = 2 * (whole + len(algorithm.levels) * on_devices) / speed.exact_flops_per_s
-    trained = algorithm.layout.num_elements if algorithm.adapter.kind == "lora" else 0
+    trained = added_parameters(held, algorithm.adapter.kind, algorithm.layout.num_elements)
     centrally = training_flops(held, num_tokens, config.local.sequence_length, algorithm.adapter.kind, trained)
     flops, server_flops = (sum(row[name] for row in rounds) for name in ("trained_flops", "server_flops"))
     processes = 1 + num_hosts if config.hosts.backend == "ray" else 1

@@ -22,7 +22,6 @@ from fedpeat_ray.config import SimulationConfig
 from fedpeat_ray.data.corpus import Corpus
 from fedpeat_ray.errors import RunDirError, RunFailedError
 from fedpeat_ray.files import file_sha256, written_whole_dir
-from fedpeat_ray.models.shape import memory_model
 from fedpeat_ray.records import NO_HOST
 from fedpeat_ray.runtime import verdict
 from fedpeat_ray.runtime.centralised import tune_centrally
@@ -45,6 +44,7 @@ from fedpeat_ray.runtime.watchers.watchers import Watchers, check_watchers, watc
 from fedpeat_ray.tasks.find import find_task
 from fedpeat_ray.tasks.score import Score
 from fedpeat_ray.tasks.task import Task
+from fedpeat_ray.trainable.shape import memory_model
 from fedpeat_ray.training.evaluation import ScoreSum
 from fedpeat_ray.training.map_clients import MapClients
 from fedpeat_ray.tuned import texts, tuned_model
@@ -360,7 +360,7 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
         "payload_bytes": world.algorithm.layout.payload_bytes(),
         "documents": {side: _documents(corpus) for side, corpus in world.corpora.items()},
         "fits": dataclasses.asdict(world.fits),
-        "memory_model": memory_model(world.held.config_json),
+        "memory_model": memory_model(world.held.config_json, world.algorithm.adapter.kind),
         "algorithm": {"name": type(world.algorithm).__name__, "about": world.algorithm.about},
         **world.algorithm.facts(),
     }

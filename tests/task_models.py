@@ -69,7 +69,9 @@ def documents(config: DataConfig) -> list[Document]:
     rng = np.random.default_rng(0)
     words = {"boat": "sail mast tide", "cart": "wheel axle horse", "sled": "snow rope hill"}
     return [
-        Document(" ".join(rng.choice(words[label].split(), int(rng.integers(2, 9)))) + f" {i}", f"source {i % 4}", label)
+        Document(
+            " ".join(rng.choice(words[label].split(), int(rng.integers(2, 9)))) + f" {i}", f"source {i % 4}", label
+        )
         for i in range(90)
         for label in [CLASSES[i % 3]]
     ]

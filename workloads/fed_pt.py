@@ -52,13 +52,13 @@ from fedpeat_ray.fleet.costs import training_flops
 from fedpeat_ray.fleet.memory import ModelShape, lora_parameters, training_memory
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models.proxy import proxy_logits
-from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.runtime.progress import Progress
 from fedpeat_ray.seeding import generator
 from fedpeat_ray.sweep import Sweep, report
 from fedpeat_ray.tasks.language_modelling import IGNORED, next_token_labels
 from fedpeat_ray.trainable.lora import find_lora
 from fedpeat_ray.trainable.peft_files import load
+from fedpeat_ray.trainable.shape import model_shape
 from fedpeat_ray.training.proxy_tuning import SmallModel
 from fedpeat_ray.world import furnished, prepare
 

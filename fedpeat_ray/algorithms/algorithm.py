@@ -30,7 +30,6 @@ from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models.architecture import CAUSAL, Head
 from fedpeat_ray.models.foundation import Foundation
 from fedpeat_ray.models.layout import Layout
-from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.models.traits import check_tokenizer, reads_tokens
 from fedpeat_ray.records import Assignment, ClientReport
 from fedpeat_ray.settings import get
@@ -38,6 +37,7 @@ from fedpeat_ray.tasks.language_modelling import LANGUAGE_MODELLING
 from fedpeat_ray.tasks.score import Score
 from fedpeat_ray.tasks.task import Task
 from fedpeat_ray.trainable.lora import Lora, find_lora
+from fedpeat_ray.trainable.shape import model_shape
 from fedpeat_ray.training.adapters import Adapter, StackedAdapter
 from fedpeat_ray.training.map_clients import MapClients, Where
 from fedpeat_ray.training.stacking import check_stacking

@@ -22,7 +22,7 @@ from fedpeat_ray.algorithms.algorithm import Algorithm, Assigned, RoundResult
 from fedpeat_ray.config import LocalConfig, ServerConfig
 from fedpeat_ray.data.client_data import ClientData
 from fedpeat_ray.fleet.conditions import Conditions
-from fedpeat_ray.fleet.costs import Task, training_flops
+from fedpeat_ray.fleet.costs import Task, added_parameters, training_flops
 from fedpeat_ray.fleet.memory import ModelShape, training_memory
 from fedpeat_ray.models.foundation import Foundation
 from fedpeat_ray.training.adapters import Adapter
@@ -74,17 +74,20 @@ class Averaging(Algorithm):
 
     def demand(self, num_tokens: np.ndarray) -> Task:
         """Training, and the adapter both ways."""
-        kind, length = self.adapter.kind, self.local.sequence_length
+        kind, length, num_trained = self.adapter.kind, self.local.sequence_length, self.layout.num_elements
         memory = training_memory(
             self.shape,
             batch_size=self.local.batch_size,
             sequence_length=length,
             trainable=kind,
             lora_rank=self.adapter.rank or 0,
+            part_size=self.adapter.size,
+            trained_elements=None if kind in ("all", "lora") else num_trained,
             optimizer=self.local.optimizer,
         )
-        lora_parameters = self.layout.num_elements if kind == "lora" else 0
-        flops = training_flops(self.shape, num_tokens, length, kind, lora_parameters)
+        added = added_parameters(self.shape, kind, num_trained)
+        learned_tokens = self.adapter.size if kind in ("prompt", "prefix") else 0
+        flops = training_flops(self.shape, num_tokens, length, kind, added, learned_tokens=learned_tokens)
         return Task(self._payload_bytes, self._payload_bytes, flops, memory.peak_bytes)
 
     def memory_needs(self) -> dict[str, int]:

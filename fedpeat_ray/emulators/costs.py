@@ -10,7 +10,7 @@ import torch
 
 from fedpeat_ray.config import EmulatorConfig, SimulationConfig
 from fedpeat_ray.emulators.ladder import Ladder, block_number, emulator_shapes
-from fedpeat_ray.fleet.costs import ServerCosts, forward_flops, training_flops
+from fedpeat_ray.fleet.costs import ServerCosts, added_parameters, forward_flops, training_flops
 from fedpeat_ray.fleet.levels import EmulatorCosts
 from fedpeat_ray.fleet.memory import ModelShape, training_memory
 from fedpeat_ray.models import weight_files
@@ -44,14 +44,14 @@ def emulator_costs(
         adapter_blocks=adapter_blocks,
         frozen_block_bytes=frozen_block_bytes_L,
     )
-    lora_parameters_L = np.array([layout.num_elements for layout in layouts]) if adapter.kind == "lora" else 0
+    num_trained_L = np.array([layout.num_elements for layout in layouts])
     flops_L = np.asarray(
         training_flops(
             shape,
             1,
             local.sequence_length,
             adapter.kind,
-            lora_parameters_L,
+            added_parameters(shape, adapter.kind, num_trained_L),
             num_blocks=num_blocks_L,
             adapter_blocks=adapter_blocks,
         )
@@ -77,7 +77,8 @@ def realignment_costs(config: EmulatorConfig, shape: ModelShape, ladder: Ladder)
     """
     distil, levels = config.distil, [rung for rung in ladder.rungs[:-1] if ladder.kept_middle(rung.level)]
     tokens, length = distil.batch_size * distil.sequence_length, distil.sequence_length
-    teacher = forward_flops(shape, length) - 2.0 * shape.head_parameters  # its output layer is not asked
+    teacher = forward_flops(shape, length)
+    teacher -= 2.0 * (shape.head_parameters + shape.output_products / length)  # its output layer is not asked
     steps = []
     for rung in levels:
         num_blocks = len(rung.blocks)

@@ -239,14 +239,15 @@ def training_flops(
     *,
     num_blocks: Figure | None = None,
     adapter_blocks: tuple[int, int] | None = None,
+    learned_tokens: Figure = 0,
 ) -> Figure:
     """Floating point operations of training on `num_tokens` tokens.
 
-    Per token, with N = L * used_parameters + head_parameters (looking up an embedding is free; of experts, those that
-    a token is sent to), T = sequence_length and D = attention_width, the forward pass through L = num_blocks (default:
-    all) takes 2 N + 4 L T D: a multiplication and an addition a weight, and the two products of attention, with no
-    discount for the causal mask (Kaplan et al. 2020, section 2.1; Chowdhery et al. 2022, appendix B). The backward
-    pass takes
+    Per token, with N = L * used_parameters + head (looking up an embedding is free; of experts, those that a token is
+    sent to; the head is head_parameters, and a share of output_products for each of the T tokens of a sequence),
+    T = sequence_length and D = attention_width, the forward pass through L = num_blocks (default: all) takes
+    2 N + 4 L T D: a multiplication and an addition a weight, and the two products of attention, with no discount for
+    the causal mask (Kaplan et al. 2020, section 2.1; Chowdhery et al. 2022, appendix B). The backward pass takes
 
         2 n + 8 l T D    for the gradients of the activations, n and l as N and L but of the blocks behind the
                          first one that is trained, and it: all, or the last `adapter_blocks` if there are no first
@@ -254,21 +255,38 @@ def training_flops(
                          none frozen; 6 lora_parameters with "lora", forward included; a "bias" costs next to
                          nothing, hence 0
 
-    So all weights: 6 N + 12 L T D; LoRA on all blocks: 4 N + 6 lora_parameters + 12 L T D.
+    So all weights: 6 N + 12 L T D; LoRA on all blocks: 4 N + 6 lora_parameters + 12 L T D. `lora_parameters` are those
+    of Houlsby's adapters too, which tokens are multiplied with in the same way (`added_parameters`).
 
-    Shapes: num_tokens, lora_parameters and num_blocks are numbers or arrays (N,), and so is the result.
+    A classifier's head has gradients of its weights in any case, and with "head" nothing else has any. What is before
+    the blocks (input_products) is only multiplied with, or trained with "all". M `learned_tokens` of a "prompt" go
+    through the blocks as others do, T + M for T tokens; of a "prefix" they are attended to only. What IA3's factors
+    take is next to nothing, hence 0. LoRA in a decoder behind the blocks counts as if it met every token of the
+    encoder, of which there are more.
+
+    Shapes: num_tokens, lora_parameters, num_blocks and learned_tokens are numbers or arrays (N,), and so is the result.
     """
     blocks = shape.num_blocks if num_blocks is None else num_blocks
     first, last = (0, blocks) if adapter_blocks is None else adapter_blocks
-    block, head = shape.used_parameters, shape.head_parameters
-    crossed = blocks if first else last
-    trained = {"all": blocks * block + head, "blocks": (first + last) * block}
-    weights = (blocks + crossed) * block + 2 * head + trained.get(trainable, 0)
-    attention = (4 * blocks + 8 * crossed) * sequence_length * shape.attention_width
+    block, head = shape.used_parameters, shape.head_parameters + shape.output_products / sequence_length
+    stem = shape.input_products / sequence_length
+    crossed = 0 if trainable == "head" else blocks if first else last
+    trained = {"all": blocks * block + head + stem, "blocks": (first + last) * block}.get(trainable, 0)
+    if shape.task_head_parameters and trainable != "all":
+        trained = trained + head
+    seen = 1 + (learned_tokens / sequence_length if trainable == "prompt" else 0)
+    weights = (blocks + crossed) * block * seen + (1 + (trainable != "head")) * head + stem + trained
+    attention = (4 * blocks + 8 * crossed) * seen * (sequence_length + learned_tokens) * shape.attention_width
     return num_tokens * (1.0 * (2 * weights + attention) + 6.0 * lora_parameters)
+
+
+def added_parameters(shape: ModelShape, trainable: Trainable, num_trained: Figure) -> Figure:
+    """Of all elements that are trained, those of matrices put into the blocks, LoRA's and Houlsby's."""
+    return num_trained - shape.task_head_parameters if trainable in ("lora", "houlsby") else 0
 
 
 def forward_flops(shape: ModelShape, sequence_length: int) -> float:
     """Floating point operations of a forward pass a token (see `training_flops`)."""
     weights = shape.num_blocks * shape.used_parameters + shape.head_parameters
-    return 2.0 * weights + 4.0 * shape.num_blocks * sequence_length * shape.attention_width
+    once = (shape.input_products + shape.output_products) / sequence_length
+    return 2.0 * (weights + once) + 4.0 * shape.num_blocks * sequence_length * shape.attention_width

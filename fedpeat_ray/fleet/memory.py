@@ -1,18 +1,23 @@
 """Peak memory of a device that trains, from what one training step of the model was seen to hold.
 
-What is modelled is the plain loop: a decoder-only transformer of transformers with the attention that it has by
-default (fused, if the family has it) and no key-value cache, dropout 0, no gradient checkpointing,
-`model(input_ids, labels=labels).loss.backward()`, `optimizer.step()`, `optimizer.zero_grad()`. Trained are all
-weights, or of all blocks, or of an emulator's adapter blocks, one of: LoRA by PEFT on every linear layer, the biases
-(those of norms too), all weights; what is frozen has requires_grad False.
+What is modelled is the plain loop: a transformer of transformers, with what its task puts on top of it, with the
+attention that it has by default (fused, if the family has it) and no key-value cache, dropout 0, no gradient
+checkpointing, `model(**inputs, labels=labels).loss.backward()`, `optimizer.step()`, `optimizer.zero_grad()`. Trained
+are all weights, or of all blocks, or of an emulator's adapter blocks, one of: LoRA by PEFT on every linear layer, the
+biases (those of norms too), all weights; or another small part of the whole model (`trainable/`); what is frozen has
+requires_grad False. A classifier's own head is always trained. Of an encoder with a decoder the blocks are those of
+the encoder: the decoder comes behind the blocks, like an output layer, and LoRA is in all of it.
 
     peak = weights + adapter + optimizer state + the most that a step adds to them
 
-`models/shape.py` runs the step of a model of a few blocks without data and notes all that is held at every moment, as
-a sum of products of batch size, length and rank. Here these sums are put together for any depth. Blocks that play the
-same part are alike, so while the backward pass crosses them, activations go and gradients come linearly, and the sum
-is greatest at one end of them. `tests/parity/test_memory_model.py` holds the result to what PyTorch allocates, within
-10 %.
+`trainable/shape.py` runs the step of a model of a few blocks without data and notes all that is held at every moment,
+as a sum of products of batch size, length and a third size, such as LoRA's rank. Here these sums are put together for
+any depth. Blocks that play the same part are alike, so while the backward pass crosses them, activations go and
+gradients come linearly, and the sum is greatest at one end of them. `tests/parity/test_memory_model.py` holds the
+result to what PyTorch allocates, within 10 %.
+
+Of T5, whose blocks share a bias of attention that the first one has, all blocks count as if each had one: trained
+"blocks" of it are an estimate (0.91 to 1.01 of what a step adds, where it was tried).
 
 Not counted: the allocator's rounding and fragmentation, the framework itself, what a kernel needs within itself, and,
 as they are small, buffers. Sequences are taken to be no longer than a sliding window of the model. Other kernels need
@@ -37,10 +42,17 @@ Trainable = Literal["all", "lora", "bias", "blocks", "head", "ia3", "houlsby", "
 """What is trained: all weights, or of the adapter blocks LoRA, the biases or all weights; or another small part."""
 
 POWERS = tuple(itertools.product((0, 1), (0, 1, 2), (0, 1)))
-"""Of batch size, sequence length and LoRA rank, in the products that bytes are a sum of."""
+"""In the products that bytes are a sum of, of batch size, of tokens in the blocks, and of a third size: LoRA's rank,
+the width of bottlenecks, or with learned tokens (which the blocks see too, or attend to) the tokens without them."""
 
 Terms = tuple[int, ...]
-"""Bytes for any batch size, length and rank: a coefficient for each of POWERS."""
+"""Bytes for any sizes: a coefficient for each of POWERS."""
+
+WHOLE: tuple[Trainable, ...] = ("all", "ia3", "houlsby", "prompt", "prefix")
+"""What is trained of whole models only, not of emulators."""
+
+SIZED: tuple[Trainable, ...] = ("houlsby", "prompt", "prefix")
+"""What there may be more or less of: width of bottlenecks, learned tokens."""
 
 _FLOAT32 = 4
 
@@ -85,7 +97,7 @@ class StepTerms:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the memory and cost models need to know about a decoder-only transformer of like blocks."""
+    """What the memory and cost models need to know about a transformer of like blocks."""
 
     num_blocks: int
     weight_bytes: int
@@ -107,7 +119,15 @@ class ModelShape:
     largest_matrix: int
     """Elements of the largest matrix of one block."""
     steps: Mapping[Trainable, StepTerms]
-    """What a training step holds; "bias" is missing if there are none."""
+    """What a training step holds; missing is what the model has nothing for, such as "bias" where there are none."""
+    task_head_parameters: int = 0
+    """Elements of a classifier's head, which is always trained."""
+    decoder_features: int = 0
+    """Inputs and outputs of the linear layers of all blocks of a decoder that is behind an encoder, all together."""
+    input_products: int = 0
+    """Multiplications for a whole sequence before the blocks, such as those of an image's patches."""
+    output_products: int = 0
+    """The same behind the blocks, beside those of each token (`head_parameters`): a classifier's, a decoder's."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +137,7 @@ class Memory:
     weights_bytes: Figure
     """The model, with what is trained of its own weights."""
     adapter_bytes: Figure
-    """LoRA factors; 0 if weights of the model itself are trained."""
+    """LoRA factors, or what else was put into the model; 0 if weights of the model itself are trained."""
     optimizer_bytes: Figure
     """State kept between steps."""
     gradients_bytes: Figure
@@ -134,8 +154,10 @@ class Memory:
 
 
 def lora_parameters(shape: ModelShape, rank: Figure, num_blocks: Figure | None = None) -> Figure:
-    """Elements of LoRA factors of the given rank on every linear layer: rank * (inputs + outputs) each."""
-    return rank * shape.lora_features * (shape.num_blocks if num_blocks is None else num_blocks)
+    """Elements of LoRA factors of the given rank on every linear layer: rank * (inputs + outputs) each; in all of a
+    decoder behind the blocks too."""
+    blocks = shape.num_blocks if num_blocks is None else num_blocks
+    return rank * (shape.lora_features * blocks + shape.decoder_features)
 
 
 def bias_parameters(shape: ModelShape, num_blocks: Figure | None = None) -> Figure:
@@ -150,6 +172,8 @@ def training_memory(
     sequence_length: Figure,
     trainable: Trainable,
     lora_rank: Figure = 0,
+    part_size: Figure = 0,
+    trained_elements: Figure | None = None,
     optimizer: Literal["adamw", "sgd"] = "adamw",
     num_blocks: Figure | None = None,
     adapter_blocks: tuple[int, int] | None = None,
@@ -158,7 +182,11 @@ def training_memory(
     """Peak memory of a training step on `batch_size` sequences of `sequence_length` tokens.
 
     `trainable`: "all" weights; or of the adapter blocks only, "lora" factors (`lora_rank` counts here only; LoRA on
-    some of the linear layers needs less than is said here), their own "bias" vectors, or all weights of the "blocks".
+    some of the linear layers needs less than is said here), their own "bias" vectors, or all weights of the "blocks";
+    or of a whole model the small parts of `trainable/`, "head" (which comes with all others, too), "ia3", "houlsby"
+    (two a block; one needs less), "prompt" and "prefix". `part_size` is the width of Houlsby's bottlenecks, or the
+    number of learned tokens; `sequence_length` is without these. `trained_elements` are all that are trained, the
+    head's among them (default: what `shape` says of LoRA, biases, blocks or head).
     `num_blocks` is the depth of an emulator of the model, adapter blocks included (default: all its blocks).
     `adapter_blocks` are the (first, last) of these blocks, default all; those between them are frozen. If there are
     first ones, gradients pass through the frozen blocks, which then keep what they need for that, else they keep
@@ -166,14 +194,14 @@ def training_memory(
     one is of compressed matrices, of which one at a time is unpacked, forward and again backward.
     SGD is without momentum.
 
-    Shapes: batch_size, sequence_length, lora_rank, num_blocks and frozen_block_bytes are numbers or arrays (N,), and
+    Shapes: batch_size, sequence_length, lora_rank, part_size, trained_elements, num_blocks and frozen_block_bytes are
+    numbers or arrays (N,), and
     so is every figure of the result that depends on them.
     """
     assert trainable != "lora" or np.all(np.asarray(lora_rank) > 0), "LoRA needs a rank"
-    assert trainable != "all" or adapter_blocks is None, "all weights are more than those of adapter blocks"
-    assert trainable in shape.steps, f"the blocks have nothing to train by {trainable!r}"
-    if trainable in ("head", "ia3", "houlsby", "prompt", "prefix"):  # small, and in or behind every block
-        trainable, lora_rank = "lora", 1
+    assert trainable in shape.steps, f"the model has nothing to train by {trainable!r}"
+    assert adapter_blocks is None or trainable not in WHOLE, f"{trainable!r} is of whole models"
+    assert trainable not in SIZED or np.all(np.asarray(part_size) > 0), f"{trainable!r} needs a size"
     blocks = shape.num_blocks if num_blocks is None else num_blocks
     first, last = (0, blocks) if adapter_blocks is None else adapter_blocks
     frozen = blocks - first - last
@@ -187,17 +215,25 @@ def training_memory(
         + (first + last) * full_block
         + frozen * frozen_block
     )
-    # LoRA factors, and so their gradients, are in float32 even where the model is in half precision.
-    factors = lora_parameters(shape, lora_rank, first + last) * max(_FLOAT32, shape.weight_bytes)
-    gradients = {
-        "all": weights,
-        "lora": factors,
-        "bias": bias_parameters(shape, first + last) * shape.weight_bytes,
-        "blocks": (first + last) * full_block,
-    }[trainable]
+    head = shape.task_head_parameters
+    if trained_elements is None:
+        assert trainable == "all" or trainable not in WHOLE, f"how many elements has {trainable!r}?"
+        trained_elements = head + {
+            "lora": lora_parameters(shape, lora_rank, first + last),
+            "bias": bias_parameters(shape, first + last),
+            "blocks": (first + last) * shape.block_parameters,
+        }.get(trainable, 0)
+    # What is put in, and so its gradients, is in float32 even where the model is in half precision.
+    own = trainable in ("all", "bias", "blocks", "head")
+    adapter = 0 if own else (trained_elements - head) * max(_FLOAT32, shape.weight_bytes)
+    gradients = adapter + (trained_elements if own else head) * shape.weight_bytes
+    if trainable == "all":
+        gradients = weights
     state = {"adamw": 2, "sgd": 0}[optimizer] * gradients  # AdamW: first and second moment
 
-    step, value = shape.steps[trainable], _Value(batch_size, sequence_length, lora_rank)
+    third = {"lora": lora_rank, "houlsby": part_size, "prompt": sequence_length, "prefix": sequence_length}
+    length = sequence_length + (part_size if trainable in ("prompt", "prefix") else 0)
+    step, value = shape.steps[trainable], _Value(batch_size, length, third.get(trainable, 0))
     unpacked = shape.largest_matrix * shape.weight_bytes * (frozen_block < full_block)
     # Like blocks in a row: behind the first one that is trained those that are beside it, then what is crossed.
     row: list[tuple[Figure, BlockTerms, Figure]] = [(1, step.first, 0)]
@@ -223,15 +259,14 @@ def training_memory(
         # AdamW, tensor by tensor: the root of the second moment, and the root with its bias corrected.
         gradients + (2 * value(step.largest) if optimizer == "adamw" else 0),
     ]
-    adapter = factors if trainable == "lora" else 0
     return Memory(weights, adapter, state, gradients, kept, step_bytes=reduce(np.maximum, moments))
 
 
 class _Value:
     """The bytes of terms."""
 
-    def __init__(self, batch_size: Figure, sequence_length: Figure, rank: Figure):
-        self.products = [batch_size**i * sequence_length**j * rank**k for i, j, k in POWERS]
+    def __init__(self, batch_size: Figure, length: Figure, third: Figure):
+        self.products = [batch_size**i * length**j * third**k for i, j, k in POWERS]
 
     def __call__(self, terms: Terms) -> Figure:
         return sum(factor * product for factor, product in zip(terms, self.products, strict=True) if factor)

@@ -31,6 +31,9 @@ class Head:
 CAUSAL = Head()
 """What a language model is."""
 
+TARGET_LENGTH = 16
+"""Most tokens that an encoder with a decoder is to write; what is longer is cut off."""
+
 
 def with_head(config_json: str, head: Head, end_token: int | None = None) -> str:
     """The configuration of the model for a task; unchanged if it is that already.
@@ -84,10 +87,24 @@ def is_causal_lm(model: PreTrainedModel) -> bool:
     return type(model).__name__ in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
+def is_classifier(model: PreTrainedModel) -> bool:
+    """Whether it is to tell texts, or images, apart: what it has on top is new, and trained."""
+    classes = (
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    )
+    names = [name for mapping in classes for found in mapping.values() for name in _names(found)]
+    return type(model).__name__ in names
+
+
 def reads_left_to_right(config: PretrainedConfig) -> bool:
     """Whether tokens of such a model see those before them only, whatever is on top of it."""
     masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and config.model_type not in masked
+
+
+def _names(found: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (found,) if isinstance(found, str) else found
 
 
 def _float_of(value: dict) -> Any:

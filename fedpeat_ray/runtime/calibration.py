@@ -19,13 +19,13 @@ from fedpeat_ray.fleet.costs import forward_flops, training_flops
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models import weight_files
 from fedpeat_ray.models.foundation import Foundation
-from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.models.traits import examine
 from fedpeat_ray.records import ClientTask
 from fedpeat_ray.runtime.process import process_settings
 from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.tasks.task import Task
 from fedpeat_ray.trainable.lora import find_lora
+from fedpeat_ray.trainable.shape import model_shape
 from fedpeat_ray.training.adapters import Adapter, StackedAdapter, WeightsAdapter
 from fedpeat_ray.training.evaluation import EvaluationTask, ScoreSum
 

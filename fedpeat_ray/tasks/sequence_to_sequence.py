@@ -17,12 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from fedpeat_ray.config import DataConfig
 from fedpeat_ray.data.batches import IGNORED, single_texts
 from fedpeat_ray.data.corpus import Corpus, load_corpus
+from fedpeat_ray.models.architecture import TARGET_LENGTH
 from fedpeat_ray.records import Arrays
 from fedpeat_ray.tasks.score import Score
 from fedpeat_ray.tasks.task import Batch, Task, label_losses, padding_tokenizer, scored, text_inputs
-
-TARGET_LENGTH = 16
-"""Most tokens of a target; what is longer is cut off."""
 
 
 @dataclass(frozen=True)

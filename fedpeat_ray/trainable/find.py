@@ -66,6 +66,15 @@ def kind_of(part: Part) -> Trainable:
     return _KINDS[type(part.parts[0] if isinstance(part, Parts) else part)]
 
 
+def size_of(part: Part) -> int:
+    """Width of bottlenecks, or number of learned tokens; 0 for what has neither."""
+    match part.parts[0] if isinstance(part, Parts) else part:
+        case Houlsby(width=size) | Prompt(num_tokens=size) | DeepPrompt(num_tokens=size) | Prefix(num_tokens=size):
+            return size
+        case _:
+            return 0
+
+
 def _own(
     peft: PeftConfig,
     model: PreTrainedModel,

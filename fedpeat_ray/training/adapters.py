@@ -19,7 +19,7 @@ from fedpeat_ray.models.layout import Layout
 from fedpeat_ray.tasks.language_modelling import LANGUAGE_MODELLING
 from fedpeat_ray.tasks.task import Task
 from fedpeat_ray.trainable import peft_files
-from fedpeat_ray.trainable.find import kind_of
+from fedpeat_ray.trainable.find import kind_of, size_of
 from fedpeat_ray.trainable.lora import Lora
 from fedpeat_ray.trainable.part import Part, read_weights, stacked
 from fedpeat_ray.training.client_batch import TrainClientBatch
@@ -45,6 +45,11 @@ class Adapter(Protocol):
     @property
     def rank(self) -> int | None:
         """Of LoRA."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Width of bottlenecks, or number of learned tokens; 0 for what has neither."""
         ...
 
     def init(self, seed: int) -> Tensor:
@@ -99,6 +104,10 @@ class StackedAdapter:
         own, _ = peft_files.divided(self.part)
         return own.rank if isinstance(own, Lora) else None
 
+    @property
+    def size(self) -> int:
+        return size_of(self.part)
+
     def init(self, seed: int) -> Tensor:
         return self.part.init(seed)
 
@@ -134,6 +143,7 @@ class WeightsAdapter:
     foundation: Foundation
     task: Task = LANGUAGE_MODELLING
     rank: None = None
+    size: int = 0
 
     def init(self, seed: int) -> Tensor:
         return read_weights(self.foundation, self.layout)

@@ -12,13 +12,14 @@ import pytest
 import torch
 from sweeps import sweep
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, BloomConfig
+from transformers import AutoModelForCausalLM, BloomConfig, PretrainedConfig
 
-from fedpeat_ray.fleet.costs import forward_flops, training_flops
+from fedpeat_ray.fleet.costs import added_parameters, forward_flops, training_flops
 from fedpeat_ray.fleet.memory import ModelShape, lora_parameters, training_memory
 from fedpeat_ray.models.foundation import empty
-from fedpeat_ray.models.shape import TESTED_FAMILIES, memory_model, model_shape
+from fedpeat_ray.trainable.shape import TESTED_CLASSES, TESTED_FAMILIES, memory_model, model_shape
 from workloads.benchmarks.memory_model import (
+    IMAGE_TOKENS,
     Setting,
     build,
     measured_peak_bytes,
@@ -74,6 +75,42 @@ EMULATORS = [
 ]
 
 
+GPT2_CLASSES = Setting("gpt2", 4, 128, 1000, 2, 64, "lora", architecture="GPT2ForSequenceClassification")
+LLAMA_CLASSES = Setting("llama", 4, 128, 1000, 2, 64, "lora", architecture="LlamaForSequenceClassification")
+BERT_CLASSES = Setting("bert", 4, 128, 1000, 2, 64, "lora", architecture="BertForSequenceClassification")
+BERT_MASKED = Setting("bert", 4, 128, 1000, 2, 64, "lora", architecture="BertForMaskedLM")
+ROBERTA_CLASSES = Setting("roberta", 4, 128, 1000, 2, 64, "lora", architecture="RobertaForSequenceClassification")
+ROBERTA_MASKED = Setting("roberta", 4, 128, 1000, 2, 64, "lora", architecture="RobertaForMaskedLM")
+T5 = Setting("t5", 4, 128, 1000, 2, 64, "lora", architecture="T5ForConditionalGeneration")
+VIT = Setting("vit", 4, 128, 1, 2, IMAGE_TOKENS, "lora", architecture="ViTForImageClassification")
+OTHERS = (GPT2_CLASSES, LLAMA_CLASSES, BERT_CLASSES, BERT_MASKED, ROBERTA_CLASSES, ROBERTA_MASKED, T5, VIT)
+
+TASKS = [
+    *OTHERS,
+    replace(GPT2_CLASSES, trainable="head"),
+    replace(BERT_CLASSES, trainable="all", optimizer="sgd"),
+    replace(BERT_CLASSES, emulator=(1, 2, 1), trainable="bias"),
+    replace(BERT_MASKED, num_blocks=6, emulator=(0, 4, 2), trainable="blocks"),
+    replace(ROBERTA_CLASSES, trainable="head"),
+    replace(ROBERTA_CLASSES, emulator=(1, 2, 1)),
+    replace(ROBERTA_CLASSES, trainable="ia3"),
+    replace(T5, trainable="all"),
+    replace(T5, num_blocks=6, emulator=(1, 4, 1)),
+    replace(T5, num_blocks=6, emulator=(0, 4, 2)),
+    replace(T5, trainable="prompt", part_size=8),
+    replace(VIT, trainable="all"),
+    replace(VIT, trainable="head"),
+    replace(VIT, emulator=(1, 2, 1), trainable="bias"),
+    replace(VIT, trainable="houlsby", part_size=8),
+    replace(VIT, trainable="prompt", part_size=10),
+    Setting("gpt2", 4, 128, 1000, 2, 64, "ia3"),
+    Setting("gpt2", 4, 128, 1000, 2, 64, "houlsby", part_size=16),
+    Setting("gpt2", 4, 128, 1000, 2, 64, "prompt", part_size=20),
+    Setting("gpt2", 12, 64, 1000, 2, 64, "prefix", part_size=20),
+    Setting("llama", 4, 128, 1000, 2, 64, "prefix", part_size=10),
+]
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     """Threads that wait for one another make these small steps many times slower on a busy machine."""
@@ -84,7 +121,9 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "setting", sweep(SETTINGS + EMULATORS, quick=[*SETTINGS[:2], SETTINGS[12], EMULATORS[0]]), ids=str
+    "setting",
+    sweep(SETTINGS + EMULATORS + TASKS, quick=[*SETTINGS[:2], SETTINGS[12], EMULATORS[0], BERT_CLASSES]),
+    ids=str,
 )
 def test_peak_is_within_10_percent_on_cpu(setting: Setting) -> None:
     modelled, model, step, optimizer = build(setting, "cpu")
@@ -99,6 +138,13 @@ def test_peak_is_within_10_percent_on_cpu(setting: Setting) -> None:
 @pytest.mark.parametrize("family", TESTED_FAMILIES)
 def test_peak_of_random_models_is_within_10_percent(family: str, number: int) -> None:
     test_peak_is_within_10_percent_on_cpu(random_setting(family, number))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("number", range(-(-NUM_RANDOM // 3)))
+@pytest.mark.parametrize("architecture", TESTED_CLASSES)
+def test_peak_of_random_models_for_other_tasks_is_within_10_percent(architecture: str, number: int) -> None:
+    test_peak_is_within_10_percent_on_cpu(random_setting(architecture, number))
 
 
 @pytest.mark.gpu
@@ -168,10 +214,48 @@ def test_flops_are_what_pytorch_counts(family: str) -> None:
     assert training_flops(shape, 96, 48, "all") == pytest.approx(counted, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *(replace(setting, trainable="all") for setting in OTHERS),
+        BERT_CLASSES,
+        replace(ROBERTA_CLASSES, trainable="head"),
+        replace(VIT, trainable="houlsby", part_size=8),
+        replace(VIT, trainable="prompt", part_size=20),
+        replace(GPT2_CLASSES, trainable="prompt", part_size=20),
+        replace(GPT2_CLASSES, trainable="prefix", part_size=20),
+        replace(GPT2_CLASSES, trainable="ia3"),
+    ],
+    ids=str,
+)
+def test_flops_of_other_tasks_are_what_pytorch_counts(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PretrainedConfig, "_attn_implementation", "eager")
+    _, model, step, _ = build(setting, "cpu")
+    shape, length = shape_of(setting), setting.sequence_length
+    with FlopCounterMode(display=False) as counter:
+        step()
+    kind = setting.trainable
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    modelled = training_flops(
+        shape,
+        setting.batch_size * length,
+        length,
+        kind,
+        added_parameters(shape, kind, trained),
+        learned_tokens=setting.part_size if kind in ("prompt", "prefix") else 0,
+    )
+    assert modelled == pytest.approx(counter.get_total_flops(), rel=0.02 if kind == "all" else 0.1)
+
+
 def test_other_families_are_estimates() -> None:
     configs = [model_config(Setting(family, 2, 64, 128, 1, 16, "lora")).to_json_string() for family in TESTED_FAMILIES]
     assert {memory_model(config) for config in configs} == {"tested family"}
     assert memory_model(BloomConfig().to_json_string()) == "estimate"
+    gpt2, opt, t5 = (
+        model_config(s).to_json_string() for s in (SETTINGS[0], Setting("opt", 2, 64, 128, 1, 16, "lora"), T5)
+    )
+    assert memory_model(gpt2, "ia3") == memory_model(t5, "all") == "tested family"
+    assert memory_model(opt, "ia3") == memory_model(t5, "blocks") == "estimate"
 
 
 def shape_of(setting: Setting) -> ModelShape:

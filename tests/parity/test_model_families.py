@@ -25,10 +25,10 @@ from fedpeat_ray.config import LocalConfig, LoraConfig
 from fedpeat_ray.errors import ConfigError, ModelError
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models.foundation import block_list_name, load, load_backbone, max_positions, plain_head, prepare
-from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.models.traits import NO_LIMIT
 from fedpeat_ray.records import ClientTask, sequences
 from fedpeat_ray.trainable.lora import find_lora
+from fedpeat_ray.trainable.shape import model_shape
 from fedpeat_ray.training.client_batch import TrainClientBatch
 from fedpeat_ray.training.evaluation import Evaluate, ScoreSum, evaluation_tasks
 from fedpeat_ray.training.stacking import check_stacking

@@ -115,9 +115,7 @@ def by_hand(model: Any, world: World, device_id: int, case: str) -> dict[str, Te
         optimizer.step()
         optimizer.zero_grad()
     short = {n: n.replace(".default", "").replace(".modules_to_save", "") for n in trained}
-    return {
-        short[n].removeprefix("base_model.model."): (p.detach() - before[n]).double() for n, p in trained.items()
-    }
+    return {short[n].removeprefix("base_model.model."): (p.detach() - before[n]).double() for n, p in trained.items()}
 
 
 def trained(world: World, device_ids: list[int]) -> list[ClientUpdate]:

@@ -20,11 +20,11 @@ from fedpeat_ray.fleet.memory import training_memory
 from fedpeat_ray.fleet.population import build_fleet
 from fedpeat_ray.fleet.tiers import TIERS
 from fedpeat_ray.models import foundation as foundations
-from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.records import MEMORY, ClientTask, sequences
 from fedpeat_ray.runtime.ray_hosts import ExclusiveHosts
 from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.trainable.lora import find_lora
+from fedpeat_ray.trainable.shape import model_shape
 from fedpeat_ray.training.client_batch import TrainClientBatch
 from fedpeat_ray.world import prepare
 

@@ -43,10 +43,10 @@ from fedpeat_ray.fleet.memory import training_memory
 from fedpeat_ray.fleet.tiers import TIERS
 from fedpeat_ray.models.foundation import load, load_backbone, load_tokenizer
 from fedpeat_ray.models.foundation import prepare as find_foundation
-from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.records import DROP_REASONS, SERVER, TextBatch
 from fedpeat_ray.runtime.run_log import RunLog, read_config
 from fedpeat_ray.runtime.serial import Serial
+from fedpeat_ray.trainable.shape import model_shape
 from fedpeat_ray.training.client_batch import ClientUpdate
 from fedpeat_ray.training.map_clients import Call, MapClients
 from fedpeat_ray.world import prepare

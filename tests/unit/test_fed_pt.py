@@ -31,8 +31,8 @@ from fedpeat_ray.fleet.costs import forward_flops, training_flops
 from fedpeat_ray.fleet.memory import training_memory
 from fedpeat_ray.models.foundation import load, load_tokenizer
 from fedpeat_ray.models.foundation import prepare as find_foundation
-from fedpeat_ray.models.shape import model_shape
 from fedpeat_ray.runtime.run_log import RunLog
+from fedpeat_ray.trainable.shape import model_shape
 from fedpeat_ray.world import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers will rename

@@ -22,7 +22,7 @@ from fedpeat_ray.fleet.own_tiers import read_tiers
 from fedpeat_ray.fleet.population import Fleet, build_fleet
 from fedpeat_ray.fleet.tiers import TIERS, Tier
 from fedpeat_ray.models.foundation import empty
-from fedpeat_ray.models.shape import model_shape
+from fedpeat_ray.trainable.shape import model_shape
 
 ARRAYS = (
     "tier",

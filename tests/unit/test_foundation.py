@@ -16,7 +16,7 @@ from fedpeat_ray.data.corpus import load_corpus
 from fedpeat_ray.errors import ConfigError, ModelError
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models.foundation import Foundation, load, load_backbone, load_tokenizer, prepare, weights_layout
-from fedpeat_ray.models.shape import model_shape
+from fedpeat_ray.trainable.shape import model_shape
 
 TOKENS = torch.arange(60).view(3, 20)
 
@@ -219,7 +219,9 @@ def test_the_shape_of_a_model_is_what_it_is(gpt2_dir, llama_dir):
     assert one.used_parameters == one.block_parameters and two.used_parameters == two.block_parameters
     assert one.head_parameters == two.head_parameters == 257 * 32
     assert one.attention_width == two.attention_width == 32
-    assert set(one.steps) == {"all", "lora", "bias", "blocks"} and set(two.steps) == {"all", "lora", "blocks"}
+    parts = {"ia3", "houlsby", "prompt", "prefix"}
+    assert set(one.steps) == {"all", "lora", "bias", "blocks"} | parts
+    assert set(two.steps) == {"all", "lora", "blocks"} | parts
     assert foundations.max_positions(gpt2) == foundations.max_positions(llama) == 64
     assert one.num_parameters == sum(p.numel() for p in gpt2.parameters()) and two.weight_bytes == 2
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from sweeps import sweep
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, BloomConfig, GPT2Config, LlamaConfig, MixtralConfig
+from transformers import AutoConfig, BloomConfig, GPT2Config, LlamaConfig, MixtralConfig, T5Config
 
 from fedpeat_ray.fleet.memory import POWERS, ModelShape, Trainable, training_memory
-from fedpeat_ray.models import shape as shapes
+from fedpeat_ray.models.architecture import TARGET_LENGTH
 from fedpeat_ray.models.foundation import empty
-from fedpeat_ray.models.shape import model_shape
+from fedpeat_ray.trainable import shape as shapes
+from fedpeat_ray.trainable.shape import model_shape
 
 LLAMA_70B = LlamaConfig(
     hidden_size=8192,
@@ -95,6 +96,53 @@ def test_length_counts_squared_only_where_scores_are_kept():
     llama = LlamaConfig(**TINY, intermediate_size=64, num_key_value_heads=2)
     assert shape_of(gemma).steps["lora"].trained.kept[pairs] >= 4 * 4 * 2
     assert shape_of(llama).steps["lora"].trained.kept[pairs] == 0
+
+
+IMAGES = AutoConfig.for_model(
+    "vit",
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=48,
+    image_size=32,
+    patch_size=8,
+    num_labels=5,
+    architectures=["ViTForImageClassification"],
+)
+
+
+def test_images_have_the_tokens_that_their_size_says():
+    shape, (block, tokens) = shape_of(IMAGES), (4 * 32 * 32 + 2 * 32 * 48, 17)
+    assert shape.used_parameters == shape.block_parameters == block + (4 + 1 + 2) * 32 + 48 + 2 * 32
+    assert (shape.head_parameters, shape.output_products, shape.task_head_parameters) == (0, 5 * 32, 5 * 33)
+    assert (shape.input_products, shape.attention_width) == (16 * 32 * 3 * 8 * 8, 32)
+    memories = [memory(shape, sequence_length=length) for length in (tokens, 1000)]
+    assert memories[0] == memories[1]  # nothing grows with length
+    prompts = [
+        memory(shape, sequence_length=tokens, trainable="prompt", part_size=n, trained_elements=96 * n + 165)
+        for n in (1, 20)
+    ]
+    assert prompts[0] < prompts[1]
+
+
+def test_a_head_alone_needs_neither_activations_nor_gradients_of_blocks():
+    shape = shape_of(IMAGES)
+    head, lora = (
+        training_memory(shape, batch_size=2, sequence_length=17, trainable=kind, lora_rank=4)
+        for kind in ("head", "lora")
+    )
+    assert (head.activations_bytes, head.adapter_bytes, head.gradients_bytes) == (0, 0, 4 * 5 * 33)
+    assert lora.gradients_bytes == lora.adapter_bytes + 4 * 5 * 33
+    assert head.peak_bytes < lora.peak_bytes
+
+
+def test_a_decoder_counts_as_what_is_behind_the_blocks():
+    sizes: dict[str, Any] = {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 48, "vocab_size": 101}
+    kind = "T5ForConditionalGeneration"
+    shape = shape_of(T5Config(**sizes, num_layers=3, num_decoder_layers=5, architectures=[kind]))
+    assert (shape.num_blocks, shape.lora_features) == (3, 4 * 64 + 2 * 80)
+    assert shape.decoder_features == 5 * (8 * 64 + 2 * 80)
+    assert shape.head_parameters == 5 * (2 * 32 * 32 + 2 * TARGET_LENGTH * 32)  # keys and values, and attention to them
 
 
 def test_what_was_asked_before_makes_no_difference():

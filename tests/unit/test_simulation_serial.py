@@ -122,7 +122,7 @@ def test_the_saved_adapter_is_the_one_that_was_judged(run, gpt2_dir):
 
 def test_a_run_says_how_far_the_memory_of_its_devices_is_known(run, monkeypatch):
     tested = run("tested", rounds=1)
-    monkeypatch.setattr("fedpeat_ray.models.shape.TESTED_FAMILIES", ())
+    monkeypatch.setattr("fedpeat_ray.trainable.shape.TESTED_FAMILIES", ())
     estimated = run("estimated", rounds=1)
     assert read_config(tested)["resolved"]["memory_model"] == "tested family"
     assert read_config(estimated)["resolved"]["memory_model"] == "estimate"

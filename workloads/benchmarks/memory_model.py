@@ -1,9 +1,10 @@
 """The memory model against what PyTorch allocates on the CPU, for families of models in random settings.
 
-    python workloads/benchmarks/memory_model.py [--settings 40] [--families gpt2 llama] [--seed 0]
+    python workloads/benchmarks/memory_model.py [--settings 40] [--families gpt2 BertForMaskedLM] [--seed 0]
 
-A setting is a model of random widths, depth, heads and vocabulary, a batch, what is trained, and perhaps an emulator
-with a frozen middle, in float32 or bfloat16. Measured is the plain loop of transformers, PEFT and torch.optim: the
+A family is that of a causal language model, or a class of transformers. A setting is a model of random widths, depth,
+heads and vocabulary, a batch, what is trained, and perhaps an emulator with a frozen middle, in float32, or bfloat16
+if it is a language model of a family. Measured is the plain loop of transformers, PEFT and torch.optim: the
 peak of a step once the optimizer's state exists. Columns: modelled over measured of the whole peak, and of what a
 step adds to weights, adapter and optimizer state: median, least and greatest; and how many settings are not within
 10 %.
@@ -11,11 +12,14 @@ step adds to weights, adapter and optimizer state: median, least and greatest; a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,17 +30,26 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fedpeat_ray.fleet.memory import Memory, Trainable, training_memory
-from fedpeat_ray.models.foundation import block_list_name
-from fedpeat_ray.models.shape import TESTED_FAMILIES, model_shape
+from fedpeat_ray.fleet.memory import WHOLE, Memory, Trainable, training_memory
+from fedpeat_ray.models.architecture import TARGET_LENGTH, is_classifier, model_class
+from fedpeat_ray.models.foundation import Foundation, block_list_names
+from fedpeat_ray.trainable.houlsby import find_houlsby
+from fedpeat_ray.trainable.ia3 import find_ia3
+from fedpeat_ray.trainable.part import Part
+from fedpeat_ray.trainable.prompt import find_prefix, find_prompt
+from fedpeat_ray.trainable.shape import TESTED_CLASSES, TESTED_FAMILIES, model_shape, put_in
+from fedpeat_ray.trainable.weights import head_parameters
+
+IMAGE_SIZE, PATCH_SIZE = 32, 4
+IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2 + 1
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    families: tuple[str, ...] = TESTED_FAMILIES
+    families: tuple[str, ...] = (*TESTED_FAMILIES, *TESTED_CLASSES)
     """Of those that are tested."""
     settings: int = 40
     """Random settings of each."""
@@ -72,21 +85,29 @@ class Setting:
     """None: 11/4 of the width, or with GPT-2 4 times."""
     experts: tuple[int, int] = (4, 2)
     """How many, and to how many of them a token goes."""
+    architecture: str | None = None
+    """Class of transformers; None: the family's causal language model."""
+    part_size: int = 4
+    """Width of bottlenecks, or learned tokens."""
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         emulator = "-" + "+".join(map(str, self.emulator)) if self.emulator else ""
+        kind = f"-{self.architecture}" if self.architecture else ""
         return (
-            f"{self.family}-{self.num_blocks}x{self.width}-vocabulary{self.vocabulary}{'' if self.tied else '-untied'}-"
-            f"{dtype}-{self.batch_size}x{self.sequence_length}-{self.trainable}-{self.optimizer}"
-            f"{emulator}{'-int8' if self.int8 else ''}"
+            f"{self.family}{kind}-{self.num_blocks}x{self.width}-vocabulary{self.vocabulary}"
+            f"{'' if self.tied else '-untied'}-{dtype}-{self.batch_size}x{self.sequence_length}-{self.trainable}"
+            f"-{self.optimizer}{emulator}{'-int8' if self.int8 else ''}"
         )
 
 
 def random_setting(family: str, seed: int) -> Setting:
     """One of many, small enough for a fraction of a second."""
     rng = random.Random(f"{family} {seed}")
+    architecture = family if family in TESTED_CLASSES else None
     kinds: tuple[Trainable, ...] = ("lora", "blocks", "all", *(("bias",) if family in ("gpt2", "opt") else ()))
+    if architecture:
+        family, kinds = getattr(transformers, architecture).config_class.model_type, TESTED_CLASSES[architecture]
     trainable = rng.choice(kinds)
     depth, num_heads = rng.randint(2, 6), rng.choice((2, 4, 8))
     first = rng.randint(0, depth - 1)
@@ -97,18 +118,20 @@ def random_setting(family: str, seed: int) -> Setting:
         width=num_heads * rng.choice((16, 24, 32, 64)),
         vocabulary=rng.randint(300, 5000),
         batch_size=rng.randint(1, 6),
-        sequence_length=rng.randint(8, 160),
+        sequence_length=IMAGE_TOKENS if family == "vit" else rng.randint(8, 160),
         trainable=trainable,
         optimizer=rng.choice(("adamw", "adamw", "sgd")),
-        dtype=rng.choice((torch.float32, torch.float32, torch.bfloat16)),
+        dtype=torch.float32 if architecture else rng.choice((torch.float32, torch.float32, torch.bfloat16)),
         tied=rng.choice((True, False)),
         rank=rng.choice((1, 4, 8, 16, 32)),
-        emulator=None if trainable == "all" or rng.random() < 0.4 else emulator,
+        emulator=None if trainable in (*WHOLE, "head") or rng.random() < 0.4 else emulator,
         num_heads=num_heads,
         num_kv_heads=rng.choice([n for n in (1, 2, 4, 8) if num_heads % n == 0]),
         head_dim=rng.choice((16, 32, 48, 64)),
         mlp_width=8 * rng.randint(8, 100),
         experts=rng.choice(((4, 1), (4, 2), (6, 3), (8, 2))),
+        architecture=architecture,
+        part_size=rng.choice((2, 8, 20)),
     )
 
 
@@ -116,7 +139,8 @@ def model_config(setting: Setting) -> PretrainedConfig:
     """The configuration of the model, dropout 0."""
     heads = setting.num_heads or (setting.width // 64 if setting.family == "gpt2" else 8)
     mlp_width = setting.mlp_width or (4 * setting.width if setting.family == "gpt2" else setting.width * 11 // 4)
-    sizes = {
+    positions = setting.sequence_length + (setting.part_size if setting.trainable in ("prompt", "prefix") else 0)
+    sizes: dict[str, Any] = {
         "num_hidden_layers": setting.num_blocks,
         "hidden_size": setting.width,
         "num_attention_heads": heads,
@@ -127,11 +151,22 @@ def model_config(setting: Setting) -> PretrainedConfig:
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
+    if setting.architecture:
+        sizes |= {"architectures": [setting.architecture], "num_labels": 3}
+    if setting.family == "t5":
+        sizes |= {"num_layers": sizes.pop("num_hidden_layers"), "d_model": sizes.pop("hidden_size")}
+        sizes |= {"num_heads": sizes.pop("num_attention_heads"), "decoder_start_token_id": 0}
+    both_ways = {
+        "intermediate_size": mlp_width,
+        "max_position_embeddings": max(64, positions + 2),  # RoBERTa counts them from 2
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
     wide = {"intermediate_size": mlp_width, "num_key_value_heads": setting.num_kv_heads}
     own = {
         "gpt2": {
             "n_inner": mlp_width,
-            "n_positions": setting.sequence_length,
+            "n_positions": positions,
             "activation_function": "gelu_pytorch_tanh",
             "resid_pdrop": 0.0,
             "embd_pdrop": 0.0,
@@ -140,24 +175,62 @@ def model_config(setting: Setting) -> PretrainedConfig:
         "opt": {
             "ffn_dim": mlp_width,
             "word_embed_proj_dim": setting.width,
-            "max_position_embeddings": setting.sequence_length,
+            "max_position_embeddings": positions,
             "dropout": 0.0,
         },
         "llama": wide,
         "qwen3": wide | {"head_dim": setting.head_dim or 2 * setting.width // heads},
         "gemma2": wide | {"head_dim": setting.head_dim or 2 * setting.width // heads},
         "phi3": wide,
+        "bert": both_ways,
+        "roberta": both_ways,
+        "t5": {"d_ff": mlp_width, "d_kv": setting.width // heads, "num_decoder_layers": 2, "dropout_rate": 0.0},
+        "vit": both_ways | {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE},
         "mixtral": wide | {"num_local_experts": setting.experts[0], "num_experts_per_tok": setting.experts[1]},
     }
     return AutoConfig.for_model(setting.family, **(sizes | own[setting.family]))
 
 
+def part_of(setting: Setting, model: PreTrainedModel) -> Part | None:
+    """What is put into the model, if it is not LoRA."""
+    match setting.trainable:
+        case "ia3":
+            return find_ia3(model)
+        case "houlsby":
+            return find_houlsby(model, setting.part_size, both=True)
+        case "prompt":
+            nowhere = Foundation("", Path(), "", Path(), "float32", "")
+            return find_prompt(model, nowhere, setting.part_size)
+        case "prefix":
+            return find_prefix(model, setting.part_size)
+        case _:
+            return None
+
+
+def inputs_of(setting: Setting, model: PreTrainedModel, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """A batch with labels."""
+    count = setting.batch_size * setting.sequence_length
+    tokens = (torch.arange(count, device=device) % setting.vocabulary).view(setting.batch_size, -1)
+    if setting.family == "vit":
+        shape = (setting.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)
+        return {
+            "pixel_values": torch.zeros(shape, device=device, dtype=setting.dtype),
+            "labels": torch.zeros(setting.batch_size, dtype=torch.long, device=device),
+        }
+    labels = tokens[:, 0] % 3 if is_classifier(model) else tokens
+    if setting.family == "t5":
+        labels = torch.ones(setting.batch_size, TARGET_LENGTH, dtype=torch.long, device=device)
+    return {"input_ids": tokens, "labels": labels}
+
+
 def build(setting: Setting, device: str) -> tuple[Memory, nn.Module, Callable[[], None], torch.optim.Optimizer]:
     """The modelled memory, and the model, step and optimizer to measure it on."""
-    backbone = AutoModelForCausalLM.from_config(model_config(setting))
+    config = model_config(setting)
+    backbone: PreTrainedModel = model_class(config)._from_config(config)
     nn.Module.to(backbone, device, setting.dtype)
     shape = model_shape(backbone, setting.dtype.itemsize)
-    name = block_list_name(backbone)
+    name, *others = names = block_list_names(backbone)
+    decoder = [block for other in others for block in backbone.get_submodule(other).children()]
     first, frozen, last = setting.emulator or (0, 0, setting.num_blocks)
     blocks = list(backbone.get_submodule(name).children())
     adapter = blocks[:first] + blocks[len(blocks) - last :]
@@ -165,12 +238,16 @@ def build(setting: Setting, device: str) -> tuple[Memory, nn.Module, Callable[[]
     if setting.int8:
         for block in middle:
             hold_in_8_bits(block)
+    head = [parameter for _, parameter in head_parameters(backbone)] if is_classifier(backbone) else []
+    part = part_of(setting, backbone)
     modelled = training_memory(
         shape,
         batch_size=setting.batch_size,
         sequence_length=setting.sequence_length,
         trainable=setting.trainable,
         lora_rank=setting.rank,
+        part_size=setting.part_size,
+        trained_elements=part.layout.num_elements + sum(p.numel() for p in head) if part else None,
         optimizer="sgd" if setting.optimizer == "sgd" else "adamw",
         num_blocks=first + frozen + last,
         adapter_blocks=(first, last) if setting.emulator else None,
@@ -179,30 +256,36 @@ def build(setting: Setting, device: str) -> tuple[Memory, nn.Module, Callable[[]
     backbone.set_submodule(name, nn.ModuleList(adapter[:first] + middle + adapter[first:]))
     model: nn.Module = backbone
     if setting.trainable == "lora":
-        config = LoraConfig(
+        lora = LoraConfig(
             r=setting.rank,
             target_modules=[
-                f"{name}.{i}.{inner}"
-                for i, block in enumerate(backbone.get_submodule(name).children())
+                f"{block_list}.{i}.{inner}"
+                for block_list in names
+                for i, block in enumerate(backbone.get_submodule(block_list).children())
                 for inner, layer in block.named_modules()
-                if isinstance(layer, nn.Linear | Conv1D) and block in adapter
+                if isinstance(layer, nn.Linear | Conv1D) and block in (*adapter, *decoder)
             ],
             lora_dropout=0.0,
             fan_in_fan_out=setting.family == "gpt2",
         )
-        model = get_peft_model(backbone, config)
+        model = get_peft_model(backbone, lora)
     elif setting.trainable != "all":
         backbone.requires_grad_(False)
-        for block in adapter:
+        for block in adapter if setting.trainable in ("bias", "blocks") else ():
             for parameter_name, parameter in block.named_parameters():
                 parameter.requires_grad = setting.trainable == "blocks" or parameter_name.endswith("bias")
+    kept_in = contextlib.ExitStack()  # the step below has it: the part stays in the model as long as there is a step
+    if part:
+        own = kept_in.enter_context(put_in(part, backbone))
+        backbone.own = nn.ParameterList(own.values())  # weights as others are
+    for parameter in head:
+        parameter.requires_grad = True
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[setting.optimizer](trained, lr=1e-3)
-    tokens = torch.arange(setting.batch_size * setting.sequence_length, device=device) % setting.vocabulary
-    tokens = tokens.view(setting.batch_size, setting.sequence_length)
+    inputs = inputs_of(setting, backbone, device)
 
-    def step() -> None:
-        model(input_ids=tokens, labels=tokens).loss.backward()
+    def step(kept_in: contextlib.ExitStack = kept_in) -> None:
+        model(**inputs).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
