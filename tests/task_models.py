@@ -68,13 +68,12 @@ def documents(config: DataConfig) -> list[Document]:
     """Texts of three classes, each with words of its own, and of different lengths."""
     rng = np.random.default_rng(0)
     words = {"boat": "sail mast tide", "cart": "wheel axle horse", "sled": "snow rope hill"}
-    return [
-        Document(
-            " ".join(rng.choice(words[label].split(), int(rng.integers(2, 9)))) + f" {i}", f"source {i % 4}", label
-        )
-        for i in range(90)
-        for label in [CLASSES[i % 3]]
-    ]
+    found = []
+    for i in range(90):
+        label = CLASSES[i % 3]
+        text = " ".join(rng.choice(words[label].split(), int(rng.integers(2, 9))))
+        found.append(Document(f"{text} {i}", f"source {i % 4}", label))
+    return found
 
 
 def pictures(config: DataConfig) -> list[Picture]:

@@ -158,7 +158,7 @@ def _of_tables(config: DataConfig) -> Iterator[Picture]:
                 hub.names(table, "data.source_column", config.source_column, name).fill_null("unknown").to_pylist()
             )
         for i, value in enumerate(images.to_pylist()):
-            content = value.get("bytes") if isinstance(value, dict) else value
+            content: Any = value.get("bytes") if isinstance(value, dict) else value
             try:
                 with Image.open(io.BytesIO(content)) as image:
                     yield Picture(image.copy(), labels[i], sources[i], f"{name} {i}")

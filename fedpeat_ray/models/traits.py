@@ -57,7 +57,7 @@ def examine(model: PreTrainedModel) -> Traits:
         return Traits(False, NO_LIMIT)
     if is_causal_lm(model) and (logits[:, :-1] - logits_of_shorter).abs().max() > TOLERANCE * logits.abs().max():
         raise ModelError(f"{name} is not causal: a token changes the logits of those before it")
-    tokens = model.get_input_embeddings().weight
+    tokens = model.get_input_embeddings().get_parameter("weight")
     limits = []
     for table, (last, num_rows, width) in rows.items():  # of the width of the model: not of biases by distance
         if table != id(tokens) and width >= tokens.shape[1] and last == rows_of_shorter[table][0] + 1:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fedpeat_ray.models.foundation import Foundation, load_backbone
@@ -108,7 +107,7 @@ def _name(work: Any) -> str:
 
 
 def _smallest(task: ClientTask | Assignment) -> ClientTask | Assignment:
-    """The same with one step, on two tokens where the text is there already."""
+    """The same with one step, of one row where the text is there already."""
     if isinstance(task, Assignment):
         return dataclasses.replace(task, num_steps=1)
-    return dataclasses.replace(task, tokens_SBT=task.tokens_SBT[:1, :1, :2], lengths_SB=np.full((1, 1), 2))
+    return dataclasses.replace(task, arrays={name: array[:1, :1] for name, array in task.arrays.items()})

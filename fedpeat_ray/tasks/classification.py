@@ -61,8 +61,8 @@ class Classification(Task):
             return {"accuracy": score.token_accuracy}
         actual, guessed = np.nonzero(score.counts)
         often = score.counts[actual, guessed]
-        means = precision_recall_fscore_support(
-            actual, guessed, average="macro", sample_weight=often, zero_division=0.0
+        means: Any = precision_recall_fscore_support(
+            actual, guessed, average="macro", sample_weight=often, zero_division=0
         )
         names = ("macro_precision", "macro_recall", "macro_f1")
         return {"accuracy": score.token_accuracy} | {

@@ -42,6 +42,7 @@ class MaskedLanguageModelling(LanguageModelling):
 
     def prepared(self, corpus: Corpus, batches: Arrays, rng: np.random.Generator) -> Arrays:
         """Hidden tokens, one at least in each row that has any: labels (..., T)."""
+        assert corpus.mask_id is not None
         tokens, lengths = batches["tokens"], batches["lengths"][..., None]
         positions, drawn = np.arange(tokens.shape[-1]), rng.random(tokens.shape)
         drawn = np.where(positions < lengths, drawn, 1.0)

@@ -55,7 +55,7 @@ def peft_config(
             lora_dropout=0.0,
             target_modules=[name for name, _, _ in part.modules],
             fan_in_fan_out=part.fan_in_fan_out,
-            modules_to_save=head and head.modules,
+            modules_to_save=head.modules if head else None,
             **values,
         )
     if isinstance(part, IA3):
@@ -63,7 +63,7 @@ def peft_config(
             target_modules=[name for name, _, _ in part.modules],
             feedforward_modules=[name for name, _, feeds in part.modules if feeds],
             fan_in_fan_out=part.fan_in_fan_out,
-            modules_to_save=head and head.modules,
+            modules_to_save=head.modules if head else None,
             **values,
         )
     if isinstance(part, Prompt):

@@ -200,7 +200,7 @@ def find_prompt(model: PreTrainedModel, foundation: Foundation, num_tokens: int)
     if not reads_tokens(model):
         name = block_list_name(model)
         return DeepPrompt(num_tokens, width, tuple(f"{name}.{i}" for i in range(model.config.num_hidden_layers)))
-    table = model.get_input_embeddings().weight
+    table = model.get_input_embeddings().get_parameter("weight")
     (embeddings,) = [name for name, parameter in model.named_parameters() if parameter is table]
     first = 0 if reads_left_to_right(model.config) or model.config.is_encoder_decoder else 1
     return Prompt(num_tokens, table.shape[1], first, foundation, embeddings)

@@ -27,7 +27,7 @@ _WITH_BIAS = (nn.Linear, Conv1D, nn.LayerNorm, *_CONVOLUTIONS)
 class Bias(Part):
     """Every bias of the model but the head's (BitFit, Ben Zaken et al. 2022), or those of some blocks."""
 
-    layout: Layout  # type: ignore[assignment]  # a property elsewhere
+    layout: Layout
     foundation: Foundation
 
     def init(self, seed: int) -> Tensor:
@@ -66,7 +66,7 @@ class StackedBias(StackedLayer):
 class TaskHead(Part):
     """All that is on top of the pre-trained model for a task: linear layers, each client with its own."""
 
-    layout: Layout  # type: ignore[assignment]  # a property elsewhere
+    layout: Layout
     foundation: Foundation
 
     def init(self, seed: int) -> Tensor:

@@ -115,7 +115,7 @@ class StackedAdapter:
         return replace(self, part=self.part.within(block_list, blocks))
 
     def trainer(self, local: LocalConfig) -> TrainClientBatch:
-        return TrainClientBatch(self.part, local, self.task)
+        return TrainClientBatch(self.part, local, task=self.task)
 
     def gradient(self) -> Gradient:
         return Gradient(self.part, self.task)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class TrainClientBatch:
 
     part: Part
     local: LocalConfig
-    task: Task = LANGUAGE_MODELLING
+    task: Task = field(default=LANGUAGE_MODELLING, kw_only=True)
 
     def __call__(self, backbone: Backbone, start_P: Tensor, tasks: Sequence[ClientTask]) -> list[ClientUpdate]:
         started = time.perf_counter()

@@ -161,7 +161,7 @@ def test_lora_of_a_client_batch_is_that_of_a_plain_peft_loop(families, case):
 
 def other_modules() -> Iterator[tuple[str, str]]:
     """What PEFT trains too: IA3 in all families, prompts and prefixes in causal language models."""
-    for case, (family, task) in CASES.items():
+    for case, (_, task) in CASES.items():
         yield case, "ia3"
         if task == "language-modelling":
             yield from ((case, module) for module in ("prompt", "prefix"))
