@@ -1,0 +1,310 @@
+"""Which small part to tune: every module of FedPEFT over how uneven labels are and how many devices take part.
+
+    python workloads/peft_modules.py [--task images] [--seeds 0 1 2] [--out DIR]
+    python workloads/peft_modules.py --task classification --foundation pydoc-roberta --data python_docs
+
+Each module has the best of three learning rates, chosen on a seed that is not counted. Pre-trained is compared with
+random weights, and modules with full fine-tuning at equal bytes. Writes peft_modules.csv, .md and .png; a run directory
+for every setting lies beside them. Runs that are finished are not repeated, one that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import tyro
+from matplotlib.figure import Figure
+
+from analysis.load import load_run
+from fedpeat_ray import SimulationConfig
+from fedpeat_ray.config import (
+    AvailabilityConfig,
+    DataConfig,
+    EvaluationConfig,
+    FleetConfig,
+    FoundationConfig,
+    HostsConfig,
+    LocalConfig,
+    LoraConfig,
+    PartitionConfig,
+    PeftConfig,
+)
+from fedpeat_ray.sweep import Sweep, report
+
+COLOURS = {
+    "full": "#c44e52",
+    "head": "#999999",
+    "bias": "#e0a63b",
+    "houlsby": "#7d5ba6",
+    "prompt": "#2f9e62",
+    "lora": "#2f6db3",
+}
+RATES = {"full": 5e-4, "head": 1e-2, "bias": 5e-3, "houlsby": 5e-3, "prompt": 1e-2, "lora": 5e-3}
+"""The middle one of those that are tried."""
+TUNING_SEED = 100
+IID = math.inf
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs share."""
+
+    task: str = "images"
+    foundation: str = "glyph-vit"
+    data: str = "digits"
+    modules: tuple[str, ...] = tuple(COLOURS)
+    alphas: tuple[float, ...] = (0.1, 1.0, IID)
+    """Dirichlet concentrations of labels; inf: every device draws from all documents alike."""
+    participation: tuple[float, ...] = (0.125, 0.5)
+    """Shares of the devices that take part in a round."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rounds: int = 12
+    num_devices: int = 32
+    documents_per_device: float = 32
+    sequence_length: int = 64
+    """Of texts."""
+    num_heldout: int = 400
+    hosts: HostsConfig = field(default_factory=HostsConfig)
+    out: Path = Path("runs/peft_modules")
+
+
+def main(settings: Settings) -> int:
+    """Run everything and write the results; returns the exit status."""
+
+    def study(sweep: Sweep) -> str:
+        rates = best_rates(sweep, settings)
+        keys = [
+            (module, alpha, share, True, seed)
+            for module in settings.modules
+            for alpha in settings.alphas
+            for share in settings.participation
+            for seed in settings.seeds
+        ]
+        keys += [(module, 1.0, settings.participation[-1], False, seed) for module, seed in scratch(settings)]
+        configs = {name_of(*key): configuration(settings, rates[key[0]], *key) for key in keys}
+        found = sweep.run_all(configs)
+        rows = [measured(*found[name_of(*key)], key) for key in keys]
+        table = pd.concat(rows)
+        table.to_csv(sweep.out / "peft_modules.csv", index=False)
+        draw(table, sweep.out / "peft_modules.png")
+        return markdown(table, rates, settings)
+
+    return report(Sweep(settings.out, settings.hosts), "peft_modules.md", study)
+
+
+def scratch(settings: Settings) -> list[tuple[str, int]]:
+    """Modules and seeds that also start from random weights."""
+    return [(module, seed) for module in settings.modules for seed in settings.seeds]
+
+
+def best_rates(sweep: Sweep, settings: Settings) -> dict[str, float]:
+    """The learning rate of each module with the best score at alpha 1 on the tuning seed."""
+    share = settings.participation[-1]
+    tried = {
+        (module, factor): configuration(settings, factor * RATES[module], module, 1.0, share, True, TUNING_SEED)
+        for module in settings.modules
+        for factor in (0.3, 1.0, 3.0)
+    }
+    found = sweep.run_all({f"rate-{module}-{factor:g}": config for (module, factor), config in tried.items()})
+    scores = {key: found[f"rate-{key[0]}-{key[1]:g}"][0]["scores"]["tuned"] for key in tried}
+    best = {module: max((0.3, 1.0, 3.0), key=lambda f, m=module: scores[m, f]) for module in settings.modules}
+    return {module: factor * RATES[module] for module, factor in best.items()}
+
+
+def name_of(module: str, alpha: float, share: float, pretrained: bool, seed: int) -> str:
+    """The directory of a run."""
+    split = "iid" if alpha == IID else f"alpha{alpha:g}"
+    return f"{module}-{split}-{share:g}{'' if pretrained else '-scratch'}-seed{seed}"
+
+
+def configuration(
+    settings: Settings, rate: float, module: str, alpha: float, share: float, pretrained: bool, seed: int
+) -> SimulationConfig:
+    """One run."""
+    partition = PartitionConfig(
+        kind="iid" if alpha == IID else "dirichlet",
+        alpha=PartitionConfig.alpha if alpha == IID else alpha,
+        group_by="label",
+        documents_per_device=settings.documents_per_device,
+    )
+    texts = settings.task != "images"
+    length = {"sequence_length": settings.sequence_length} if texts else {}
+    return SimulationConfig(
+        task=settings.task,
+        algorithm="fed-peft",
+        rounds=settings.rounds,
+        cohort_size=max(1, round(share * settings.num_devices)),
+        over_sample=1.0,
+        client_batch_size=4 if module != "full" else 1,
+        seed=seed,
+        peft=PeftConfig(module=module),  # type: ignore[arg-type]  # one of its names
+        lora=LoraConfig(rank=4, alpha=8.0),
+        foundation=FoundationConfig(settings.foundation, pretrained=pretrained, dtype="float32"),
+        data=DataConfig(settings.data, heldout_share=0.25, partition=partition),
+        local=LocalConfig(batch_size=8, max_steps=8, epochs=2, learning_rate=rate, **length),
+        fleet=FleetConfig(num_devices=settings.num_devices, availability=AvailabilityConfig(kind="always")),
+        evaluation=EvaluationConfig(every=2, num_sequences=settings.num_heldout, centralised=False, **length),
+        hosts=settings.hosts,
+    )
+
+
+def measured(summary: dict[str, Any], directory: Path, key: tuple[str, float, float, bool, int]) -> pd.DataFrame:
+    """The score after so many rounds and bytes of one run, from before the first round."""
+    rounds = load_run(directory).rounds
+    sent = (rounds["download_bytes"] + rounds["upload_bytes"]).astype(float).cumsum()
+    frame = pd.DataFrame({"round": rounds["round"].astype(int), "bytes": sent, "score": rounds["score"].astype(float)})
+    start = pd.DataFrame([{"round": 0, "bytes": 0.0, "score": summary["scores"]["zero_shot"]}])
+    module, alpha, share, pretrained, seed = key
+    frame = pd.concat([start, frame.dropna(subset="score")])
+    payload = float(rounds["upload_bytes"].sum() / rounds["num_completed"].sum())
+    return frame.assign(
+        module=module, alpha=alpha, participation=share, pretrained=pretrained, seed=seed, payload=payload
+    )
+
+
+def finals(table: pd.DataFrame) -> pd.DataFrame:
+    """The last row of each run."""
+    keys = ["module", "alpha", "participation", "pretrained", "seed"]
+    return table.sort_values("round").groupby(keys, sort=False).last().reset_index()
+
+
+def at_bytes(run: pd.DataFrame, num_bytes: float) -> float:
+    """The best score of a run by the time so many bytes were sent."""
+    return float(run.loc[run["bytes"] <= num_bytes, "score"].max())
+
+
+def markdown(table: pd.DataFrame, rates: dict[str, float], settings: Settings) -> str:
+    """Mean and deviation over seeds by setting; at equal bytes; from random weights; the bytes of a large ViT."""
+    last = finals(table)
+    tuned = last[last["pretrained"]]
+    columns = [(alpha, share) for alpha in settings.alphas for share in settings.participation]
+    heads = [f"{'IID' if alpha == IID else f'alpha {alpha:g}'}, {share:g}" for alpha, share in columns]
+    lines = [f"| module | rate | kB a device sends | {' | '.join(heads)} |", "|" + "---|" * (3 + len(columns))]
+    for module in settings.modules:
+        own = tuned[tuned["module"] == module]
+        cells = [
+            spread(own[(own["alpha"] == alpha) & (own["participation"] == share)]["score"]) for alpha, share in columns
+        ]
+        size = own["payload"].iloc[0] / 1e3
+        lines.append(f"| {module} | {rates[module]:g} | {size:,.1f} | {' | '.join(cells)} |")
+    lines += ["", *equal_bytes(table, settings), "", *from_scratch(last, settings), "", *large_vit()]
+    return "\n".join(lines) + "\n"
+
+
+def spread(scores: pd.Series) -> str:
+    """Mean ± standard deviation over seeds."""
+    values = scores.to_numpy(float)
+    return f"{values.mean():.3f} ± {values.std(ddof=min(1, len(values) - 1)):.3f}"
+
+
+def equal_bytes(table: pd.DataFrame, settings: Settings) -> list[str]:
+    """Full fine-tuning against the others when each other one has sent all its bytes."""
+    lines = ["| module | its bytes, MB | its score | full fine-tuning after as many bytes |", "|---|---|---|---|"]
+    chosen = table[(table["alpha"] == 1.0) & (table["participation"] == settings.participation[-1])]
+    chosen = chosen[chosen["pretrained"]]
+    for module in settings.modules:
+        if module == "full":
+            continue
+        own, theirs, sent = [], [], []
+        for seed in settings.seeds:
+            run = chosen[(chosen["module"] == module) & (chosen["seed"] == seed)]
+            full = chosen[(chosen["module"] == "full") & (chosen["seed"] == seed)]
+            sent.append(run["bytes"].max())
+            own.append(run["score"].iloc[-1])
+            theirs.append(at_bytes(full, sent[-1]))
+        lines.append(
+            f"| {module} | {np.mean(sent) / 1e6:.2f} | {spread(pd.Series(own))} | {spread(pd.Series(theirs))} |"
+        )
+    return lines
+
+
+def from_scratch(last: pd.DataFrame, settings: Settings) -> list[str]:
+    """Pre-trained against random weights."""
+    lines = ["| module | pre-trained | from random weights |", "|---|---|---|"]
+    chosen = last[(last["alpha"] == 1.0) & (last["participation"] == settings.participation[-1])]
+    for module in settings.modules:
+        own = chosen[chosen["module"] == module]
+        cells = [spread(own[own["pretrained"] == pretrained]["score"]) for pretrained in (True, False)]
+        lines.append(f"| {module} | {' | '.join(cells)} |")
+    return lines
+
+
+def large_vit() -> list[str]:
+    """What a device sends of ViT-B/16 with 100 classes, by module: exact, from the model's shapes."""
+    lines = ["| ViT-B/16, 100 classes | elements | MiB in float32 |", "|---|---|---|"]
+    return lines + [f"| {name} | {count:,} | {4 * count / 2**20:.2f} |" for name, count in vit_b16_elements().items()]
+
+
+def vit_b16_elements() -> dict[str, int]:
+    """Trained elements of ViT-B/16 with 100 classes, by module."""
+    from transformers import ViTConfig
+
+    from fedpeat_ray.models.architecture import Head, with_head
+    from fedpeat_ray.models.foundation import Foundation, empty, weights_layout
+    from fedpeat_ray.trainable.find import find_part
+    from fedpeat_ray.trainable.lora import find_lora
+
+    labels = tuple(f"class {i:02d}" for i in range(100))
+    config_json = with_head(ViTConfig().to_json_string(), Head("AutoModelForImageClassification", labels))
+    model = empty(config_json)
+    foundation = Foundation("ViT-B/16", Path(), config_json, Path(), "float32", "")
+    found = {"full": weights_layout(model).num_elements}
+    kinds = {
+        "head": PeftConfig("head"),
+        "bias + head": PeftConfig("bias"),
+        "adapter of 8 a block + head": PeftConfig("houlsby", adapter_width=8, adapters="feedforward"),
+        "VPT-deep of 10 + head": PeftConfig("prompt", num_tokens=10),
+        "LoRA r=4 on q, v + head": PeftConfig("lora"),
+    }
+    for name, peft in kinds.items():
+        config = SimulationConfig(peft=peft, lora=LoraConfig(4, targets=("q_proj", "v_proj")))
+        part = find_part(config, model, foundation, True, lambda c=config: find_lora(model, c.lora))
+        found[name] = part.layout.num_elements
+    return found
+
+
+def draw(table: pd.DataFrame, path: Path) -> None:
+    """Scores by alpha, over bytes, and pre-trained against random weights."""
+    figure = Figure((14, 4), layout="constrained")
+    by_alpha, over_bytes, start = figure.subplots(1, 3)
+    last, shares = finals(table), sorted(table["participation"].unique())
+    alphas, modules = sorted(table["alpha"].unique()), [name for name in COLOURS if name in set(table["module"])]
+    for module in modules:
+        own = last[(last["module"] == module) & last["pretrained"]]
+        for share, style in zip(shares, ("--", "-"), strict=False):
+            rows = own[own["participation"] == share].groupby("alpha")["score"].agg(["mean", "std"]).loc[alphas]
+            label = module if share == shares[-1] else None
+            by_alpha.errorbar(
+                range(len(alphas)), rows["mean"], rows["std"], color=COLOURS[module], linestyle=style, label=label
+            )
+        chosen = table[(table["module"] == module) & table["pretrained"] & (table["alpha"] == 1.0)]
+        chosen = chosen[chosen["participation"] == shares[-1]]
+        mean = chosen.groupby("round")[["bytes", "score"]].mean().iloc[1:]
+        over_bytes.plot(mean["bytes"] / 1e6, mean["score"], color=COLOURS[module], marker=".", label=module)
+    by_alpha.set_xticks(range(len(alphas)), ["IID" if alpha == IID else f"{alpha:g}" for alpha in alphas])
+    by_alpha.set(xlabel="Dirichlet alpha of labels", ylabel="held-out score")
+    by_alpha.set_title("solid: " + f"{shares[-1]:.0%} of devices a round; dashed: {shares[0]:.0%}", fontsize=9)
+    over_bytes.set(xscale="log", xlabel="MB sent, both ways (alpha 1)")
+    over_bytes.legend(frameon=False, fontsize=8)
+    chosen = last[(last["alpha"] == 1.0) & (last["participation"] == shares[-1])]
+    for shift, (pretrained, alpha) in enumerate(((True, 1.0), (False, 0.4))):
+        rows = chosen[chosen["pretrained"] == pretrained].groupby("module")["score"].agg(["mean", "std"]).loc[modules]
+        places = np.arange(len(modules)) + 0.38 * shift
+        colours = [COLOURS[module] for module in modules]
+        label = "pre-trained" if pretrained else "random weights (pale)"
+        start.bar(places, rows["mean"], 0.36, yerr=rows["std"], color=colours, alpha=alpha, label=label)
+    start.set_xticks(np.arange(len(modules)) + 0.19, modules)
+    start.set_title("pre-trained, and from random weights (pale)", fontsize=9)
+    for axes in (by_alpha, over_bytes, start):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Settings, description=__doc__)))
