@@ -65,11 +65,13 @@ class Simulation:
         controller: type | None = None,
         aggregator: Callable | None = None,
         dataset: Callable | None = None,
+        task: type | None = None,
     ):
-        """What is given beside the configuration takes the place of `algorithm`, `control.kind`, `server.aggregator`
-        and `data.name` in it. Raises ConfigError for the first setting that cannot be used."""
-        config = _with_own(config, algorithm, controller, aggregator, dataset)
+        """What is given beside the configuration takes the place of `algorithm`, `control.kind`, `server.aggregator`,
+        `data.name` and `task` in it. Raises ConfigError for the first setting that cannot be used."""
+        config = _with_own(config, algorithm, controller, aggregator, dataset, task)
         config.validate()
+        find_task(config.task)
         find_algorithm(config.algorithm).check(config)
         find_aggregator(config.server.aggregator)
         check_watchers(config.watch)
@@ -176,8 +178,11 @@ def _with_own(
     controller: type | None,
     aggregator: Callable | None,
     dataset: Callable | None,
+    task: type | None,
 ) -> SimulationConfig:
     """The configuration that names what is given."""
+    if task is not None:
+        config = dataclasses.replace(config, task=own.given(task))
     if algorithm is not None:
         config = dataclasses.replace(config, algorithm=own.given(algorithm))
     if controller is not None:

@@ -3,6 +3,8 @@ for them."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,24 @@ from transformers import (
     AutoModelForSeq2SeqLM,
 )
 
-from fedpeat_ray.config import DataConfig
+from fedpeat_ray import SimulationConfig
+from fedpeat_ray.config import (
+    DataConfig,
+    EvaluationConfig,
+    FleetConfig,
+    FoundationConfig,
+    HostsConfig,
+    LocalConfig,
+    LoraConfig,
+    PartitionConfig,
+    PeftConfig,
+    WatchConfig,
+)
 from fedpeat_ray.data.hub import Document
 from fedpeat_ray.data.images import Picture
 
 CLASSES = ("boat", "cart", "sled")
+RATE, STEPS = 0.01, 3
 _BERT = {**FAMILIES["Roberta"], "is_decoder": False, "num_hidden_layers": 3, "hidden_size": 32}
 _VIT = {"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 32, "num_hidden_layers": 3}
 _VIT |= {"num_attention_heads": 2, "intermediate_size": 48}
@@ -90,3 +105,25 @@ def pictures(config: DataConfig) -> list[Picture]:
 def data_for(task: str) -> str:
     """data.name of a task's documents."""
     return f"{__file__}:{'pictures' if task == 'images' else 'documents'}"
+
+
+def tiny_task(families: Mapping[str, Path], case: str, dtype: str = "float64", **changes: Any) -> SimulationConfig:
+    """A round of four of eight devices, with a few texts, or images, of three classes each."""
+    family, task = CASES[case]
+    settings = SimulationConfig(
+        task=task,
+        algorithm="fed-peft",
+        rounds=1,
+        cohort_size=4,
+        client_batch_size=3,
+        lora=LoraConfig(rank=2, alpha=3.0),
+        peft=PeftConfig(num_tokens=3, adapter_width=4),
+        local=LocalConfig(sequence_length=20, max_steps=STEPS, batch_size=4, learning_rate=RATE, weight_decay=0.1),
+        foundation=FoundationConfig(str(families[family]), dtype=dtype),  # type: ignore[arg-type]  # one of its names
+        data=DataConfig(data_for(task), partition=PartitionConfig(documents_per_device=7)),
+        fleet=FleetConfig(num_devices=8),
+        evaluation=EvaluationConfig(num_sequences=9, sequence_length=20, centralised=False),
+        hosts=HostsConfig(backend="serial"),
+        watch=WatchConfig(tensorboard=False),
+    )
+    return dataclasses.replace(settings, **changes)

@@ -18,29 +18,16 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from task_models import CASES, CLASSES, MODELS, data_for, write_family_for_tasks
+from task_models import CASES, CLASSES, MODELS, RATE, tiny_task, write_family_for_tasks
 from torch import Tensor, nn
 
-from fedpeat_ray import Simulation, SimulationConfig
-from fedpeat_ray.config import (
-    DataConfig,
-    EvaluationConfig,
-    FleetConfig,
-    FoundationConfig,
-    HostsConfig,
-    LocalConfig,
-    LoraConfig,
-    PartitionConfig,
-    PeftConfig,
-    WatchConfig,
-)
+from fedpeat_ray import Simulation
 from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.models.foundation import load_backbone
 from fedpeat_ray.training.client_batch import ClientUpdate
 from fedpeat_ray.world import World, prepare
 
 MODULES = ("full", "head", "bias", "lora", "ia3", "houlsby", "prompt", "prefix")
-RATE, STEPS = 0.01, 3
 
 
 @pytest.fixture(scope="module")
@@ -48,28 +35,6 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The directory of a model of each."""
     folder = tmp_path_factory.mktemp("families")
     return {family: write_family_for_tasks(folder / family, family) for family in MODELS}
-
-
-def config(families: Mapping[str, Path], case: str, dtype: str = "float64", **changes: Any) -> SimulationConfig:
-    """Five devices of a few texts, or images, of three classes."""
-    family, task = CASES[case]
-    settings = SimulationConfig(
-        task=task,
-        algorithm="fed-peft",
-        rounds=1,
-        cohort_size=4,
-        client_batch_size=3,
-        lora=LoraConfig(rank=2, alpha=3.0),
-        peft=PeftConfig(num_tokens=3, adapter_width=4),
-        local=LocalConfig(sequence_length=20, max_steps=STEPS, batch_size=4, learning_rate=RATE, weight_decay=0.1),
-        foundation=FoundationConfig(str(families[family]), dtype=dtype),  # type: ignore[arg-type]  # one of its names
-        data=DataConfig(data_for(task), partition=PartitionConfig(documents_per_device=7)),
-        fleet=FleetConfig(num_devices=8),
-        evaluation=EvaluationConfig(num_sequences=9, sequence_length=20, centralised=False),
-        hosts=HostsConfig(backend="serial"),
-        watch=WatchConfig(tensorboard=False),
-    )
-    return dataclasses.replace(settings, **changes)
 
 
 def plain(world: World, directory: Path) -> nn.Module:
@@ -138,7 +103,7 @@ def with_start(model: Any, world: World) -> Any:
 
 @pytest.mark.parametrize("case", CASES)
 def test_lora_of_a_client_batch_is_that_of_a_plain_peft_loop(families, case):
-    world = prepare(config(families, case), Path())
+    world = prepare(tiny_task(families, case), Path())
     family, _ = CASES[case]
     updates = trained(world, [0, 1, 2])
     ours = [dict(world.algorithm.layout.unflatten(update.delta_P)) for update in updates]
@@ -169,7 +134,7 @@ def other_modules() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize(("case", "module"), other_modules())
 def test_other_modules_of_a_client_batch_are_those_of_plain_peft_loops(families, case, module, tmp_path):
-    settings = config(families, case)
+    settings = tiny_task(families, case)
     settings = dataclasses.replace(settings, peft=dataclasses.replace(settings.peft, module=module))
     world = prepare(settings, Path())
     if module == "ia3" and CASES[case][0] == "vit":
@@ -192,7 +157,7 @@ def test_other_modules_of_a_client_batch_are_those_of_plain_peft_loops(families,
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_adapter_loads_in_peft_with_the_logged_score(families, case, tmp_path):
-    settings = config(families, case, dtype="float32", out=tmp_path / "run")
+    settings = tiny_task(families, case, dtype="float32", out=tmp_path / "run")
     summary = Simulation(settings).run()
     world = prepare(settings, tmp_path)
     family, _ = CASES[case]
@@ -221,7 +186,7 @@ def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("case", CASES)
 def test_each_module_is_trained_in_batches_as_alone_or_is_refused_in_a_line(families, case, module, grid):
-    settings = config(families, case)
+    settings = tiny_task(families, case)
     settings = dataclasses.replace(settings, peft=dataclasses.replace(settings.peft, module=module))
     try:
         world = prepare(settings, Path())
