@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,10 @@ from fedpeat_ray.algorithms.find import find_algorithm
 from fedpeat_ray.config import SimulationConfig
 from fedpeat_ray.errors import ConfigError, RunDirError
 from fedpeat_ray.models import foundation as foundations
+from fedpeat_ray.models.architecture import CAUSAL, Head
 from fedpeat_ray.models.traits import check_tokenizer
-from fedpeat_ray.runtime.run_log import ADAPTER, read_settings
+from fedpeat_ray.runtime.run_log import ADAPTER, read_config, read_settings
+from fedpeat_ray.tasks.find import find_task
 from fedpeat_ray.trainable.part import stacked
 from fedpeat_ray.trainable.peft_files import load, saved_lora
 
@@ -24,10 +27,12 @@ from fedpeat_ray.trainable.peft_files import load, saved_lora
 def tuned_model(run_dir: Path) -> PreTrainedModel:
     """The model of a finished run with what it tuned, merged into its weights; float32, in evaluation mode.
 
-    For FedPT it is the small one. Raises RunDirError for a run that is not finished.
+    For FedPT it is the small one. Of what is no LoRA, but known to PEFT, it is PEFT's model. Raises RunDirError for a
+    run that is not finished, or whose module only this engine knows.
     """
     config = read_settings(run_dir)
-    model = _load(find_algorithm(config.algorithm).tuned_model(config))
+    head = Head(find_task(config.task).auto, tuple(read_config(run_dir)["resolved"].get("labels", ())))
+    model = _load(find_algorithm(config.algorithm).tuned_model(config), head, config.foundation.pretrained)
     directory = _adapter_of(run_dir)
     if not (directory / "adapter_config.json").exists():
         return _with_weights(model, directory)
@@ -35,8 +40,8 @@ def tuned_model(run_dir: Path) -> PreTrainedModel:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers will rename
-        with_lora: Any = peft.PeftModel.from_pretrained(model, str(directory))
-        return with_lora.merge_and_unload()
+        tuned: Any = peft.PeftModel.from_pretrained(model, str(directory))
+        return tuned.merge_and_unload() if _is_lora(directory) else tuned
 
 
 def texts(
@@ -57,6 +62,8 @@ def texts(
     if max_new_tokens < 1:
         raise ConfigError.of("max_new_tokens", max_new_tokens, "at least 1")
     config = read_settings(run_dir)
+    if find_task(config.task).auto != CAUSAL.auto:
+        raise RunDirError(f"{run_dir} is a run of {config.task}: only language models go on with a text")
     algorithm, alpha = find_algorithm(config.algorithm), config.proxy.alpha if alpha is None else alpha
     large, tuned_name = _load(config.foundation.name), algorithm.tuned_model(config)
     tuned = large if tuned_name == config.foundation.name else _load(tuned_name)
@@ -69,7 +76,7 @@ def texts(
         return complete(model, tokenizer, prompt, max_new_tokens, temperature, positions, *processors)
 
     found = {f"{config.foundation.name}, as it was": text(large)}
-    with plugged(tuned, config, run_dir):
+    with plugged(tuned, config, run_dir) as tuned:
         found[f"{tuned_name}, tuned"] = text(tuned)
         if steer := algorithm.steering(config, tuned, alpha):
             found[f"{config.foundation.name}, steered (alpha = {alpha:g})"] = text(large, steer)
@@ -104,17 +111,21 @@ def complete(
 
 
 @contextlib.contextmanager
-def plugged(model: PreTrainedModel, config: SimulationConfig, run_dir: Path) -> Iterator[None]:
+def plugged(model: PreTrainedModel, config: SimulationConfig, run_dir: Path) -> Iterator[PreTrainedModel]:
     """The model with what the run tuned, LoRA beside its weights."""
     directory = _adapter_of(run_dir)
-    if (directory / "adapter_config.json").exists():
+    if not _is_lora(directory):
+        yield tuned_model(run_dir)
+    else:
         lora = saved_lora(model, directory, config.lora)
         with stacked(model, lora) as set_tensors:
             set_tensors(load(directory, lora).unsqueeze(0))
-            yield
-    else:
-        _with_weights(model, directory)
-        yield
+            yield model
+
+
+def _is_lora(directory: Path) -> bool:
+    path = directory / "adapter_config.json"
+    return path.exists() and json.loads(path.read_text())["peft_type"] == "LORA"
 
 
 def _adapter_of(run_dir: Path) -> Path:
@@ -126,10 +137,12 @@ def _adapter_of(run_dir: Path) -> Path:
 
 def _with_weights(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
     (file,) = directory.glob("*.safetensors")
-    model.load_state_dict(load_file(file), strict=False, assign=True)
+    unknown = model.load_state_dict(load_file(file), strict=False, assign=True).unexpected_keys
+    if unknown:
+        raise RunDirError(f"{directory} holds what is beside the model's weights, {unknown[0]} for example")
     model.tie_weights()
     return model
 
 
-def _load(name: str) -> PreTrainedModel:
-    return foundations.load(foundations.prepare(name, "float32"))
+def _load(name: str, head: Head = CAUSAL, pretrained: bool = True) -> PreTrainedModel:
+    return foundations.load(foundations.prepare(name, "float32", head=head, pretrained=pretrained))

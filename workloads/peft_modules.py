@@ -134,7 +134,7 @@ def configuration(
         documents_per_device=settings.documents_per_device,
     )
     texts = settings.task != "images"
-    length = {"sequence_length": settings.sequence_length} if texts else {}
+    length: dict[str, Any] = {"sequence_length": settings.sequence_length} if texts else {}
     return SimulationConfig(
         task=settings.task,
         algorithm="fed-peft",

@@ -18,8 +18,9 @@ from task_models import CASES, CLASSES, MODELS, documents, pictures, tiny_task, 
 
 from fedpeat_ray import Simulation
 from fedpeat_ray.config import DataConfig, EmulatorConfig
-from fedpeat_ray.errors import ConfigError, DataError, ModelError
+from fedpeat_ray.errors import ConfigError, DataError, ModelError, RunDirError
 from fedpeat_ray.models.foundation import load
+from fedpeat_ray.tasks.classification import TextClassification
 from fedpeat_ray.tasks.masked import SHARE, MaskedLanguageModelling
 from fedpeat_ray.tasks.score import Score
 from fedpeat_ray.training.client_batch import together
@@ -59,14 +60,15 @@ def test_the_task_of_the_docs_is_trained_on_a_table_of_ones_own(families, tmp_pa
     assert summary["scores"]["tuned"] == summary["metrics"]["tuned"]["macro_f1"]
     world = prepare(config, tmp_path)
     batch = together([world.heldout[0].arrays], load(world.foundation))
-    plain, _ = super(type(world.task), world.task).losses(load(world.foundation), batch)
+    plain, _ = TextClassification.losses(world.task, load(world.foundation), batch)  # type: ignore[arg-type]  # it is one
     careful, _ = world.task.losses(load(world.foundation), batch)
     assert careful.tolist() == pytest.approx((plain * torch.where(batch["labels"] == 0, 5.0, 1.0)).tolist())
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
 def test_images_are_read_from_folders_and_tables(kind, families, tmp_path):
-    place, data = tmp_path / "images", {}
+    place = tmp_path / "images"
+    data: dict[str, Any] = {}
     found = pictures(DataConfig())
     for i, picture in enumerate(found):
         file = place / picture.label / f"{i}.png"
@@ -114,7 +116,7 @@ def test_what_classification_measures_is_what_scikit_learn_measures(families, tm
 
 def test_exact_match_is_that_of_greedy_decoding(families, tmp_path):
     world = prepare(tiny_task(families, "t5"), tmp_path)
-    model = load(world.foundation)
+    model: Any = load(world.foundation)
     tokenizer_end = world.data.corpus.eos_id
     for task in world.heldout:
         batch = together([task.arrays], model)
@@ -152,6 +154,26 @@ def test_emulators_of_every_family_are_tuned_and_plugged_in(case, families, tmp_
     assert scores["plug_in"] == scores["tuned"] and set(scores["emulator_tuned"]) == {"1"}
     assert perplexity["emulator_tuned"]["1"] != perplexity["emulator_zero_shot"]["1"]
     assert perplexity["tuned"] != perplexity["zero_shot"]
+
+
+@pytest.mark.parametrize("module", ["lora", "ia3", "bias", "head", "full", "houlsby", "prompt"])
+@pytest.mark.parametrize("case", ["roberta", "vit"])
+def test_the_tuned_model_scores_as_logged_or_is_refused_in_a_line(case, module, families, tmp_path):
+    config = tiny_task(families, case, "float32", out=tmp_path / "run")
+    simulation = Simulation(dataclasses.replace(config, peft=dataclasses.replace(config.peft, module=module)))
+    summary = simulation.run()
+    if module in ("houlsby", "prompt"):
+        with pytest.raises(RunDirError, match="holds what is beside the model's weights"):
+            simulation.model()
+        return
+    world, model = prepare(config, tmp_path), simulation.model()
+    score = Score()
+    for task in world.heldout:
+        with torch.no_grad():
+            score += world.task.score(model, together([task.arrays], model))
+    assert score.perplexity == pytest.approx(summary["perplexity"]["tuned"], rel=1e-5)
+    with pytest.raises(RunDirError, match="only language models go on with a text"):
+        simulation.generate("Once")
 
 
 @pytest.mark.parametrize(
