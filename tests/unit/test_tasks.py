@@ -77,7 +77,8 @@ def test_images_are_read_from_folders_and_tables(kind, families, tmp_path):
     if kind == "parquet":
         files = sorted(place.rglob("*.png"))
         contents = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
-        place, data = tmp_path / "images.parquet", {"label_column": "kind"}
+        place = tmp_path / "images.parquet"
+        data["label_column"] = "kind"
         pq.write_table(pa.table({"image": contents, "kind": [file.parent.name for file in files]}), place)
     summary = with_data(families, "vit", tmp_path / "run", place, **data)
     assert summary["metric"]["name"] == "accuracy" and summary["num_completed"] > 0
