@@ -82,7 +82,7 @@ def main(num_sequences: int = 128) -> None:
         num_sequences: held-out sequences of 256 tokens a figure.
     """
     table = Table("model", "public", "private", "private, half of the middle left out", "ratio")
-    found = {name: quality(name, num_sequences) for name in foundations.EMBEDDED}
+    found = {name: quality(name, num_sequences) for name in foundations.PAIR}
     for name, q in found.items():
         row = (q.public, q.private, q.private_half_middle, q.private_half_middle / q.private)
         table.add_row(name, *(f"{figure:.2f}" for figure in row))

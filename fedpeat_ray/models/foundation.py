@@ -38,7 +38,10 @@ from fedpeat_ray.models.layout import Layout
 from fedpeat_ray.models.traits import Traits, check_configuration, configured_positions, examine, linear_head
 from fedpeat_ray.seeding import derive_seed
 
-EMBEDDED = ("pydoc-base", "pydoc-small", "pydoc-roberta", "glyph-vit")
+PAIR = ("pydoc-base", "pydoc-small")
+"""Language models of one vocabulary."""
+
+EMBEDDED = (*PAIR, "pydoc-roberta", "glyph-vit")
 _VERSION = 1  # of the files of weights: raise it when the same model gives others
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")  # in a configuration
 _EMBEDDED_DIR = Path(__file__).parent / "embedded"

@@ -54,7 +54,7 @@ def in_part(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], AbstractCo
 @pytest.fixture(scope="module", params=["in part", pytest.param("all", marks=pytest.mark.full)])
 def private(request: pytest.FixtureRequest, in_part) -> dict[str, float]:
     """Perplexities on private text: of the two, and of the base without every second block of its middle."""
-    prepared = {name: foundations.prepare(name, "float32") for name in foundations.EMBEDDED}
+    prepared = {name: foundations.prepare(name, "float32") for name in foundations.PAIR}
     with contextlib.nullcontext() if request.param == "all" else in_part():
         num_sequences = 128 if request.param == "all" else 32
         text = heldout_text(prepared["pydoc-base"], num_sequences, public=False)  # for both: they share a tokenizer
@@ -74,9 +74,14 @@ def test_the_base_is_clearly_better_than_its_small_sibling(private):
 
 
 def test_the_pair_shares_a_tokenizer_and_takes_less_than_40_megabytes():
-    base, small = (foundations.model_dir(name) for name in foundations.EMBEDDED)
+    base, small = (foundations.model_dir(name) for name in foundations.PAIR)
     assert (base / "tokenizer.json").read_bytes() == (small / "tokenizer.json").read_bytes()
     assert sum(path.stat().st_size for folder in (base, small) for path in Path(folder).iterdir()) < 40e6
+
+
+def test_the_small_encoders_take_less_than_10_megabytes():
+    folders = [foundations.model_dir(name) for name in foundations.EMBEDDED if name not in foundations.PAIR]
+    assert sum(path.stat().st_size for folder in folders for path in folder.iterdir()) < 10e6
 
 
 @pytest.mark.sweep
