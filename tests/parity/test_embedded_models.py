@@ -17,6 +17,7 @@ from fedpeat_ray.data.batches import heldout_sequences
 from fedpeat_ray.data.corpus import load_corpus
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models.foundation import load, load_backbone, load_tokenizer, prepare
+from fedpeat_ray.records import sequences
 from fedpeat_ray.trainable.lora import find_lora
 from fedpeat_ray.training.evaluation import Evaluate, ScoreSum, evaluation_tasks
 from workloads.check_foundation import half_middle, heldout_text, perplexity
@@ -95,7 +96,7 @@ def test_perplexity_in_the_type_of_training_agrees_to_a_tenth_of_a_percent(text,
     adapter_P += 0.01 * torch.from_numpy(np.random.default_rng(0).standard_normal(len(adapter_P))).float()
     with contextlib.nullcontext() if text == "all" else in_part():
         corpus = load_corpus(DataConfig(), load_tokenizer(foundation.config_dir))
-    tasks = evaluation_tasks("all", text(*heldout_sequences(corpus, 256, 128, seed=0)))
+    tasks = evaluation_tasks("all", sequences(*heldout_sequences(corpus, 256, 128, seed=0)))
     found = []
     for exact in (True, False):
         scores = ScoreSum().add(Evaluate(lora, exact)(backbone, adapter_P, tasks)).result()
