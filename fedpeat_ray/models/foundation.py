@@ -284,7 +284,7 @@ def load_tokenizer(config_dir: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(config_dir, trust_remote_code=False))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{config_dir} holds no tokenizer: {error}") from error
+        raise ModelError(f"{config_dir} holds no tokenizer: {str(error).splitlines()[0]}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
         raise ModelError(f"{config_dir} holds no tokenizer, or one without a vocabulary")
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:

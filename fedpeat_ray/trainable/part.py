@@ -42,8 +42,8 @@ class StackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen one: some models look at its type."""
-        return self.frozen.get_parameter("weight")
+        """Of the type of the frozen one, which some models look at; empty, so that none multiplies with it."""
+        return self.frozen.get_parameter("weight").new_empty(0)
 
 
 class Part(ABC):

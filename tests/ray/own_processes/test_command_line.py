@@ -111,7 +111,7 @@ def test_a_directory_that_is_no_model_is_refused(refusal, tiny_arguments, tmp_pa
     (tmp_path / "model").mkdir()
     assert "foundation.name" in refusal(tiny_arguments("--foundation.name", tmp_path / "model"))
     (tmp_path / "model" / "config.json").write_text("{}")
-    assert "holds no safetensors file" in refusal(tiny_arguments("--foundation.name", tmp_path / "model"))
+    assert "holds no tokenizer" in refusal(tiny_arguments("--foundation.name", tmp_path / "model"))
 
 
 def test_the_directory_of_another_run_is_refused(refusal, tiny_arguments, uninterrupted):
