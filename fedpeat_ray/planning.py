@@ -91,7 +91,7 @@ class GivenSketch(Given):
 
     def public_text(self) -> ServerData:
         """None is read."""
-        return ServerData(NO_TEXT)
+        return ServerData(NO_TEXT, self.task)
 
 
 def plan(config: SimulationConfig, num_rounds: int | None = None, calibrate: bool = True) -> dict[str, Any]:

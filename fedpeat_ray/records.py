@@ -200,16 +200,6 @@ class ClientTask:
 
 
 @dataclass(frozen=True)
-class TextBatch:
-    """Sequences to go through a model: B sequences, T tokens a sequence."""
-
-    tokens_BT: np.ndarray
-    """Token ids, integer."""
-    lengths_B: np.ndarray
-    """Valid tokens of each sequence."""
-
-
-@dataclass(frozen=True)
 class ClientReport:
     """What is known of a device's work once it is trained: the part of its row the plan could not tell."""
 

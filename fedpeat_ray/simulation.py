@@ -366,6 +366,7 @@ def _open_log(world: World, directory: Path, num_hosts: int) -> RunLog:
         "documents": {side: _documents(corpus) for side, corpus in world.corpora.items()},
         "fits": dataclasses.asdict(world.fits),
         "memory_model": memory_model(world.held.config_json, world.algorithm.adapter.kind),
+        "fixed_length": world.fixed_length,
         "labels": world.data.corpus.label_names if world.task.head(world.data.corpus).labels else (),
         "algorithm": {"name": type(world.algorithm).__name__, "about": world.algorithm.about},
         **world.algorithm.facts(),

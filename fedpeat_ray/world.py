@@ -45,6 +45,8 @@ class World:
     heldout: list[EvaluationTask]
     fits: Fits
     """Which devices have the memory to take part."""
+    fixed_length: int | None = None
+    """Tokens of every example, where the model says it."""
 
     @property
     def task(self) -> Task:
@@ -97,7 +99,8 @@ def described(config: SimulationConfig, directory: Path, given_as: type[Given] =
     head = task.head(corpus)
     foundation = given_as.find(named.name, named.dtype, "foundation.name", head, named.pretrained)
     given = given_as(config, foundation, directory, task, bool(head.labels))
-    config = _with_fixed_length(kind.with_numbers(given), task.fixed_length(given.model.config))
+    fixed_length = task.fixed_length(given.model.config)
+    config = _with_fixed_length(kind.with_numbers(given), fixed_length)
     kind.check(config)
     given = given.with_config(config)
     given.check_positions("local.sequence_length", "evaluation.sequence_length", of=config.foundation.name)
@@ -110,7 +113,7 @@ def described(config: SimulationConfig, directory: Path, given_as: type[Given] =
     algorithm = kind.build(given)
     heldout = evaluation_tasks(ALL, data.heldout(config.evaluation))
     who_fits = fits(conditions.fleet, algorithm.memory_needs())
-    return World(config, foundation, algorithm, conditions, data, heldout, who_fits)
+    return World(config, foundation, algorithm, conditions, data, heldout, who_fits, fixed_length)
 
 
 def _with_fixed_length(config: SimulationConfig, length: int | None) -> SimulationConfig:
@@ -119,7 +122,9 @@ def _with_fixed_length(config: SimulationConfig, length: int | None) -> Simulati
         return config
     local = dataclasses.replace(config.local, sequence_length=length)
     evaluation = dataclasses.replace(config.evaluation, sequence_length=length)
-    return dataclasses.replace(config, local=local, evaluation=evaluation)
+    distil = dataclasses.replace(config.emulator.distil, sequence_length=length)
+    emulator = dataclasses.replace(config.emulator, distil=distil)
+    return dataclasses.replace(config, local=local, evaluation=evaluation, emulator=emulator)
 
 
 def _with_fleet(config: SimulationConfig, num_devices: int) -> tuple[SimulationConfig, Conditions]:

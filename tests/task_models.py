@@ -66,10 +66,11 @@ CASES = {
 """A family and a task, by a name."""
 
 
-def write_family_for_tasks(directory: Path, family: str) -> Path:
+def write_family_for_tasks(directory: Path, family: str, num_blocks: int = 3) -> Path:
     """A model of one of these families, with a tokenizer of bytes that has a mask."""
     name, kind, settings = MODELS[family]
     values = _ALL | settings if family != "vit" else settings
+    values |= {key: num_blocks for key in ("n_layer", "num_hidden_layers", "num_layers") if key in values}
     config = getattr(transformers, f"{name}Config")(**values)
     write_model(directory, kind.from_config, config)
     if family in ("bert", "roberta"):
@@ -91,6 +92,12 @@ def documents(config: DataConfig) -> list[Document]:
     return found
 
 
+def public_documents(config: DataConfig) -> list[Document]:
+    """Texts of a server: of no class."""
+    rng = np.random.default_rng(1)
+    return [Document(f"{' '.join(rng.choice(['mill', 'well', 'gate'], 7))} {i}", "server") for i in range(60)]
+
+
 def pictures(config: DataConfig) -> list[Picture]:
     """Images of three classes, which differ in where they are bright."""
     rng = np.random.default_rng(0)
@@ -105,6 +112,11 @@ def pictures(config: DataConfig) -> list[Picture]:
 def data_for(task: str) -> str:
     """data.name of a task's documents."""
     return f"{__file__}:{'pictures' if task == 'images' else 'documents'}"
+
+
+def public_data_for(task: str) -> str:
+    """data.public_name for a task."""
+    return f"{__file__}:{'pictures' if task == 'images' else 'public_documents'}"
 
 
 def tiny_task(families: Mapping[str, Path], case: str, dtype: str = "float64", **changes: Any) -> SimulationConfig:

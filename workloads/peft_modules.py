@@ -1,7 +1,8 @@
 """Which small part to tune: every module of FedPEFT over how uneven labels are and how many devices take part.
 
     python workloads/peft_modules.py [--task images] [--seeds 0 1 2] [--out DIR]
-    python workloads/peft_modules.py --task classification --foundation pydoc-roberta --data python_docs
+    python workloads/peft_modules.py --task classification --foundation pydoc-roberta --data python_docs \\
+        --max-steps 4 --sequence-length 32
 
 Each module has the best of three learning rates, chosen on a seed that is not counted. Pre-trained is compared with
 random weights, and modules with full fine-tuning at equal bytes. Writes peft_modules.csv, .md and .png; a run directory
@@ -64,8 +65,10 @@ class Settings:
     participation: tuple[float, ...] = (0.125, 0.5)
     """Shares of the devices that take part in a round."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    rounds: int = 12
-    num_devices: int = 32
+    rounds: int = 8
+    max_steps: int = 8
+    """Of a device in a round."""
+    num_devices: int = 16
     documents_per_device: float = 32
     sequence_length: int = 64
     """Of texts."""
@@ -147,7 +150,7 @@ def configuration(
         lora=LoraConfig(rank=4, alpha=8.0),
         foundation=FoundationConfig(settings.foundation, pretrained=pretrained, dtype="float32"),
         data=DataConfig(settings.data, heldout_share=0.25, partition=partition),
-        local=LocalConfig(batch_size=8, max_steps=8, epochs=2, learning_rate=rate, **length),
+        local=LocalConfig(batch_size=8, max_steps=settings.max_steps, epochs=2, learning_rate=rate, **length),
         fleet=FleetConfig(num_devices=settings.num_devices, availability=AvailabilityConfig(kind="always")),
         evaluation=EvaluationConfig(every=2, num_sequences=settings.num_heldout, centralised=False, **length),
         hosts=settings.hosts,
@@ -205,22 +208,23 @@ def spread(scores: pd.Series) -> str:
 
 def equal_bytes(table: pd.DataFrame, settings: Settings) -> list[str]:
     """Full fine-tuning against the others when each other one has sent all its bytes."""
-    lines = ["| module | its bytes, MB | its score | full fine-tuning after as many bytes |", "|---|---|---|---|"]
+    lines = ["| module | its bytes, MB | its score | full fine-tuning after as many bytes | which are rounds of it |"]
+    lines.append("|---|---|---|---|---|")
     chosen = table[(table["alpha"] == 1.0) & (table["participation"] == settings.participation[-1])]
     chosen = chosen[chosen["pretrained"]]
     for module in settings.modules:
         if module == "full":
             continue
-        own, theirs, sent = [], [], []
+        own, theirs, sent, fit = [], [], [], []
         for seed in settings.seeds:
             run = chosen[(chosen["module"] == module) & (chosen["seed"] == seed)]
             full = chosen[(chosen["module"] == "full") & (chosen["seed"] == seed)]
             sent.append(run["bytes"].max())
             own.append(run["score"].iloc[-1])
             theirs.append(at_bytes(full, sent[-1]))
-        lines.append(
-            f"| {module} | {np.mean(sent) / 1e6:.2f} | {spread(pd.Series(own))} | {spread(pd.Series(theirs))} |"
-        )
+            fit.append(sent[-1] * full["round"].max() / full["bytes"].max())
+        scores = f"{spread(pd.Series(own))} | {spread(pd.Series(theirs))}"
+        lines.append(f"| {module} | {np.mean(sent) / 1e6:.2f} | {scores} | {np.mean(fit):.2f} |")
     return lines
 
 
@@ -300,6 +304,8 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         label = "pre-trained" if pretrained else "random weights (pale)"
         start.bar(places, rows["mean"], 0.36, yerr=rows["std"], color=colours, alpha=alpha, label=label)
     start.set_xticks(np.arange(len(modules)) + 0.19, modules)
+    start.set_ylabel("held-out score")
+    over_bytes.set_ylabel("held-out score")
     start.set_title("pre-trained, and from random weights (pale)", fontsize=9)
     for axes in (by_alpha, over_bytes, start):
         axes.spines[["top", "right"]].set_visible(False)

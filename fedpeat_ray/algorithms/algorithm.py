@@ -118,8 +118,9 @@ class Given:
         return lora
 
     def public_text(self) -> ServerData:
-        """The text of the server. Raises DataError if there is none."""
-        return ServerData(self.task.load(self.config.data, self.tokenizer, public=True))
+        """The text (or images) of the server. Raises DataError if there is none."""
+        reader = self.reader(self.task, self.config.foundation.name)
+        return ServerData(self.task.load(self.config.data, reader, public=True), self.task)
 
     def check_positions(self, *fields: str, most: int | None = None, of: str = "the model") -> None:
         """Raise ConfigError for a setting, a number of tokens, beyond the positions of a model."""

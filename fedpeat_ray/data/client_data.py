@@ -9,17 +9,10 @@ from typing import Protocol
 import numpy as np
 
 from fedpeat_ray.config import EvaluationConfig, LocalConfig
-from fedpeat_ray.data.batches import (
-    batch_order,
-    client_batches,
-    client_sequences,
-    enough_documents,
-    heldout_order,
-    num_steps,
-)
+from fedpeat_ray.data.batches import batch_order, client_batches, heldout_order, num_steps
 from fedpeat_ray.data.corpus import Corpus
 from fedpeat_ray.data.partition import Partition
-from fedpeat_ray.records import SERVER, Arrays, Assignment, ClientTask, TextBatch
+from fedpeat_ray.records import SERVER, Arrays, Assignment, ClientTask
 from fedpeat_ray.seeding import generator
 
 
@@ -34,8 +27,12 @@ class Examples(Protocol):
         """The examples, at most so many tokens each: arrays (N, ...)."""
         ...
 
+    def enough(self, corpus: Corpus, documents: np.ndarray, num_rows: int, length: int) -> np.ndarray:
+        """The first of these documents, at least as many as become so many rows."""
+        ...
+
     def first_rows(self, corpus: Corpus, documents: np.ndarray, num_rows: int, length: int) -> Arrays:
-        """The first so many of them."""
+        """The first so many rows."""
         ...
 
     def prepared(self, corpus: Corpus, batches: Arrays, rng: np.random.Generator) -> Arrays:
@@ -45,16 +42,17 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class ServerData:
-    """The server's public text."""
+    """The server's public text, or images."""
 
     corpus: Corpus
+    examples: Examples
 
     def batches(
         self, num_batches: int, batch_size: int, sequence_length: int, rng: np.random.Generator
-    ) -> list[TextBatch]:
-        """Batches of packed text, documents and sequences in random order."""
+    ) -> list[Arrays]:
+        """Batches of examples, documents and examples in random order; arrays (B, ...)."""
         arrays = self._arrays(num_batches, batch_size, sequence_length, rng)
-        return [TextBatch(*batch) for batch in zip(arrays["tokens"], arrays["lengths"], strict=True)]
+        return [{name: array[i] for name, array in arrays.items()} for i in range(num_batches)]
 
     def task(self, num_steps: int, local: LocalConfig, rng: np.random.Generator) -> ClientTask:
         """The server's own part in a round; its weight is the number of sequences it trains on."""
@@ -63,9 +61,9 @@ class ServerData:
 
     def _arrays(self, num_batches: int, batch_size: int, sequence_length: int, rng: np.random.Generator) -> Arrays:
         documents = rng.permutation(np.flatnonzero(~self.corpus.heldout))
-        documents = enough_documents(self.corpus, documents, num_batches * batch_size * sequence_length)
-        tokens_NT, lengths_N = client_sequences(self.corpus, documents, sequence_length)
-        return client_batches({"tokens": tokens_NT, "lengths": lengths_N}, num_batches, batch_size, rng)
+        documents = self.examples.enough(self.corpus, documents, num_batches * batch_size, sequence_length)
+        rows = self.examples.rows(self.corpus, documents, sequence_length)
+        return self.examples.prepared(self.corpus, client_batches(rows, num_batches, batch_size, rng), rng)
 
 
 @dataclass(frozen=True)

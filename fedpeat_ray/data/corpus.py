@@ -133,7 +133,7 @@ def load_corpus(
     names = table["source"].to_pylist() if public else _groups(table, config)
     heldout = table["heldout"].to_numpy()
     texts = table["text"].to_pylist()
-    targets = _targets(table, config) if with_targets else []
+    targets = _targets(table, config, public) if with_targets else []
     kind = [f"{one_by_one}", *targets] if one_by_one else []
     key = sha256_of([str(_CACHE_VERSION), _tokenizer_json(tokenizer), *texts, *kind])
     path = (cache_dir or user_cache_dir()) / f"tokens-{key[:16]}.npy"
@@ -162,13 +162,13 @@ def grouped(names: list[str], heldout: np.ndarray, labels: list[str | None] | No
     return parts | {"digest": sha256_of([key, *names, *map(str, heldout)])}
 
 
-def _targets(table: pa.Table, config: DataConfig) -> list[str]:
-    """(D,) what is to be written for each document."""
+def _targets(table: pa.Table, config: DataConfig, public: bool) -> list[str]:
+    """(D,) what is to be written for each document; nothing for the server's, where it has none."""
     column = "target" if config.target_column is not None else "label"
-    if table[column].null_count:
+    if table[column].null_count and not public:
         allowed = "a column with what is to be written, or data.label_column one with classes to be named"
         raise ConfigError.of("data.target_column", config.target_column, allowed)
-    return table[column].to_pylist()
+    return table[column].fill_null("").to_pylist()
 
 
 def _groups(table: pa.Table, config: DataConfig) -> list[str]:

@@ -8,6 +8,7 @@ Shapes: D images, C channels, H rows, W columns.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fedpeat_ray import own
-from fedpeat_ray.config import DataConfig
+from fedpeat_ray.config import DataConfig, PartitionConfig
 from fedpeat_ray.data import hub
 from fedpeat_ray.data.corpus import Corpus, grouped, mapped
 from fedpeat_ray.data.documents import Removed
@@ -28,6 +29,7 @@ from fedpeat_ray.errors import ConfigError, DataError, ModelError
 from fedpeat_ray.files import sha256_of, user_cache_dir, written_whole
 
 DIGITS = "digits"
+PRIVATE = "data.name"
 FORMATS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 _MODES = {1: "L", 3: "RGB"}
 _CACHE_VERSION = 1  # part of the cache key: raise it when the same files give other pixels
@@ -72,24 +74,34 @@ def image_format(directory: Path) -> ImageFormat:
     return ImageFormat(defaults.shape, mean, std)
 
 
-def load_images(config: DataConfig, format: ImageFormat, cache_dir: Path | None = None) -> Corpus:
-    """The images of `config.name`, with their classes, as documents whose tokens are pixels (C, H, W) each.
+def load_images(config: DataConfig, format: ImageFormat, public: bool = False, cache_dir: Path | None = None) -> Corpus:
+    """The images of `config.name`, with their classes, as documents whose tokens are pixels (C, H, W) each; or, with
+    `public`, those of `config.public_name`, which need no classes and none of which are held out.
 
-    Equal images of one class are read once. Raises DataError if nothing can be read, or is left to train on.
+    Equal images of one class are read once. Raises DataError if nothing can be read, or is left to train on;
+    ConfigError where it is not said which.
     """
-    shape = format.shape
-    pictures = [_scaled(picture, shape, config.name) for picture in _pictures(config)]
+    if public:
+        if config.public_name is None:
+            allowed = "the name of the server's images, which have no embedded part (or --emulator.weights foundation)"
+            raise ConfigError.of("data.public_name", None, allowed)
+        partition = PartitionConfig(group_by="source")
+        config = dataclasses.replace(config, name=config.public_name, partition=partition)
+    field, shape = "data.public_name" if public else PRIVATE, format.shape
+    pictures = [_scaled(picture, shape, f"{field} = {config.name!r}") for picture in _pictures(config, field)]
     seen: set[tuple[bytes, str]] = set()
     kept = [p for p in pictures if not ((key := (p.image.tobytes(), p.label)) in seen or seen.add(key))]
     if not kept:
-        raise DataError(f"data.name = {config.name!r} has no images: {', '.join(FORMATS)}")
+        raise DataError(f"{field} = {config.name!r} has no images: {', '.join(FORMATS)}")
     sources, labels = [p.source for p in kept], [p.label for p in kept]
-    if config.heldout_by == "source":
+    if public:
+        heldout = [False] * len(kept)
+    elif config.heldout_by == "source":
         heldout = mark_heldout_sources(sources, config.heldout_share)
     else:
         heldout = mark_heldout(labels, [p.name or p.image.tobytes().hex() for p in kept], config.heldout_share)
-    if all(heldout) or not any(heldout):
-        raise DataError(f"data.name = {config.name!r}: {sum(heldout)} of {len(kept)} images are held out")
+    if not public and (all(heldout) or not any(heldout)):
+        raise DataError(f"{field} = {config.name!r}: {sum(heldout)} of {len(kept)} images are held out")
     key = sha256_of([str(_CACHE_VERSION), str(shape), *(p.image.tobytes().hex() for p in kept)])
     path = (cache_dir or user_cache_dir()) / f"images-{key[:16]}.npy"
     if not path.exists():
@@ -106,20 +118,20 @@ def load_images(config: DataConfig, format: ImageFormat, cache_dir: Path | None 
     )
 
 
-def _pictures(config: DataConfig) -> Iterator[Picture]:
+def _pictures(config: DataConfig, field: str) -> Iterator[Picture]:
     path = Path(config.name).expanduser()
     if config.name == DIGITS:
         yield from _digits()
     elif path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in FORMATS and p.is_file())
         if found:
-            yield from (_of_file(p, path) for p in found)
+            yield from (_of_file(p, path, field) for p in found)
         else:
-            yield from _of_tables(config)
+            yield from _of_tables(config, field)
     elif own.is_import_path(config.name):
-        yield from _own(config)
+        yield from _own(config, field)
     else:
-        yield from _of_tables(config)
+        yield from _of_tables(config, field)
 
 
 def _digits() -> Iterator[Picture]:
@@ -132,27 +144,28 @@ def _digits() -> Iterator[Picture]:
         yield Picture(image, str(label), DIGITS, str(i))
 
 
-def _of_file(path: Path, root: Path) -> Picture:
+def _of_file(path: Path, root: Path, field: str) -> Picture:
     """The class is the folder that the file is in; the source is the one above it, if that is below the root."""
     folders = path.relative_to(root).parts[:-1]
-    if not folders:
-        raise DataError(f"data.name = {str(root)!r}: {path.name} is in no folder that names its class")
+    if not folders and field == PRIVATE:
+        raise DataError(f"{field} = {str(root)!r}: {path.name} is in no folder that names its class")
     source = folders[-2] if len(folders) > 1 else root.name
     try:
         with Image.open(path) as image:
-            return Picture(image.copy(), folders[-1], source, str(path.relative_to(root)))
+            return Picture(image.copy(), folders[-1] if folders else "", source, str(path.relative_to(root)))
     except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"data.name = {str(root)!r}: {path} cannot be read: {error}") from error
+        raise DataError(f"{field} = {str(root)!r}: {path} cannot be read: {error}") from error
 
 
-def _of_tables(config: DataConfig) -> Iterator[Picture]:
+def _of_tables(config: DataConfig, field: str) -> Iterator[Picture]:
     """Rows of Parquet files or of a dataset of the hub, with images as these store them: {bytes, path}, or bytes."""
-    if config.label_column is None:
+    if config.label_column is None and field == PRIVATE:
         raise ConfigError.of("data.label_column", None, "a column with the class of each image")
-    for name, table in hub.tables(config):
+    for name, table in hub.tables(config, field):
         images = hub.column(table, "data.image_column", config.image_column, name)
-        labels = hub.names(table, "data.label_column", config.label_column, name).fill_null("unknown").to_pylist()
-        sources = [name] * table.num_rows
+        labels, sources = [""] * table.num_rows, [name] * table.num_rows
+        if config.label_column is not None and field == PRIVATE:
+            labels = hub.names(table, "data.label_column", config.label_column, name).fill_null("unknown").to_pylist()
         if config.source_column is not None:
             sources = (
                 hub.names(table, "data.source_column", config.source_column, name).fill_null("unknown").to_pylist()
@@ -167,20 +180,20 @@ def _of_tables(config: DataConfig) -> Iterator[Picture]:
                 raise DataError(f"{place} holds no image ({images.type}): {error}") from error
 
 
-def _own(config: DataConfig) -> Iterator[Picture]:
-    for picture in own.find("data.name", config.name, {})(config):
+def _own(config: DataConfig, field: str) -> Iterator[Picture]:
+    for picture in own.find(field, config.name, {})(config):
         if not isinstance(picture, Picture):
             kind = type(picture).__name__
-            raise DataError(f"data.name = {config.name!r} gives {kind}, not {Picture.__module__}.Picture")
+            raise DataError(f"{field} = {config.name!r} gives {kind}, not {Picture.__module__}.Picture")
         yield picture
 
 
-def _scaled(picture: Picture, shape: tuple[int, int, int], name: str) -> Any:
+def _scaled(picture: Picture, shape: tuple[int, int, int], place: str) -> Any:
     """The same with uint8 pixels (C, H, W)."""
     image = picture.image
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
-            raise DataError(f"data.name = {name!r}: an image is {image.dtype} {image.shape}, not uint8 (H, W[, C])")
+            raise DataError(f"{place}: an image is {image.dtype} {image.shape}, not uint8 (H, W[, C])")
         image = Image.fromarray(image.squeeze())
     image = image.convert(_MODES[shape[0]])
     if image.size != (shape[2], shape[1]):

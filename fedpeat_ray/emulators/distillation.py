@@ -5,7 +5,8 @@ trained, by
 
     loss = LM loss + 30 * MSE(student's middle output, teacher's) / RMS(teacher's)
 
-where both middles see the same input, as the blocks before them are the same and frozen. Elastic, which
+where both middles see the same input, as the blocks before them are the same and frozen. Where the labels are the
+devices' own (classes, for example), a server's data has none of them, and the first term is left out. Elastic, which
 is ours: one set of weights serves all levels; every step trains the emulator of one level, drawn at
 random. With an adapter plugged into both sides it is a re-alignment after FedBiOT (Wu et al. 2024).
 
@@ -25,11 +26,11 @@ from transformers import PreTrainedModel
 
 from fedpeat_ray.config import DistilConfig
 from fedpeat_ray.emulators.ladder import Ladder, Rung, emulated
-from fedpeat_ray.emulators.on_emulators import half_precision, output_of
+from fedpeat_ray.emulators.on_emulators import half_precision, on_model, output_of, valid_positions, without_head
 from fedpeat_ray.models.foundation import Blocks
-from fedpeat_ray.records import TextBatch
+from fedpeat_ray.records import Arrays
 from fedpeat_ray.seeding import generator
-from fedpeat_ray.tasks.language_modelling import IGNORED, next_token_labels, tensors
+from fedpeat_ray.tasks.task import Task
 
 WARM_UP = 0.1  # share of the steps with a rising learning rate; it falls to zero in half a cosine
 
@@ -38,8 +39,9 @@ def distil(
     student: PreTrainedModel,
     ladder: Ladder,
     rungs: Sequence[Rung],
+    task: Task,
     start: Blocks,
-    batches: Sequence[TextBatch],
+    batches: Sequence[Arrays],
     targets: Iterable[Tensor],
     config: DistilConfig,
     dtype: str,
@@ -51,6 +53,7 @@ def distil(
     Args:
         student: the frozen model; its own blocks stay at the ends.
         rungs: the levels to be trained, one of them a step.
+        task: what the model is for.
         start: all middle blocks that these levels keep.
         targets: what the foundation's last middle block puts out (B, T, D), for each batch.
         dtype: bfloat16 for products in it.
@@ -66,7 +69,7 @@ def distil(
         rung = rungs[levels[step]]
         with emulated(student, ladder.block_list, rung, middle), plugged(rung):
             with half_precision(student, dtype):
-                loss = distillation_loss(student, ladder, rung, batch, target_BTD, config.output_weight)
+                loss = distillation_loss(student, ladder, rung, task, batch, target_BTD, config.output_weight)
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -75,20 +78,27 @@ def distil(
 
 
 def distillation_loss(
-    student: PreTrainedModel, ladder: Ladder, rung: Rung, batch: TextBatch, target_BTD: Tensor, output_weight: float
+    student: PreTrainedModel,
+    ladder: Ladder,
+    rung: Rung,
+    task: Task,
+    arrays: Arrays,
+    target_BTD: Tensor,
+    output_weight: float,
 ) -> Tensor:
     """The student's loss on a batch; the student is the emulator of the rung."""
-    device = next(student.parameters()).device
-    tokens_BT, lengths_B = tensors(batch, device)
+    batch, hidden = on_model(arrays, student), list[Tensor]()
     last_before_end = rung.blocks[len(rung.blocks) - ladder.last - 1]
-    hidden: list[Tensor] = []
     with output_of(student.get_submodule(f"{ladder.block_list}.{last_before_end}"), hidden.append):
-        logits_BTV = student(input_ids=tokens_BT, use_cache=False).logits
-    labels_BT = next_token_labels(tokens_BT, lengths_B)
-    lm_loss = nn.functional.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED)
-    valid_BT = torch.arange(tokens_BT.shape[1], device=device) < lengths_B[:, None]
-    output_ND, target_ND = hidden[0][valid_BT].float(), target_BTD.to(device)[valid_BT].float()
-    return lm_loss + output_weight * nn.functional.mse_loss(output_ND, target_ND) / target_ND.square().mean().sqrt()
+        if task.self_supervised:
+            losses_B, counts_B = task.losses(student, batch)
+            own_loss = losses_B.sum() / counts_B.sum()
+        else:
+            without_head(student, task, batch)
+            own_loss = 0.0
+    valid_BT = valid_positions(hidden[0], batch)
+    output_ND, target_ND = hidden[0][valid_BT].float(), target_BTD.to(valid_BT.device)[valid_BT].float()
+    return own_loss + output_weight * nn.functional.mse_loss(output_ND, target_ND) / target_ND.square().mean().sqrt()
 
 
 def learning_rate_factor(step: int, num_steps: int) -> float:

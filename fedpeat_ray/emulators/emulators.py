@@ -26,7 +26,6 @@ from fedpeat_ray.files import file_sha256, user_cache_dir
 from fedpeat_ray.fleet.levels import EmulatorCosts
 from fedpeat_ray.fleet.memory import ModelShape
 from fedpeat_ray.models import foundation as foundations
-from fedpeat_ray.models.architecture import CAUSAL
 from fedpeat_ray.models.foundation import Foundation
 from fedpeat_ray.models.layout import Layout
 from fedpeat_ray.tasks.find import find_task
@@ -182,9 +181,9 @@ def _part(
 def check_emulators(config: SimulationConfig) -> None:
     """Raise ConfigError for settings of emulators and their control that do not go together."""
     emulator, control = config.emulator, config.control
-    if emulator.needs_public_text and find_task(config.task).auto != CAUSAL.auto:
-        allowed = "'foundation', with nothing else that learns from public text, as that takes a causal language model"
-        raise ConfigError.of("emulator.weights", emulator.weights, allowed)
+    if emulator.server_steps and not find_task(config.task).self_supervised:
+        allowed = f"0 with --task {config.task}: a server's own data have none of the devices' labels"
+        raise ConfigError.of("emulator.server_steps", emulator.server_steps, allowed)
     shares = SHARES if emulator.shares == "auto" else emulator.shares
     if not shares or not all(0 <= share < 1 for share in shares):
         raise ConfigError.of("emulator.shares", emulator.shares, "at least one, each at least 0 and below 1")

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from fedpeat_ray.emulators.ladder import Ladder, on_emulator
 from fedpeat_ray.models.foundation import Backbone
-from fedpeat_ray.records import TextBatch
-from fedpeat_ray.tasks.language_modelling import tensors
+from fedpeat_ray.records import Arrays
+from fedpeat_ray.tasks.task import Batch, Task, tensors_of
 from fedpeat_ray.training.adapters import Adapter
 from fedpeat_ray.training.client_batch import ClientUpdate
 from fedpeat_ray.training.collect import Result
@@ -89,7 +89,7 @@ class MiddleOutput:
     adapter: Adapter
     dtype: str
 
-    def __call__(self, backbone: Backbone, adapter_P: Tensor | None, batches: Sequence[TextBatch]) -> list[Result]:
+    def __call__(self, backbone: Backbone, adapter_P: Tensor | None, batches: Sequence[Arrays]) -> list[Result]:
         model, kept = backbone.exact, []
         last = self.ladder.num_blocks - self.ladder.last - 1
         with contextlib.ExitStack() as around:
@@ -99,8 +99,7 @@ class MiddleOutput:
             if adapter_P is not None:
                 around.enter_context(self.adapter.plugged(model, adapter_P))
             for batch in batches:
-                tokens_BT, _ = tensors(batch, next(model.parameters()).device)
-                model(input_ids=tokens_BT, use_cache=False, logits_to_keep=1)
+                without_head(model, self.adapter.task, on_model(batch, model))
         return [Result(hidden.float().cpu()) for hidden in kept]
 
 
@@ -113,30 +112,46 @@ class BlockInfluence:
     """
 
     ladder: Ladder
+    task: Task
 
-    def __call__(self, backbone: Backbone, shared: None, batches: Sequence[TextBatch]) -> list[Result]:
+    def __call__(self, backbone: Backbone, shared: None, batches: Sequence[Arrays]) -> list[Result]:
         model, results = backbone.exact, []
         blocks = [model.get_submodule(f"{self.ladder.block_list}.{i}") for i in range(self.ladder.num_blocks)]
-        for batch in batches:
+        for batch in (on_model(arrays, model) for arrays in batches):
             scores: list[float] = []
-            tokens_BT, lengths_B = tensors(batch, next(model.parameters()).device)
-            valid_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) < lengths_B[:, None]
 
-            def score(_: nn.Module, arguments: Any, keywords: Any, out: Any, *, scores=scores, valid=valid_BT) -> None:
+            def score(_: nn.Module, arguments: Any, keywords: Any, out: Any, *, scores=scores, batch=batch) -> None:
                 before = arguments[0] if arguments else keywords["hidden_states"]
                 after: Tensor = out[0] if isinstance(out, tuple) else out
+                valid = valid_positions(after, batch)
                 cosine = nn.functional.cosine_similarity(before[valid].float(), after[valid].float(), dim=-1)
                 scores.append(1 - cosine.double().mean().item())
 
             hooks = [block.register_forward_hook(score, with_kwargs=True) for block in blocks]
             try:
                 with torch.no_grad():
-                    model(input_ids=tokens_BT, use_cache=False, logits_to_keep=1)
+                    without_head(model, self.task, batch)
             finally:
                 for hook in hooks:
                     hook.remove()
             results.append(Result(np.array(scores)))
         return results
+
+
+def on_model(arrays: Arrays, model: PreTrainedModel) -> Batch:
+    """A batch on the model's device."""
+    parameter = next(model.parameters())
+    return tensors_of(arrays, parameter.device, parameter.dtype)
+
+
+def without_head(model: PreTrainedModel, task: Task, batch: Batch) -> None:
+    """The batch goes through the blocks, for those who listen there."""
+    model.base_model(**task.inputs(model, batch))
+
+
+def valid_positions(hidden_BTD: Tensor, batch: Batch) -> Tensor:
+    """Which positions (B, T) are no padding."""
+    return torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device) < batch["lengths"][:, None]
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ class Workshop:
         distilled = self.config.distil
         rng = generator(distilled.seed, "influence text")
         batches = self.public_text.batches(_INFLUENCE_BATCHES, distilled.batch_size, distilled.sequence_length, rng)
-        scores_NL = list(collect(map_clients, BlockInfluence(ladder), None, batches))
+        scores_NL = list(collect(map_clients, BlockInfluence(ladder, self.adapter.task), None, batches))
         return build_ladder(
             foundations.empty(self.foundation.config_json), self.config, np.mean(scores_NL, axis=0).tolist()
         )
@@ -88,7 +88,14 @@ class Workshop:
     def _distilled_file(self, ladder: Ladder, group: Sequence[Rung], map_clients: MapClients, on_step: OnStep) -> Path:
         if self.embedded_text and kept_sha256(path := self.shipped(ladder, group)):
             return path
-        made_on = [self.foundation.training_dtype, self.public_text.corpus.digest, arithmetic_key()]
+        task = type(self.adapter.task)
+        made_on = [
+            task.__module__,
+            task.__qualname__,
+            self.foundation.training_dtype,
+            self.public_text.corpus.digest,
+            arithmetic_key(),
+        ]
         path = user_cache_dir() / f"emulators-{self._key(ladder, group, *made_on)}.safetensors"
         if kept_sha256(path) is None:
             steps = self.config.distil.steps
@@ -171,7 +178,17 @@ class Workshop:
             return part.plugged(student, adapter_P[self.adapter.layout.part(part.layout.names)[1]])
 
         return distil(
-            student, ladder, group, start, batches, targets, config, dtype, lambda step: on_step(step, steps), plugged
+            student,
+            ladder,
+            group,
+            self.adapter.task,
+            start,
+            batches,
+            targets,
+            config,
+            dtype,
+            lambda step: on_step(step, steps),
+            plugged,
         )
 
     def _key(self, ladder: Ladder, group: Sequence[Rung], *more: Any) -> str:

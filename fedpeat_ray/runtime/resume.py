@@ -12,6 +12,8 @@ from fedpeat_ray.settings import differences
 
 _MAY_CHANGE = ("out", "resume", "accept_changes", "trace", "rounds", "checkpoint_every", "hosts", "watch")
 _MUST_STAY = ("hosts.num_threads", "hosts.exclusive")  # the last bits depend on them
+_MODEL_SAYS = tuple(f"{name}.sequence_length" for name in ("local", "evaluation", "emulator.distil"))
+"""Where all examples are of one length."""
 
 
 def with_resumed(config: SimulationConfig) -> SimulationConfig:
@@ -28,8 +30,9 @@ def with_resumed(config: SimulationConfig) -> SimulationConfig:
             f"{config.resume} cannot be resumed: {package} was {began} when the run began, now it is {now}, and the "
             "bits may differ; accept_changes goes on nevertheless"
         )
+    said = _MODEL_SAYS if (before.get("resolved") or {}).get("fixed_length") else ()
     for path, was, now in differences(stored, config):
-        may_change = path.split(".")[0] in _MAY_CHANGE and path not in _MUST_STAY
+        may_change = (path.split(".")[0] in _MAY_CHANGE and path not in _MUST_STAY) or path in said
         if not may_change and now != "auto":
             raise ConfigError.of(path, now, f"{was!r}, as in the run that is resumed, {config.resume}")
     kept = {name: getattr(config, name) for name in _MAY_CHANGE}

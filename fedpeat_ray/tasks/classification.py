@@ -6,7 +6,6 @@ Legend: N examples, B of a batch, T tokens, C classes.
 from __future__ import annotations
 
 import dataclasses
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from fedpeat_ray.config import DataConfig
 from fedpeat_ray.data.batches import IGNORED, single_texts
 from fedpeat_ray.data.corpus import Corpus, load_corpus
 from fedpeat_ray.data.images import ImageFormat, image_format, load_images
-from fedpeat_ray.errors import ConfigError, DataError
+from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.models.architecture import Head
 from fedpeat_ray.records import Arrays
 from fedpeat_ray.tasks.score import Score
@@ -36,18 +35,16 @@ class Classification(Task):
         """An output for each class of the documents."""
         return Head(self.auto, corpus.label_names)
 
-    @abstractmethod
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """What the model is called with."""
-
     def losses(self, model: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
         """One label an example."""
-        return label_losses(model(**self.inputs(batch)).logits, batch["labels"]), (batch["labels"] != IGNORED).long()
+        return label_losses(model(**self.inputs(model, batch)).logits, batch["labels"]), (
+            batch["labels"] != IGNORED
+        ).long()
 
     def score(self, model: Callable, batch: Batch) -> Score:
         """With how often each class (rows) was taken for each (columns)."""
         real_B = batch["labels"] != IGNORED
-        logits_BC, labels_B = model(**self.inputs(batch)).logits[real_B], batch["labels"][real_B]
+        logits_BC, labels_B = model(**self.inputs(model, batch)).logits[real_B], batch["labels"][real_B]
         num_classes = logits_BC.shape[1]
         pairs = labels_B * num_classes + logits_BC.argmax(dim=1)
         counts = torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
@@ -80,7 +77,7 @@ class TextClassification(Classification):
     def load(self, config: DataConfig, reader: Any, public: bool = False) -> Corpus:
         """Texts with the special tokens of the model. Raises ConfigError where there are no labels."""
         corpus = load_corpus(config, reader, public=public, one_by_one=True)
-        if corpus.label is None:
+        if corpus.label is None and not public:
             raise ConfigError.of("data.label_column", config.label_column, "a column with the class of each text")
         return corpus
 
@@ -93,11 +90,11 @@ class TextClassification(Classification):
         return np.minimum(corpus.num_tokens[np.asarray(documents)], length)
 
     def rows(self, corpus: Corpus, documents: Sequence[int] | np.ndarray, length: int) -> Arrays:
-        """tokens (N, T), labels (N,)."""
-        assert corpus.label is not None
-        return {**single_texts(corpus, documents, length), "labels": corpus.label[np.asarray(documents)]}
+        """tokens (N, T), and labels (N,) where there are any: a server's texts are of other classes, or of none."""
+        rows = single_texts(corpus, documents, length)
+        return rows if corpus.label is None else {**rows, "labels": corpus.label[np.asarray(documents)]}
 
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+    def inputs(self, model: Any, batch: Batch) -> dict[str, Any]:
         """Tokens, and a mask where there is padding."""
         return text_inputs(batch)
 
@@ -124,9 +121,7 @@ class ImageClassification(Classification):
 
     def load(self, config: DataConfig, reader: ImageFormat, public: bool = False) -> Corpus:
         """Images with their classes."""
-        if public:
-            raise DataError("there are no public images: let nothing learn from them (--emulator.weights foundation)")
-        return load_images(config, reader)
+        return load_images(config, reader, public)
 
     def lengths(self, corpus: Corpus, documents: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
         """The same of each."""
@@ -140,7 +135,7 @@ class ImageClassification(Classification):
         lengths = self.lengths(corpus, documents, length)
         return {"pixels": pixels, "lengths": lengths, "labels": corpus.label[documents]}
 
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+    def inputs(self, model: Any, batch: Batch) -> dict[str, Any]:
         """Pixels on the scale that the model was pre-trained on."""
         pixels, scale = batch["pixels"], (self.format.mean, self.format.std)
         mean, std = (pixels.new_tensor(values).view(1, -1, 1, 1) for values in scale)

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedpeat_ray.config import DataConfig
-from fedpeat_ray.data.batches import IGNORED, client_sequences, first_sequences, sequence_lengths
+from fedpeat_ray.data.batches import IGNORED, client_sequences, enough_documents, sequence_lengths
 from fedpeat_ray.data.corpus import Corpus, load_corpus
 from fedpeat_ray.models.foundation import plain_head
-from fedpeat_ray.records import Arrays, TextBatch
+from fedpeat_ray.records import Arrays
 from fedpeat_ray.tasks.score import Score
 from fedpeat_ray.tasks.task import Batch, Task, label_losses, scored
 
@@ -32,6 +32,7 @@ class LanguageModelling(Task):
     auto = "AutoModelForCausalLM"
     metric = "perplexity"
     higher_is_better = False
+    self_supervised = True
     about = "language modelling: the next token"
 
     def load(self, config: DataConfig, reader: Any, public: bool = False) -> Corpus:
@@ -47,19 +48,23 @@ class LanguageModelling(Task):
         """Sequences: tokens (N, T)."""
         return dict(zip(("tokens", "lengths"), client_sequences(corpus, documents, length), strict=True))
 
-    def first_rows(self, corpus: Corpus, documents: np.ndarray, num_rows: int, length: int) -> Arrays:
-        """Of enough documents."""
-        return dict(zip(("tokens", "lengths"), first_sequences(corpus, documents, num_rows, length), strict=True))
+    def enough(self, corpus: Corpus, documents: np.ndarray, num_rows: int, length: int) -> np.ndarray:
+        """By their tokens."""
+        return enough_documents(corpus, documents, num_rows * length)
+
+    def inputs(self, model: Any, batch: Batch) -> dict[str, Any]:
+        """Rows are padded on the right and attention is causal, so padding needs no mask."""
+        return {"input_ids": batch["tokens"], "use_cache": False}
 
     def losses(self, model: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Rows are padded on the right and attention is causal, so padding needs no mask."""
+        """Of next tokens, without the logits of others if that can be."""
         labels_BT = next_token_labels(batch["tokens"], batch["lengths"])
         counts_B = (labels_BT != IGNORED).sum(dim=1)
         if (head_VD := frozen_head(model)) is not None:
             assert isinstance(model, PreTrainedModel)
-            hidden_BTD = model.base_model(input_ids=batch["tokens"], use_cache=False).last_hidden_state
+            hidden_BTD = model.base_model(**self.inputs(model, batch)).last_hidden_state
             return _FrozenHeadLoss.apply(hidden_BTD, head_VD, labels_BT), counts_B
-        logits_BTV = model(input_ids=batch["tokens"], use_cache=False).logits
+        logits_BTV = model(**self.inputs(model, batch)).logits
         return label_losses(logits_BTV, labels_BT).sum(dim=1), counts_B
 
     def score(self, model: Callable, batch: Batch) -> Score:
@@ -72,14 +77,6 @@ class LanguageModelling(Task):
 
 
 LANGUAGE_MODELLING = LanguageModelling()
-
-
-def tensors(batch: TextBatch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens (B, T) and lengths (B,) as int64 on the device."""
-    return (
-        torch.from_numpy(batch.tokens_BT.astype(np.int64)).to(device),
-        torch.from_numpy(batch.lengths_B.astype(np.int64)).to(device),
-    )
 
 
 def next_token_labels(tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:

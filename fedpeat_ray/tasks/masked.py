@@ -54,15 +54,19 @@ class MaskedLanguageModelling(LanguageModelling):
             "labels": np.where(hidden, tokens, IGNORED),
         }
 
+    def inputs(self, model: Any, batch: Batch) -> dict[str, Any]:
+        """Tokens, and a mask where there is padding."""
+        return text_inputs(batch)
+
     def losses(self, model: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
         """Of hidden tokens."""
-        inputs = text_inputs(batch)
+        inputs = self.inputs(model, batch)
         labels_BT = batch["labels"][:, : inputs["input_ids"].shape[1]]
         return label_losses(model(**inputs).logits, labels_BT).sum(dim=1), (labels_BT != IGNORED).sum(dim=1)
 
     def score(self, model: Callable, batch: Batch) -> Score:
         """Of hidden tokens."""
-        inputs = text_inputs(batch)
+        inputs = self.inputs(model, batch)
         labels_BT = batch["labels"][:, : inputs["input_ids"].shape[1]]
         hidden_BT = labels_BT != IGNORED
         return scored(model(**inputs).logits[hidden_BT], labels_BT[hidden_BT])

@@ -50,10 +50,18 @@ class SequenceToSequence(Task):
         padding = np.arange(TARGET_LENGTH) >= targets["lengths"][:, None]
         return {**single_texts(corpus, documents, length), "labels": np.where(padding, IGNORED, targets["tokens"])}
 
+    def inputs(self, model: Any, batch: Batch) -> dict[str, Any]:
+        """The text to be read, and of what is to be written each token's predecessor."""
+        config, before_BU = model.config, batch["labels"].roll(1, dims=1)
+        start = config.pad_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
+        before_BU = before_BU.masked_fill(before_BU == IGNORED, start)
+        before_BU[:, 0] = start
+        return {**text_inputs(batch), "decoder_input_ids": before_BU}
+
     def losses(self, model: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
         """Of the target's tokens, each after those before it."""
-        labels_BU = batch["labels"]
-        return label_losses(self._logits(model, batch), labels_BU).sum(dim=1), (labels_BU != IGNORED).sum(dim=1)
+        labels_BU, logits_BUV = batch["labels"], model(**self.inputs(model, batch)).logits
+        return label_losses(logits_BUV, labels_BU).sum(dim=1), (labels_BU != IGNORED).sum(dim=1)
 
     def score(self, model: Callable, batch: Batch) -> Score:
         """With how many targets are written as they are, and of how many.
@@ -62,7 +70,7 @@ class SequenceToSequence(Task):
         """
         labels_BU = batch["labels"]
         wanted_BU = labels_BU != IGNORED
-        logits_BUV = self._logits(model, batch)
+        logits_BUV = model(**self.inputs(model, batch)).logits
         right_B = ((logits_BUV.argmax(dim=-1) == labels_BU) | ~wanted_BU).all(dim=1) & wanted_BU.any(dim=1)
         counts = np.array([int(right_B.sum()), int(wanted_BU.any(dim=1).sum())])
         return scored(logits_BUV[wanted_BU], labels_BU[wanted_BU], counts)
@@ -71,10 +79,3 @@ class SequenceToSequence(Task):
         """Exact match under greedy decoding, and perplexity and accuracy by token."""
         exact = 0.0 if score.counts is None else float(score.counts[0] / score.counts[1])
         return {"exact_match": exact, "perplexity": score.perplexity, "token_accuracy": score.token_accuracy}
-
-    def _logits(self, model: Any, batch: Batch) -> Tensor:
-        config = model.config
-        start = config.pad_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
-        before_BU = batch["labels"].roll(1, dims=1).masked_fill(batch["labels"].roll(1, dims=1) == IGNORED, start)
-        before_BU[:, 0] = start
-        return model(**text_inputs(batch), decoder_input_ids=before_BU).logits

@@ -41,6 +41,8 @@ class Task(ABC):
     metric: ClassVar[str] = "accuracy"
     """Of `metrics`, the one that tables, figures and `gap_closed` speak of."""
     higher_is_better: ClassVar[bool] = True
+    self_supervised: ClassVar[bool] = False
+    """Whether labels come from the examples themselves, so that a server's own data can teach the same."""
     about: ClassVar[str] = "task"
 
     # The data.
@@ -74,15 +76,24 @@ class Task(ABC):
         """The examples: arrays (N, ...) by name, "lengths" (N,) as above among them. What fills up a batch is zeros,
         and in "labels" IGNORED."""
 
+    def enough(self, corpus: Corpus, documents: np.ndarray, num_rows: int, length: int) -> np.ndarray:
+        """The first of these documents, at least as many as become so many rows."""
+        return documents[:num_rows]
+
     def first_rows(self, corpus: Corpus, documents: np.ndarray, num_rows: int, length: int) -> Arrays:
-        """The first so many of them."""
-        return {name: array[:num_rows] for name, array in self.rows(corpus, documents[:num_rows], length).items()}
+        """The first so many rows."""
+        rows = self.rows(corpus, self.enough(corpus, documents, num_rows, length), length)
+        return {name: array[:num_rows] for name, array in rows.items()}
 
     def prepared(self, corpus: Corpus, batches: Arrays, rng: np.random.Generator) -> Arrays:
         """Batches with what is drawn anew whenever examples are used; arrays (..., B, ...)."""
         return batches
 
     # The model.
+
+    @abstractmethod
+    def inputs(self, model: Any, batch: Batch) -> dict[str, Any]:
+        """What the model is called with."""
 
     @abstractmethod
     def losses(self, model: Callable, batch: Batch) -> tuple[Tensor, Tensor]:

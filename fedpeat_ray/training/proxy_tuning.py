@@ -27,8 +27,8 @@ from fedpeat_ray.fleet.costs import ServerCosts, forward_flops, training_flops
 from fedpeat_ray.fleet.memory import ModelShape, training_memory
 from fedpeat_ray.models.foundation import Backbone, Foundation, load
 from fedpeat_ray.models.proxy import proxy_logits
-from fedpeat_ray.records import TextBatch
-from fedpeat_ray.tasks.language_modelling import IGNORED, next_token_labels, score_of, tensors
+from fedpeat_ray.records import Arrays
+from fedpeat_ray.tasks.language_modelling import IGNORED, next_token_labels, score_of
 from fedpeat_ray.tasks.task import tensors_of
 from fedpeat_ray.trainable.lora import Lora
 from fedpeat_ray.trainable.part import stacked
@@ -106,12 +106,12 @@ class TeacherLogits:
         """The small model's weights."""
         return [self.small.foundation.weights]
 
-    def __call__(self, backbone: Backbone, adapter_P: Tensor, batches: Sequence[TextBatch]) -> list[Result]:
+    def __call__(self, backbone: Backbone, adapter_P: Tensor, batches: Sequence[Arrays]) -> list[Result]:
         results = []
         with self.small.pair(adapter_P) as pair:
             for batch in batches:
                 parts: list[tuple[Tensor, Tensor | None]] = []
-                for tokens_BT in torch.from_numpy(batch.tokens_BT).long().split(ROWS_AT_A_TIME):
+                for tokens_BT in torch.from_numpy(batch["tokens"]).long().split(ROWS_AT_A_TIME):
                     logits_BTV = _steered(backbone.exact, pair, tokens_BT, self.alpha).cpu()
                     if self.top_k is None or self.top_k >= logits_BTV.shape[-1]:
                         parts.append((logits_BTV, None))
@@ -149,7 +149,7 @@ def distil_small(
     student: PreTrainedModel,
     lora: Lora,
     adapter_P: Tensor,
-    batches: Sequence[TextBatch],
+    batches: Sequence[Arrays],
     taught: Iterable[tuple[Tensor, Tensor | None]],
     config: ProxyConfig,
 ) -> Tensor:
@@ -159,11 +159,11 @@ def distil_small(
     optimizer = torch.optim.AdamW([theta_KP], lr=config.learning_rate, weight_decay=0.0, fused=True)
     with stacked(student, lora) as set_factors:
         for batch, logits in zip(batches, taught, strict=True):
-            tokens_BT, lengths_B = tensors(batch, device)
-            labels_N = next_token_labels(tokens_BT, lengths_B).flatten()
+            rows_B = tensors_of(batch, device, dtype)
+            labels_N = next_token_labels(rows_B["tokens"], rows_B["lengths"]).flatten()
             rows = labels_N != IGNORED
             set_factors(theta_KP)
-            logits_NV = student(input_ids=tokens_BT, use_cache=False).logits.flatten(0, 1)[rows]
+            logits_NV = student(input_ids=rows_B["tokens"], use_cache=False).logits.flatten(0, 1)[rows]
             values, tokens = (part if part is None else part.to(device).flatten(0, 1)[rows] for part in logits)
             assert values is not None
             loss = distillation_loss(logits_NV, labels_N[rows], values, tokens, config.kl_weight, config.temperature)

@@ -43,7 +43,8 @@ from fedpeat_ray.errors import ConfigError, ModelError
 from fedpeat_ray.models import foundation as foundations
 from fedpeat_ray.models import weight_files
 from fedpeat_ray.models.layout import Layout
-from fedpeat_ray.records import NON_FINITE, ClientReport, ClientTask, TextBatch, sequences
+from fedpeat_ray.records import NON_FINITE, Arrays, ClientReport, ClientTask, sequences
+from fedpeat_ray.tasks.language_modelling import LANGUAGE_MODELLING
 from fedpeat_ray.trainable.lora import find_lora
 from fedpeat_ray.training.adapters import StackedAdapter
 from fedpeat_ray.training.client_batch import ClientUpdate
@@ -74,16 +75,16 @@ def plain_emulator(model_dir: Path, kept: tuple[int, ...], stand_ins: dict[int, 
     return model
 
 
-def text(num_batches: int, batch_size: int = 4, length: int = 20, seed: int = 0) -> list[TextBatch]:
+def text(num_batches: int, batch_size: int = 4, length: int = 20, seed: int = 0) -> list[Arrays]:
     """Random tokens, the last row of each batch half padding."""
     rng = np.random.default_rng(seed)
     lengths = np.full(batch_size, length)
     lengths[-1] = length // 2
-    return [TextBatch(rng.integers(0, 250, (batch_size, length)), lengths) for _ in range(num_batches)]
+    return [sequences(rng.integers(0, 250, (batch_size, length)), lengths) for _ in range(num_batches)]
 
 
-def valid(batch: TextBatch) -> Tensor:
-    return torch.from_numpy(np.arange(batch.tokens_BT.shape[1]) < batch.lengths_B[:, None])
+def valid(batch: Arrays) -> Tensor:
+    return torch.from_numpy(np.arange(batch["tokens"].shape[1]) < batch["lengths"][:, None])
 
 
 @pytest.fixture
@@ -197,13 +198,13 @@ def test_blocks_of_several_kinds_are_refused():
 def test_influence_is_how_far_a_block_turns_what_goes_through_it(deep_dir, ladder):
     backbone = foundations.load_backbone(foundations.prepare(str(deep_dir), "float32"))
     batches = text(2)
-    results = BlockInfluence(ladder)(backbone, None, batches)
+    results = BlockInfluence(ladder, LANGUAGE_MODELLING)(backbone, None, batches)
     reference, ends = plain(deep_dir), []
     norm = reference.get_submodule("transformer.ln_f" if "gpt2" in str(deep_dir) else "model.norm")
     norm.register_forward_pre_hook(lambda _, arguments: ends.append(arguments[0]))  # the last block's own output
     for result, batch in zip(results, batches, strict=True):
         with torch.no_grad():
-            states = reference(input_ids=torch.from_numpy(batch.tokens_BT), output_hidden_states=True).hidden_states
+            states = reference(input_ids=torch.from_numpy(batch["tokens"]), output_hidden_states=True).hidden_states
         states = [*states[:-1], ends.pop()]
         expected = []
         for before, after in itertools.pairwise(states):
@@ -233,7 +234,7 @@ def test_an_emulator_is_the_plain_model_that_has_its_blocks_only(deep_dir, model
     rung = ladder.rungs[level - 1]
     model.double()  # products of matrices have last bits that depend on where in memory these lie
     before = dict(model.named_parameters())
-    tokens = torch.from_numpy(text(1)[0].tokens_BT)
+    tokens = torch.from_numpy(text(1)[0]["tokens"])
     with torch.no_grad(), emulated(model, ladder.block_list, rung):
         logits = model(input_ids=tokens).logits
         kept = {name for name, _ in model.named_parameters()}
@@ -268,7 +269,7 @@ def test_blocks_with_weights_of_their_own_stand_in_for_the_models_in_both_types(
     other.save_pretrained(tmp_path / "other")
     expected = foundations.load_backbone(foundations.prepare(str(tmp_path / "other"), "bfloat16"))
     rung = Rung(2, ladder.rungs[1].blocks, tmp_path / "blocks.safetensors")
-    own, tokens = Rung(2, rung.blocks), torch.from_numpy(text(1)[0].tokens_BT)
+    own, tokens = Rung(2, rung.blocks), torch.from_numpy(text(1)[0]["tokens"])
     with torch.no_grad():
         with on_emulator(expected, ladder.block_list, own):
             logits = expected.exact(input_ids=tokens).logits
@@ -292,7 +293,7 @@ def test_a_block_that_stands_in_is_made_like_the_one_of_its_number(deep_gpt2_dir
         name: t for name, t in model.state_dict().items() if name.startswith(("transformer.h.2.", "transformer.h.4."))
     }
     save_file(own, tmp_path / "blocks.safetensors")
-    rung, tokens = Rung(1, (0, 2, 4, 6)), torch.from_numpy(text(1)[0].tokens_BT)
+    rung, tokens = Rung(1, (0, 2, 4, 6)), torch.from_numpy(text(1)[0]["tokens"])
     with torch.no_grad():
         with emulated(model, "transformer.h", rung):
             expected = model(input_ids=tokens).logits
@@ -438,7 +439,7 @@ def test_the_work_on_a_level_comes_back_as_what_that_level_has_and_no_more(deep_
     )
     batch, start_P = text(1)[0], adapter.init(0)
     tasks = [
-        ClientTask(i, 4, sequences(batch.tokens_BT[None], batch.lengths_B[None]), level)
+        ClientTask(i, 4, sequences(batch["tokens"][None], batch["lengths"][None]), level)
         for i, level in enumerate((1, 2, 2, None))
     ]
     updates = train(backbone, start_P, tasks)
@@ -495,23 +496,23 @@ def test_random_draws_evenly_from_the_levels_that_fit_and_alike_every_time():
 
 
 @pytest.fixture
-def teacher(deep_dir: Path) -> Callable[[TextBatch], Tensor]:
+def teacher(deep_dir: Path) -> Callable[[Arrays], Tensor]:
     """What the last middle block of the plain model puts out, of which the first end block is not part."""
     return middle_output(plain(deep_dir))
 
 
-def middle_output(reference: PreTrainedModel) -> Callable[[TextBatch], Tensor]:
-    def output(batch: TextBatch) -> Tensor:
+def middle_output(reference: PreTrainedModel) -> Callable[[Arrays], Tensor]:
+    def output(batch: Arrays) -> Tensor:
         with torch.no_grad():
-            states = reference(input_ids=torch.from_numpy(batch.tokens_BT), output_hidden_states=True).hidden_states
+            states = reference(input_ids=torch.from_numpy(batch["tokens"]), output_hidden_states=True).hidden_states
         return states[6]
 
     return output
 
 
-def by_hand(student: nn.Module, batch: TextBatch, target_BTD: Tensor, output_weight: float) -> float:
+def by_hand(student: nn.Module, batch: Arrays, target_BTD: Tensor, output_weight: float) -> float:
     """The loss of offsite-tuning on a plain model with one block behind its middle."""
-    tokens = torch.from_numpy(batch.tokens_BT)
+    tokens = torch.from_numpy(batch["tokens"])
     with torch.no_grad():
         out = student(input_ids=tokens, labels=tokens.masked_fill(~valid(batch), -100), output_hidden_states=True)
     error = (out.hidden_states[-2] - target_BTD)[valid(batch)].double()
@@ -537,10 +538,12 @@ def test_the_teacher_gives_what_the_last_middle_block_puts_out(deep_dir, ladder)
 def test_the_loss_is_that_of_language_and_of_the_middles_output(deep_dir, model, ladder, teacher, level):
     batch, rung = text(1)[0], ladder.rungs[level - 1]
     with emulated(model, ladder.block_list, rung):
-        loss = distillation_loss(model, ladder, rung, batch, teacher(batch), 30.0)
+        loss = distillation_loss(model, ladder, rung, LANGUAGE_MODELLING, batch, teacher(batch), 30.0)
     assert loss.item() == pytest.approx(by_hand(plain_emulator(deep_dir, rung.blocks), batch, teacher(batch), 30.0))
     with emulated(model, ladder.block_list, ladder.rungs[-1]):
-        nothing_missing = distillation_loss(model, ladder, ladder.rungs[-1], batch, teacher(batch), 30.0).item()
+        nothing_missing = distillation_loss(
+            model, ladder, ladder.rungs[-1], LANGUAGE_MODELLING, batch, teacher(batch), 30.0
+        ).item()
     assert nothing_missing == pytest.approx(by_hand(plain(deep_dir), batch, teacher(batch), 0.0), rel=1e-4)
 
 
@@ -549,7 +552,9 @@ def test_distilled_blocks_stand_in_better_and_nothing_else_changes(deep_dir, mod
     config, steps = DistilConfig(learning_rate=3e-3), []
     start = middle(model, ladder, 1)
     targets = [teacher(batch) for batch in text(30)]
-    blocks = distil(model, ladder, ladder.rungs[:1], start, text(30), targets, config, "float32", steps.append)
+    blocks = distil(
+        model, ladder, ladder.rungs[:1], LANGUAGE_MODELLING, start, text(30), targets, config, "float32", steps.append
+    )
     assert steps == list(range(1, 31))
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
     assert blocks.keys() == {3} and blocks[3] is not start[3]
@@ -561,19 +566,29 @@ def test_distilled_blocks_stand_in_better_and_nothing_else_changes(deep_dir, mod
         for stand_ins in (None, blocks)
     ]
     assert losses[1] < 0.9 * losses[0]
-    again = distil(model, ladder, ladder.rungs[:1], start, text(30), targets, config, "float32")
+    again = distil(model, ladder, ladder.rungs[:1], LANGUAGE_MODELLING, start, text(30), targets, config, "float32")
     assert all(a.equal(b) for a, b in zip(blocks[3].parameters(), again[3].parameters(), strict=True))
 
 
 def test_elastic_training_draws_a_level_a_step_and_serves_all_of_them(deep_dir, model, ladder, teacher):
     def run(seed: int) -> tuple[dict[int, nn.Module], list[int]]:
         depths: list[int] = []
-        count = model.register_forward_pre_hook(
-            lambda model, _: depths.append(len(list(model.get_submodule(ladder.block_list).children())))
+        count = model.base_model.register_forward_pre_hook(
+            lambda *_: depths.append(len(list(model.get_submodule(ladder.block_list).children())))
         )
         config = DistilConfig(learning_rate=3e-3, seed=seed)
         start = middle(model, ladder, 1) | middle(model, ladder, 2)
-        blocks = distil(model, ladder, ladder.rungs[:2], start, text(40), map(teacher, text(40)), config, "float32")
+        blocks = distil(
+            model,
+            ladder,
+            ladder.rungs[:2],
+            LANGUAGE_MODELLING,
+            start,
+            text(40),
+            map(teacher, text(40)),
+            config,
+            "float32",
+        )
         count.remove()
         return blocks, depths
 

@@ -43,9 +43,10 @@ from fedpeat_ray.fleet.memory import training_memory
 from fedpeat_ray.fleet.tiers import TIERS
 from fedpeat_ray.models.foundation import load, load_backbone, load_tokenizer
 from fedpeat_ray.models.foundation import prepare as find_foundation
-from fedpeat_ray.records import DROP_REASONS, SERVER, TextBatch
+from fedpeat_ray.records import DROP_REASONS, SERVER, Arrays
 from fedpeat_ray.runtime.run_log import RunLog, read_config
 from fedpeat_ray.runtime.serial import Serial
+from fedpeat_ray.tasks.task import Task
 from fedpeat_ray.trainable.shape import model_shape
 from fedpeat_ray.training.client_batch import ClientUpdate
 from fedpeat_ray.training.map_clients import Call, MapClients
@@ -516,11 +517,13 @@ def test_a_run_that_was_stopped_between_re_alignments_goes_on_to_the_same_bits(r
 
 
 def test_re_alignment_has_the_adapter_plugged_into_both_sides_in_middle_blocks_too(run, tiny, monkeypatch):
-    seen: list[tuple[Rung, TextBatch, Tensor, float]] = []
+    seen: list[tuple[Rung, Arrays, Tensor, float]] = []
     true_loss = distillation.distillation_loss
 
-    def remembered(student: Any, ladder: Ladder, rung: Rung, batch: TextBatch, target: Tensor, weight: float) -> Tensor:
-        loss = true_loss(student, ladder, rung, batch, target, weight)
+    def remembered(
+        student: Any, ladder: Ladder, rung: Rung, task: Task, batch: Arrays, target: Tensor, weight: float
+    ) -> Tensor:
+        loss = true_loss(student, ladder, rung, task, batch, target, weight)
         seen.append((rung, batch, target, loss.item()))
         return loss
 
@@ -530,8 +533,8 @@ def test_re_alignment_has_the_adapter_plugged_into_both_sides_in_middle_blocks_t
     )
     rung, batch, target, loss = seen[0]
     assert rung.blocks == LEVELS[2]
-    tokens = torch.from_numpy(batch.tokens_BT).long()
-    valid = torch.arange(tokens.shape[1]) < torch.from_numpy(batch.lengths_B)[:, None]
+    tokens = torch.from_numpy(batch["tokens"]).long()
+    valid = torch.arange(tokens.shape[1]) < torch.from_numpy(batch["lengths"])[:, None]
     tuned = PeftModel.from_pretrained(plain(tiny), str(directory / "adapter")).eval()
     shallow: Any = tuned.base_model.model
     kept = [shallow.get_submodule(f"transformer.h.{number}") for number in rung.blocks]

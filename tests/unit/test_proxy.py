@@ -19,7 +19,7 @@ from fedpeat_ray.config import LoraConfig, ProxyConfig
 from fedpeat_ray.errors import ConfigError
 from fedpeat_ray.models.foundation import Backbone, load, load_tokenizer, prepare
 from fedpeat_ray.models.proxy import ProxyLogits, check_vocabularies, proxy_logits
-from fedpeat_ray.records import TextBatch, sequences
+from fedpeat_ray.records import Arrays, sequences
 from fedpeat_ray.trainable.lora import find_lora
 from fedpeat_ray.trainable.peft_files import save
 from fedpeat_ray.training.evaluation import EvaluationTask
@@ -231,16 +231,16 @@ def adapter_P(small: SmallModel) -> Tensor:
     return small.lora.init(0) + 0.02 * torch.randn(small.lora.layout.num_elements, generator=torch.Generator())
 
 
-def text(padding: int = END) -> TextBatch:
+def text(padding: int = END) -> Arrays:
     tokens_BT = np.random.default_rng(0).integers(0, 256, (5, 12)).astype(np.uint16)
     lengths_B = np.array([12, 7, 3, 12, 2])
     tokens_BT[np.arange(12) >= lengths_B[:, None]] = padding
-    return TextBatch(tokens_BT, lengths_B)
+    return sequences(tokens_BT, lengths_B)
 
 
-def rows_and_labels(batch: TextBatch) -> list[tuple[int, int, int]]:
+def rows_and_labels(batch: Arrays) -> list[tuple[int, int, int]]:
     """(sequence, position, next token) of every token that is to be predicted."""
-    return [(i, t, int(batch.tokens_BT[i, t + 1])) for i, n in enumerate(batch.lengths_B) for t in range(n - 1)]
+    return [(i, t, int(batch["tokens"][i, t + 1])) for i, n in enumerate(batch["lengths"]) for t in range(n - 1)]
 
 
 def of_peft(model_dir: Path, small: SmallModel, adapter_P: Tensor, directory: Path, trainable: bool = False) -> Any:
@@ -254,7 +254,7 @@ def test_distillation_is_plain_training_of_the_lora_alone(
 ):
     config = ProxyConfig(kl_weight=kl_weight, temperature=2.0, top_k=top_k, learning_rate=0.01)
     batch, student = text(), load(small.foundation)
-    tokens = torch.from_numpy(batch.tokens_BT.astype(np.int64))
+    tokens = torch.from_numpy(batch["tokens"].astype(np.int64))
     rows, positions, labels = (torch.tensor(part) for part in zip(*rows_and_labels(batch), strict=True))
     with torch.no_grad():
         teacher = plain(deep_gpt2_dir)(input_ids=tokens).logits
@@ -317,7 +317,7 @@ def black_box(deep_llama_dir: Path) -> tuple[Backbone, Any]:
 @pytest.fixture
 def expected_BTV(small, adapter_P, model_dir, black_box, tmp_path) -> Tensor:
     """Logits of the text under the proxy-tuned model with alpha 0.7, by transformers and PEFT."""
-    tokens = torch.from_numpy(text().tokens_BT.astype(np.int64))
+    tokens = torch.from_numpy(text()["tokens"].astype(np.int64))
     with torch.no_grad():
         large, original = (model(input_ids=tokens).logits for model in (black_box[1], plain(model_dir)))
         tuned = of_peft(model_dir, small, adapter_P, tmp_path / "adapter")(input_ids=tokens).logits
@@ -326,7 +326,7 @@ def expected_BTV(small, adapter_P, model_dir, black_box, tmp_path) -> Tensor:
 
 def test_a_large_model_that_can_only_be_called_is_judged_with_the_small_one(small, adapter_P, black_box, expected_BTV):
     batch = text()
-    task = EvaluationTask("all", sequences(batch.tokens_BT, batch.lengths_B))
+    task = EvaluationTask("all", sequences(batch["tokens"], batch["lengths"]))
     (found,) = EvaluateProxy(small, 0.7)(black_box[0], adapter_P, [task])
     rows, positions, labels = (torch.tensor(part) for part in zip(*rows_and_labels(batch), strict=True))
     logits = expected_BTV[rows, positions]

@@ -251,13 +251,13 @@ def test_no_heldout_text_is_in_anything_that_is_trained_on(gpt2_dir, overlapping
     shares = Partition(partition, private.group, private.heldout, 0)
     local = LocalConfig(batch_size=4, sequence_length=48, max_steps=10**6)
     devices = ClientData(private, shares, local, 0, LANGUAGE_MODELLING)
-    server, rng = ServerData(public), np.random.default_rng(0)
+    server, rng = ServerData(public, LANGUAGE_MODELLING), np.random.default_rng(0)
     tasks = [*devices.tasks(range(12), 1), devices.pooled_task(200, 4), server.task(100, local, rng)]
     rows = [
         (tokens, length) for task in tasks for tokens, length in by_row(task.arrays["tokens"], task.arrays["lengths"])
     ]
     for batch in server.batches(100, 4, 48, rng):
-        rows += by_row(batch.tokens_BT, batch.lengths_B)
+        rows += by_row(batch["tokens"], batch["lengths"])
     trained: set[bytes] = set()
     for tokens, length in rows:
         trained |= runs(tokens[:length])

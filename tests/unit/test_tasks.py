@@ -96,8 +96,11 @@ def test_digits_are_told_apart_by_the_embedded_model(families, tmp_path):
         "local": dataclasses.replace(config.local, max_steps=8, batch_size=8),
         "evaluation": dataclasses.replace(config.evaluation, num_sequences=120),
     }
-    summary = Simulation(dataclasses.replace(config, **changes)).run()
+    config = dataclasses.replace(config, **changes)
+    summary = Simulation(config).run()
     assert summary["scores"]["tuned"] > summary["scores"]["zero_shot"] + 0.3
+    more = Simulation(dataclasses.replace(config, out=None, resume=tmp_path / "run", rounds=4)).run()
+    assert more["rounds"] == 4, "the model says how long an image is, and not the settings"
 
 
 def test_what_classification_measures_is_what_scikit_learn_measures(families, tmp_path):
@@ -193,7 +196,12 @@ def test_the_tuned_model_scores_as_logged_or_is_refused_in_a_line(case, module, 
         ),
         ("gpt2", {"task": "masked-language-modelling"}, ModelError, "has no mask token"),
         ("bert", {"algorithm": "fed-pt"}, ConfigError, "task = 'classification' is not allowed: language-modelling"),
-        ("bert", {"algorithm": "fed-peat"}, ConfigError, "emulator.weights = 'elastic' is not allowed: 'foundation'"),
+        (
+            "bert",
+            {"algorithm": "fed-peat"},
+            DataError,
+            "has no public part: name the server's text by data.public_name",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
