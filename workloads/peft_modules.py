@@ -1,8 +1,7 @@
 """Which small part to tune: every module of FedPEFT over how uneven labels are and how many devices take part.
 
     python workloads/peft_modules.py [--task images] [--seeds 0 1 2] [--out DIR]
-    python workloads/peft_modules.py --task classification --foundation pydoc-roberta --data python_docs \\
-        --max-steps 4 --sequence-length 32
+    python workloads/peft_modules.py --task classification --foundation pydoc-small --data python_docs
 
 Each module has the best of three learning rates, chosen on a seed that is not counted. Pre-trained is compared with
 random weights, and modules with full fine-tuning at equal bytes. Writes peft_modules.csv, .md and .png; a run directory
@@ -66,11 +65,9 @@ class Settings:
     """Shares of the devices that take part in a round."""
     seeds: tuple[int, ...] = (0, 1, 2)
     rounds: int = 8
-    max_steps: int = 8
-    """Of a device in a round."""
     num_devices: int = 16
     documents_per_device: float = 32
-    sequence_length: int = 64
+    sequence_length: int = 32
     """Of texts."""
     num_heldout: int = 400
     hosts: HostsConfig = field(default_factory=HostsConfig)
@@ -150,7 +147,7 @@ def configuration(
         lora=LoraConfig(rank=4, alpha=8.0),
         foundation=FoundationConfig(settings.foundation, pretrained=pretrained, dtype="float32"),
         data=DataConfig(settings.data, heldout_share=0.25, partition=partition),
-        local=LocalConfig(batch_size=8, max_steps=settings.max_steps, epochs=2, learning_rate=rate, **length),
+        local=LocalConfig(batch_size=8, max_steps=8, epochs=2, learning_rate=rate, **length),
         fleet=FleetConfig(num_devices=settings.num_devices, availability=AvailabilityConfig(kind="always")),
         evaluation=EvaluationConfig(every=2, num_sequences=settings.num_heldout, centralised=False, **length),
         hosts=settings.hosts,

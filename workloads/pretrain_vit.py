@@ -31,6 +31,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn.functional import affine_grid, avg_pool2d, conv2d, cross_entropy, grid_sample, interpolate
 from transformers import ViTConfig, ViTForImageClassification
 
+from fedpeat_ray.config import DataConfig
+from fedpeat_ray.data.images import Picture
+
 NAME = "glyph-vit"
 LETTERS = string.ascii_uppercase + string.ascii_lowercase
 WITHOUT_LETTERS = ("STIXNonUni", "STIXSiz", "cmex", "cmsy", "LastResort", "DejaVuSansDisplay", "DejaVuSerifDisplay")
@@ -186,6 +189,13 @@ def evaluate(
     guess = logits.argmax(1)
     accuracy, accuracy_any_case = (guess == labels).float().mean(), (guess % 26 == labels % 26).float().mean()
     return cross_entropy(logits, labels).item(), accuracy.item(), accuracy_any_case.item()
+
+
+def letters(config: DataConfig) -> list[Picture]:
+    """Public images for a server, each letter in a font and drawn in ten ways; for data.public_name."""
+    glyphs, labels = (part.repeat_interleave(10, dim=0) for part in render_all(heldout=False))
+    images = draw(glyphs, torch.Generator().manual_seed(0)).to(torch.uint8).numpy()
+    return [Picture(image, LETTERS[label]) for image, label in zip(images, labels.tolist(), strict=True)]
 
 
 def append_row(path: Path, row: dict[str, float]) -> None:

@@ -12,6 +12,7 @@ import own_examples
 import pytest
 import torch
 from ray import cloudpickle
+from task_models import tiny_task, write_family_for_tasks
 from whole_runs import changed, tiny
 
 from fedpeat_ray import SimulationConfig
@@ -19,22 +20,33 @@ from fedpeat_ray.aggregation.server_optimizer import ServerState
 from fedpeat_ray.algorithms.find import OURS, find_algorithm
 from fedpeat_ray.config import USES, ProxyConfig
 from fedpeat_ray.models.foundation import load_backbone
+from fedpeat_ray.records import Arrays
 from fedpeat_ray.runtime.checkpoint import Facts, load_checkpoint, save_checkpoint
 from fedpeat_ray.runtime.rows import client_columns, round_row
 from fedpeat_ray.runtime.serial import Serial
 from fedpeat_ray.simulation import evaluate
 from fedpeat_ray.world import World, prepare
 
+OF_TASKS = {"images": "vit", "sequence-to-sequence": "t5", "classification": "roberta"}
+"""Tasks that devices tune for beside language modelling, and a model for each."""
 
-@pytest.fixture(scope="module", params=[*OURS, "example"])
+
+@pytest.fixture(
+    scope="module", params=[*OURS, "example", *(f"fed-peat {task}" for task in OF_TASKS), "fed-peft images"]
+)
 def config(
     request: pytest.FixtureRequest, deep_gpt2_dir: Path, text_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> SimulationConfig:
-    """A tiny run of each algorithm."""
-    name = request.param
+    """A tiny run of each algorithm, and of some for each task."""
+    name, _, task = request.param.partition(" ")
+    emulator = {"first": 1, "last": 1, "shares": (0.4, 0.8), "weights": "foundation"}
+    if task:
+        family = OF_TASKS[task]
+        directory = write_family_for_tasks(tmp_path_factory.mktemp(family), family, num_blocks=5)
+        config = tiny_task({family: directory}, family, "float32", algorithm=name)
+        return changed(config, emulator={**emulator, "shares": (0.4,)})
     if name == "example":
         name = own_examples.write(tmp_path_factory.mktemp("mine"))["algorithm"]
-    emulator = {"first": 1, "last": 1, "shares": (0.4, 0.8), "weights": "foundation"}
     proxy = ProxyConfig(str(deep_gpt2_dir), steps=2, batch_size=2, sequence_length=16)
     return changed(tiny(deep_gpt2_dir, text_dir), algorithm=name, emulator=emulator, proxy=proxy)
 
@@ -58,6 +70,18 @@ def tensors(state: ServerState) -> dict[str, torch.Tensor]:
     return {"model": state.model_P, **state.moments, **state.memory}
 
 
+def with_labels(arrays: Arrays) -> dict[str, torch.Tensor]:
+    """What transformers calls a batch."""
+    labels = torch.from_numpy(arrays["labels"]) if "labels" in arrays else None
+    if "pixels" in arrays:
+        assert labels is not None
+        return {"pixel_values": (torch.from_numpy(arrays["pixels"]).float() / 255 - 0.5) / 0.5, "labels": labels}
+    tokens = torch.from_numpy(arrays["tokens"])
+    valid = torch.arange(tokens.shape[1]) < torch.from_numpy(arrays["lengths"])[:, None]
+    of_text = {"input_ids": tokens, "attention_mask": valid.long()}
+    return {**of_text, "labels": tokens.masked_fill(~valid, -100) if labels is None else labels}
+
+
 def assert_equal(one: ServerState, other: ServerState) -> None:
     assert tensors(one).keys() == tensors(other).keys()
     assert all(value.equal(tensors(other)[name]) for name, value in tensors(one).items())
@@ -75,10 +99,8 @@ def test_it_starts_from_the_foundation_alike_every_time(world, serial):
     assert one.model_P.shape == (world.algorithm.layout.num_elements,) and one.model_P.dtype == torch.float32
     scores = evaluate(world, serial, one, world.algorithm.levels)
     plain = serial.backbone if serial.driver is None else serial.driver
-    tokens = torch.from_numpy(world.heldout[0].arrays["tokens"])
-    valid = torch.arange(tokens.shape[1]) < torch.from_numpy(world.heldout[0].arrays["lengths"])[:, None]
     with torch.no_grad():
-        loss = plain.exact(input_ids=tokens, labels=tokens.masked_fill(~valid, -100)).loss.double().item()
+        loss = plain.exact(**with_labels(world.heldout[0].arrays)).loss.double().item()
     first = evaluate(dataclasses.replace(world, heldout=world.heldout[:1]), serial, one)["all"]
     assert first.loss / first.num_tokens == pytest.approx(loss, rel=1e-5)
     assert len(scores) == 1 + len(world.algorithm.levels)
