@@ -192,7 +192,7 @@ def configuration(settings: Settings, model: str, name: str, algorithm: str, see
         emulator=EmulatorConfig(shares=(0.5,), distil=DistilConfig(settings.distil_steps, sequence_length=length)),
         control=ControlConfig("fixed"),
         fleet=FleetConfig(num_devices=settings.num_devices, availability=AvailabilityConfig(kind="always")),
-        evaluation=EvaluationConfig(every=settings.rounds, num_sequences=400, sequence_length=length, centralised=False),
+        evaluation=EvaluationConfig(settings.rounds, num_sequences=400, sequence_length=length, centralised=False),
         hosts=settings.hosts,
     )
 

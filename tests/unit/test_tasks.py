@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ from fedpeat_ray import Simulation
 from fedpeat_ray.config import DataConfig, EmulatorConfig
 from fedpeat_ray.errors import ConfigError, DataError, ModelError, RunDirError
 from fedpeat_ray.models.foundation import load
+from fedpeat_ray.runtime.run_log import read_config
 from fedpeat_ray.tasks.classification import TextClassification
 from fedpeat_ray.tasks.masked import SHARE, MaskedLanguageModelling
 from fedpeat_ray.tasks.score import Score
@@ -86,6 +88,23 @@ def test_images_are_read_from_folders_and_tables(kind, families, tmp_path):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, name=str(place), **data))
     corpus = prepare(config, tmp_path).data.corpus
     assert corpus.label_names == CLASSES and corpus.num_documents == len(found) and corpus.image_shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("case", ["vit", "bert"])
+def test_a_dataset_of_the_hub_with_classes_is_read_by_name(case, families, tmp_path, monkeypatch):
+    names = datasets.ClassLabel(names=list(CLASSES))
+    if case == "vit":
+        rows = [{"image": Image.fromarray(np.asarray(p.image)), "kind": p.label} for p in pictures(DataConfig())]
+        features = datasets.Features({"image": datasets.Image(), "kind": names})
+    else:
+        rows = [{"text": document.text, "kind": document.label} for document in documents(DataConfig())]
+        features = datasets.Features({"text": datasets.Value("string"), "kind": names})
+    dataset, asked = datasets.Dataset.from_list(rows, features), []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: asked.append((names, options)) or dataset)
+    summary = with_data(families, case, tmp_path / "run", "somebody/letters", label_column="kind")
+    assert asked[0] == (("somebody/letters", None), {"split": "train"})
+    assert summary["metric"]["name"] == "accuracy" and summary["num_completed"] > 0
+    assert read_config(tmp_path / "run")["resolved"]["labels"] == list(CLASSES)
 
 
 def test_digits_are_told_apart_by_the_embedded_model(families, tmp_path):
