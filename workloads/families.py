@@ -48,7 +48,7 @@ from fedpeat_ray.tasks.find import find_task
 from fedpeat_ray.tasks.task import tensors_of
 
 SMALL = {"hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4, "intermediate_size": 512}
-SMALL_T5 = {"d_model": 128, "num_layers": 8, "num_decoder_layers": 2, "num_heads": 4, "d_kv": 32, "d_ff": 512}
+SMALL_T5 = {"d_model": 128, "num_layers": 6, "num_decoder_layers": 2, "num_heads": 4, "d_kv": 32, "d_ff": 512}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -63,6 +63,10 @@ class Untrained:
     """What it learns on public text."""
     tokenizer: str
     """The embedded model whose tokenizer it has."""
+    steps: int
+    """Of 32 texts."""
+    learning_rate: float
+    """Peak learning rate of AdamW."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +83,16 @@ FAMILIES = {
     "GPT-2": Family("language-modelling", "pydoc-small"),
     "LLaMA": Family(
         "language-modelling",
-        Untrained("LlamaConfig", SMALL | {"tie_word_embeddings": True}, "language-modelling", "pydoc-base"),
+        Untrained("LlamaConfig", SMALL | {"tie_word_embeddings": True}, "language-modelling", "pydoc-base", 400, 2e-3),
     ),
     "BERT": Family(
         "classification",
-        Untrained("BertConfig", SMALL | NO_DROPOUT, "classification", "pydoc-roberta"),
+        Untrained("BertConfig", SMALL | NO_DROPOUT, "classification", "pydoc-roberta", 600, 5e-4),
     ),
-    "RoBERTa": Family("classification", "pydoc-roberta"),
+    "RoBERTa": Family("classification", "pydoc-roberta", 600, 5e-4),
     "T5": Family(
         "sequence-to-sequence",
-        Untrained("T5Config", SMALL_T5 | {"dropout_rate": 0.0}, "sequence-to-sequence", "pydoc-roberta"),
+        Untrained("T5Config", SMALL_T5 | {"dropout_rate": 0.0}, "sequence-to-sequence", "pydoc-roberta", 1200, 2e-3),
     ),
     "ViT": Family("images", "glyph-vit", "digits", "workloads/pretrain_vit.py:letters"),
 }
@@ -101,8 +105,6 @@ class Settings:
 
     families: tuple[str, ...] = tuple(FAMILIES)
     seeds: tuple[int, ...] = (0, 1, 2)
-    pretrain_steps: int = 400
-    """Of 16 sequences of 64 tokens, for models that are not embedded."""
     rounds: int = 8
     num_devices: int = 16
     distil_steps: int = 100
@@ -136,11 +138,11 @@ def foundation(name: str, settings: Settings) -> str:
     directory = settings.out / "models" / name.lower()
     if not (directory / "model.safetensors").exists():
         print(f"pre-training {directory}", flush=True)
-        pretrain(untrained, directory, settings.pretrain_steps)
+        pretrain(untrained, directory, settings.sequence_length)
     return str(directory)
 
 
-def pretrain(untrained: Untrained, directory: Path, num_steps: int, batch_size: int = 16, length: int = 64) -> None:
+def pretrain(untrained: Untrained, directory: Path, length: int) -> None:
     """Train a model on the server's text and write it, with its tokenizer."""
     task, tokenizer = find_task(untrained.task), load_tokenizer(model_dir(untrained.tokenizer))
     ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
@@ -153,17 +155,18 @@ def pretrain(untrained: Untrained, directory: Path, num_steps: int, batch_size: 
         config.decoder_start_token_id = config.pad_token_id
     torch.manual_seed(0)
     model = getattr(transformers, task.auto).from_config(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
-    batches = ServerData(corpus, task).batches(num_steps, batch_size, length, generator(0, "pre-training"))
+    num_steps, peak = untrained.steps, untrained.learning_rate
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01, fused=True)
+    batches = ServerData(corpus, task).batches(num_steps, 32, length, generator(0, "pre-training"))
     for step, arrays in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = 2e-3 * learning_rate_factor(step, num_steps)
+        optimizer.param_groups[0]["lr"] = peak * learning_rate_factor(step, num_steps)
         losses_B, counts_B = task.losses(model, tensors_of(arrays, "cpu", torch.float32))
         loss = losses_B.sum() / counts_B.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 50 == 0 or step == num_steps - 1:
+        if step % 100 == 0 or step == num_steps - 1:
             print(f"  step {step + 1}/{num_steps}: loss {loss.item():.2f}", flush=True)
     tokenizer.save_pretrained(directory)
     model.save_pretrained(directory)  # last: what is there is whole

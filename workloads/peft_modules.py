@@ -1,7 +1,8 @@
 """Which small part to tune: every module of FedPEFT over how uneven labels are and how many devices take part.
 
     python workloads/peft_modules.py [--task images] [--seeds 0 1 2] [--out DIR]
-    python workloads/peft_modules.py --task classification --foundation pydoc-small --data python_docs
+    python workloads/peft_modules.py --task classification --foundation pydoc-small \\
+        --data workloads/peft_modules.py:as_many_of_each
 
 Each module has the best of three learning rates, chosen on a seed that is not counted. Pre-trained is compared with
 random weights, and modules with full fine-tuning at equal bytes. Writes peft_modules.csv, .md and .png; a run directory
@@ -35,6 +36,8 @@ from fedpeat_ray.config import (
     PartitionConfig,
     PeftConfig,
 )
+from fedpeat_ray.data.documents import load_documents
+from fedpeat_ray.data.hub import Document
 from fedpeat_ray.sweep import Sweep, report
 
 COLOURS = {
@@ -96,6 +99,14 @@ def main(settings: Settings) -> int:
         return markdown(table, rates, settings)
 
     return report(Sweep(settings.out, settings.hosts), "peft_modules.md", study)
+
+
+def as_many_of_each(config: DataConfig) -> list[Document]:
+    """The private docstrings of python_docs, as many of every package, so that to guess the largest one is no answer."""
+    table, _ = load_documents(DataConfig())
+    frame = table.select(["text", "source", "label"]).to_pandas()
+    frame = frame.groupby("label").head(frame["label"].value_counts().min())
+    return [Document(*row) for row in frame.itertuples(index=False)]
 
 
 def scratch(settings: Settings) -> list[tuple[str, int]]:
