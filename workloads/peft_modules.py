@@ -102,7 +102,7 @@ def main(settings: Settings) -> int:
 
 
 def as_many_of_each(config: DataConfig) -> list[Document]:
-    """The private docstrings of python_docs, as many of every package, so that to guess the largest one is no answer."""
+    """The private docstrings of python_docs, as many of every package, so that the largest one is no good guess."""
     table, _ = load_documents(DataConfig())
     frame = table.select(["text", "source", "label"]).to_pandas()
     frame = frame.groupby("label").head(frame["label"].value_counts().min())
