@@ -75,21 +75,22 @@ class Family:
 
     task: str
     model: str | Untrained
-    data: str = "python_docs"
-    public: str | None = None
+    data: str = "workloads/peft_modules.py:as_many_of_each"
+    public: str = "python_docs"
 
 
 FAMILIES = {
-    "GPT-2": Family("language-modelling", "pydoc-small"),
+    "GPT-2": Family("language-modelling", "pydoc-small", "python_docs"),
     "LLaMA": Family(
         "language-modelling",
         Untrained("LlamaConfig", SMALL | {"tie_word_embeddings": True}, "language-modelling", "pydoc-base", 400, 2e-3),
+        "python_docs",
     ),
     "BERT": Family(
         "classification",
         Untrained("BertConfig", SMALL | NO_DROPOUT, "classification", "pydoc-roberta", 600, 5e-4),
     ),
-    "RoBERTa": Family("classification", "pydoc-roberta", 600, 5e-4),
+    "RoBERTa": Family("classification", "pydoc-roberta"),
     "T5": Family(
         "sequence-to-sequence",
         Untrained("T5Config", SMALL_T5 | {"dropout_rate": 0.0}, "sequence-to-sequence", "pydoc-roberta", 1200, 2e-3),
@@ -105,7 +106,7 @@ class Settings:
 
     families: tuple[str, ...] = tuple(FAMILIES)
     seeds: tuple[int, ...] = (0, 1, 2)
-    rounds: int = 8
+    rounds: int = 12
     num_devices: int = 16
     distil_steps: int = 100
     sequence_length: int = 32
@@ -205,30 +206,33 @@ def measured(summary: dict[str, Any], directory: Path, family: str, algorithm: s
     scores, resolved = summary["scores"], read_config(directory)["resolved"]
     row = {"family": family, "task": FAMILIES[family].task, "metric": summary["metric"]["name"]}
     row |= {"algorithm": algorithm, "seed": seed, "zero_shot": scores["zero_shot"], "tuned": scores["tuned"]}
+    perplexity = summary["perplexity"]
+    row |= {f"{name}_perplexity": perplexity[name] for name in ("zero_shot", "tuned")}
     row |= {"payload_bytes": resolved["payload_bytes"], "memory_bytes": max(resolved["fits"]["memory_bytes"].values())}
     if algorithm == "fed-peat":
-        row["emulator"] = scores["emulator_tuned"]["1"]
-        row["model_bytes"] = resolved["levels"][0]["emulator_bytes"]
+        row |= {"emulator": scores["emulator_tuned"]["1"], "emulator_perplexity": perplexity["emulator_tuned"]["1"]}
     return row
 
 
-def spread(metric: str, values: pd.Series) -> str:
-    """Mean ± standard deviation over seeds."""
+def cell(metric: str, rows: pd.DataFrame, name: str) -> str:
+    """Mean ± standard deviation over seeds; behind it the perplexity of labels, where that is not the metric."""
+    values = rows[name]
     deviation = values.std(ddof=min(1, len(values) - 1))
-    return f"{written_metric(metric, values.mean())} ± {written_metric(metric, deviation)}"
+    text = f"{written_metric(metric, values.mean())} ± {written_metric(metric, deviation)}"
+    return text if metric == "perplexity" else f"{text} ({rows[f'{name}_perplexity'].mean():.2f})"
 
 
 def markdown(table: pd.DataFrame) -> str:
     """A line a family."""
     heads = ["family", "task, metric", "zero-shot", "FedPEFT", "FedPEAT, emulator", "FedPEAT, plug-in"]
-    heads += ["kB sent, FedPEFT", "FedPEAT", "memory of a device, MB, FedPEFT", "FedPEAT"]
+    heads += ["kB sent: FedPEFT", "FedPEAT", "memory of a device, MB: FedPEFT", "FedPEAT"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for family, rows in table.groupby("family", sort=False):
         peft, peat = (rows[rows["algorithm"] == algorithm] for algorithm in ALGORITHMS)
         metric = str(rows["metric"].iloc[0])
         cells = [str(family), f"{rows['task'].iloc[0]}, {metric_words(metric)}"]
-        cells.append(written_metric(metric, rows["zero_shot"].mean()))
-        cells += [spread(metric, values) for values in (peft["tuned"], peat["emulator"], peat["tuned"])]
+        asked = ((rows, "zero_shot"), (peft, "tuned"), (peat, "emulator"), (peat, "tuned"))
+        cells += [cell(metric, part, name) for part, name in asked]
         cells += [f"{part['payload_bytes'].iloc[0] / 1e3:,.1f}" for part in (peft, peat)]
         cells += [f"{part['memory_bytes'].iloc[0] / 1e6:,.1f}" for part in (peft, peat)]
         lines.append(f"| {' | '.join(cells)} |")
