@@ -5,8 +5,9 @@
         --data workloads/peft_modules.py:as_many_of_each
 
 Each module has the best of three learning rates, chosen on a seed that is not counted. Pre-trained is compared with
-random weights, and modules with full fine-tuning at equal bytes. Writes peft_modules.csv, .md and .png; a run directory
-for every setting lies beside them. Runs that are finished are not repeated, one that was interrupted goes on.
+random weights, and modules with full fine-tuning at equal bytes, by as many devices and by one a round. Writes
+peft_modules.csv, .md and .png; a run directory for every setting lies beside them. Runs that are finished are not
+repeated, one that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -90,12 +91,13 @@ def main(settings: Settings) -> int:
             for seed in settings.seeds
         ]
         keys += [(module, 1.0, settings.participation[-1], False, seed) for module, seed in scratch(settings)]
+        keys += [("full", 1.0, alone(settings), True, seed) for seed in settings.seeds if "full" in settings.modules]
         configs = {name_of(*key): configuration(settings, rates[key[0]], *key) for key in keys}
         found = sweep.run_all(configs)
         rows = [measured(*found[name_of(*key)], key) for key in keys]
         table = pd.concat(rows)
         table.to_csv(sweep.out / "peft_modules.csv", index=False)
-        draw(table, sweep.out / "peft_modules.png")
+        draw(table, settings, sweep.out / "peft_modules.png")
         return markdown(table, rates, settings)
 
     return report(Sweep(settings.out, settings.hosts), "peft_modules.md", study)
@@ -112,6 +114,11 @@ def as_many_of_each(config: DataConfig) -> list[Document]:
 def scratch(settings: Settings) -> list[tuple[str, int]]:
     """Modules and seeds that also start from random weights."""
     return [(module, seed) for module in settings.modules for seed in settings.seeds]
+
+
+def alone(settings: Settings) -> float:
+    """The share of one device."""
+    return 1 / settings.num_devices
 
 
 def best_rates(sweep: Sweep, settings: Settings) -> dict[str, float]:
@@ -145,12 +152,13 @@ def configuration(
         documents_per_device=settings.documents_per_device,
     )
     texts = settings.task != "images"
+    cohort_size = max(1, round(share * settings.num_devices))
     length: dict[str, Any] = {"sequence_length": settings.sequence_length} if texts else {}
     return SimulationConfig(
         task=settings.task,
         algorithm="fed-peft",
         rounds=settings.rounds,
-        cohort_size=max(1, round(share * settings.num_devices)),
+        cohort_size=cohort_size,
         over_sample=1.0,
         client_batch_size=4 if module != "full" else 1,
         seed=seed,
@@ -160,7 +168,9 @@ def configuration(
         data=DataConfig(settings.data, heldout_share=0.25, partition=partition),
         local=LocalConfig(batch_size=8, max_steps=8, epochs=2, learning_rate=rate, **length),
         fleet=FleetConfig(num_devices=settings.num_devices, availability=AvailabilityConfig(kind="always")),
-        evaluation=EvaluationConfig(every=2, num_sequences=settings.num_heldout, centralised=False, **length),
+        evaluation=EvaluationConfig(
+            every=min(2, cohort_size), num_sequences=settings.num_heldout, centralised=False, **length
+        ),
         hosts=settings.hosts,
     )
 
@@ -216,23 +226,25 @@ def spread(scores: pd.Series) -> str:
 
 def equal_bytes(table: pd.DataFrame, settings: Settings) -> list[str]:
     """Full fine-tuning against the others when each other one has sent all its bytes."""
-    lines = ["| module | its bytes, MB | its score | full fine-tuning after as many bytes | which are rounds of it |"]
-    lines.append("|---|---|---|---|---|")
-    chosen = table[(table["alpha"] == 1.0) & (table["participation"] == settings.participation[-1])]
-    chosen = chosen[chosen["pretrained"]]
+    shares = (settings.participation[-1], alone(settings))
+    lines = [
+        "| module | its MB | its score | full fine-tuning after as many | rounds of it | by one device | rounds of it |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
+    chosen = table[(table["alpha"] == 1.0) & table["pretrained"]]
+    runs: dict[Any, pd.DataFrame] = dict(iter(chosen.groupby(["module", "participation", "seed"])))
     for module in settings.modules:
-        if module == "full":
+        if module == "full" or "full" not in settings.modules:
             continue
-        own, theirs, sent, fit = [], [], [], []
-        for seed in settings.seeds:
-            run = chosen[(chosen["module"] == module) & (chosen["seed"] == seed)]
-            full = chosen[(chosen["module"] == "full") & (chosen["seed"] == seed)]
-            sent.append(run["bytes"].max())
-            own.append(run["score"].iloc[-1])
-            theirs.append(at_bytes(full, sent[-1]))
-            fit.append(sent[-1] * full["round"].max() / full["bytes"].max())
-        scores = f"{spread(pd.Series(own))} | {spread(pd.Series(theirs))}"
-        lines.append(f"| {module} | {np.mean(sent) / 1e6:.2f} | {scores} | {np.mean(fit):.2f} |")
+        of_seeds = [runs[module, shares[0], seed] for seed in settings.seeds]
+        sent = [run["bytes"].max() for run in of_seeds]
+        cells = [f"{np.mean(sent) / 1e6:.2f}", spread(pd.Series([run["score"].iloc[-1] for run in of_seeds]))]
+        for share in shares:
+            full = [runs["full", share, seed] for seed in settings.seeds]
+            cells.append(spread(pd.Series([at_bytes(run, most) for run, most in zip(full, sent, strict=True)])))
+            a_round = np.mean([run["bytes"].max() / run["round"].max() for run in full])
+            cells.append(f"{np.mean(sent) / a_round:.2f}")
+        lines.append(f"| {module} | {' | '.join(cells)} |")
     return lines
 
 
@@ -281,12 +293,12 @@ def vit_b16_elements() -> dict[str, int]:
     return found
 
 
-def draw(table: pd.DataFrame, path: Path) -> None:
+def draw(table: pd.DataFrame, settings: Settings, path: Path) -> None:
     """Scores by alpha, over bytes, and pre-trained against random weights."""
     figure = Figure((14, 4), layout="constrained")
     by_alpha, over_bytes, start = figure.subplots(1, 3)
-    last, shares = finals(table), sorted(table["participation"].unique())
-    alphas, modules = sorted(table["alpha"].unique()), [name for name in COLOURS if name in set(table["module"])]
+    last, shares = finals(table), sorted(settings.participation)
+    alphas, modules = sorted(settings.alphas), list(settings.modules)
     for module in modules:
         own = last[(last["module"] == module) & last["pretrained"]]
         for share, style in zip(shares, ("--", "-"), strict=False):
@@ -296,14 +308,16 @@ def draw(table: pd.DataFrame, path: Path) -> None:
                 range(len(alphas)), rows["mean"], rows["std"], color=COLOURS[module], linestyle=style, label=label
             )
         chosen = table[(table["module"] == module) & table["pretrained"] & (table["alpha"] == 1.0)]
-        chosen = chosen[chosen["participation"] == shares[-1]]
-        mean = chosen.groupby("round")[["bytes", "score"]].mean().iloc[1:]
-        over_bytes.plot(mean["bytes"] / 1e6, mean["score"], color=COLOURS[module], marker=".", label=module)
+        for share, style in ((shares[-1], "-"), (alone(settings), ":")):
+            mean = chosen[chosen["participation"] == share].groupby("round")[["bytes", "score"]].mean().iloc[1:]
+            label = module if share == shares[-1] else None
+            over_bytes.plot(mean["bytes"] / 1e6, mean["score"], style, color=COLOURS[module], marker=".", label=label)
     by_alpha.set_xticks(range(len(alphas)), ["IID" if alpha == IID else f"{alpha:g}" for alpha in alphas])
     by_alpha.set(xlabel="Dirichlet alpha of labels", ylabel="held-out score")
     by_alpha.set_title("solid: " + f"{shares[-1]:.0%} of devices a round; dashed: {shares[0]:.0%}", fontsize=9)
     over_bytes.set(xscale="log", xlabel="MB sent, both ways (alpha 1)")
     over_bytes.legend(frameon=False, fontsize=8)
+    over_bytes.set_title(f"{shares[-1]:.0%} of devices a round; dotted: one device a round, full", fontsize=9)
     chosen = last[(last["alpha"] == 1.0) & (last["participation"] == shares[-1])]
     for shift, (pretrained, alpha) in enumerate(((True, 1.0), (False, 0.4))):
         rows = chosen[chosen["pretrained"] == pretrained].groupby("module")["score"].agg(["mean", "std"]).loc[modules]
