@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import secrets
 import signal
 import socket
@@ -87,9 +88,13 @@ def _node(command: Sequence[str], environment: dict[str, str], folder: Path) -> 
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on just now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Ports that nobody listens on just now, among those that neither the system nor Ray gives away by itself."""
+    free: list[int] = []
+    while len(free) < number:
+        port = random.SystemRandom().randrange(
+            20_000, 32_768
+        )  # Ray's workers have those below, the system's own is above
+        with socket.socket() as each, contextlib.suppress(OSError):
+            each.bind(("127.0.0.1", port))
+            free += [port] if port not in free else []
+    return free
