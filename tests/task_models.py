@@ -98,15 +98,21 @@ def public_documents(config: DataConfig) -> list[Document]:
     return [Document(f"{' '.join(rng.choice(['mill', 'well', 'gate'], 7))} {i}", "server") for i in range(60)]
 
 
-def pictures(config: DataConfig) -> list[Picture]:
+def pictures(config: DataConfig, seed: int = 0) -> list[Picture]:
     """Images of three classes, which differ in where they are bright."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     found = []
     for i in range(90):
         pixels = rng.integers(0, 90, (8, 8))
         pixels[:, 3 * (i % 3) : 3 * (i % 3) + 2] += 140
         found.append(Picture(pixels.astype(np.uint8), CLASSES[i % 3], f"source {i % 4}", str(i)))
     return found
+
+
+def public_pictures(config: DataConfig) -> list[Picture]:
+    """Images of a server, of no class; the first of them is a device's, too."""
+    mine, *others = pictures(config, seed=1)
+    return [pictures(config)[0], mine._replace(label=""), *others]
 
 
 def data_for(task: str) -> str:
@@ -116,7 +122,7 @@ def data_for(task: str) -> str:
 
 def public_data_for(task: str) -> str:
     """data.public_name for a task."""
-    return f"{__file__}:{'pictures' if task == 'images' else 'public_documents'}"
+    return f"{__file__}:public_{'pictures' if task == 'images' else 'documents'}"
 
 
 def tiny_task(families: Mapping[str, Path], case: str, dtype: str = "float64", **changes: Any) -> SimulationConfig:

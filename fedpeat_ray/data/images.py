@@ -76,23 +76,31 @@ def image_format(directory: Path) -> ImageFormat:
 
 def load_images(config: DataConfig, format: ImageFormat, public: bool = False, cache_dir: Path | None = None) -> Corpus:
     """The images of `config.name`, with their classes, as documents whose tokens are pixels (C, H, W) each; or, with
-    `public`, those of `config.public_name`, which need no classes and none of which are held out.
+    `public`, those of `config.public_name` that are no device's, which need no classes and none of which are held out.
 
     Equal images of one class are read once. Raises DataError if nothing can be read, or is left to train on;
     ConfigError where it is not said which.
     """
+    shape, of_devices = format.shape, set[bytes]()
     if public:
         if config.public_name is None:
             allowed = "the name of the server's images, which have no embedded part (or --emulator.weights foundation)"
             raise ConfigError.of("data.public_name", None, allowed)
+        of_devices = {picture.image.tobytes() for picture in _scaled_pictures(config, PRIVATE, shape)}
         partition = PartitionConfig(group_by="source")
         config = dataclasses.replace(config, name=config.public_name, partition=partition)
-    field, shape = "data.public_name" if public else PRIVATE, format.shape
-    pictures = [_scaled(picture, shape, f"{field} = {config.name!r}") for picture in _pictures(config, field)]
+    field = "data.public_name" if public else PRIVATE
+    pictures = _scaled_pictures(config, field, shape)
     seen: set[tuple[bytes, str]] = set()
-    kept = [p for p in pictures if not ((key := (p.image.tobytes(), p.label)) in seen or seen.add(key))]
+    distinct = [p for p in pictures if not ((key := (p.image.tobytes(), p.label)) in seen or seen.add(key))]
+    kept = [picture for picture in distinct if picture.image.tobytes() not in of_devices]
     if not kept:
-        raise DataError(f"{field} = {config.name!r} has no images: {', '.join(FORMATS)}")
+        why = (
+            "nothing left: its images are all among those of data.name"
+            if distinct
+            else f"no images: {', '.join(FORMATS)}"
+        )
+        raise DataError(f"{field} = {config.name!r} has {why}")
     sources, labels = [p.source for p in kept], [p.label for p in kept]
     if public:
         heldout = [False] * len(kept)
@@ -112,10 +120,14 @@ def load_images(config: DataConfig, format: ImageFormat, public: bool = False, c
         tokens=mapped(path),
         offsets=np.arange(len(kept) + 1, dtype=np.int64) * int(np.prod(shape)),
         eos_id=0,
-        removed=Removed(equal=len(pictures) - len(kept)),
+        removed=Removed(equal=len(pictures) - len(distinct), private=len(distinct) - len(kept)),
         image_shape=shape,
         **grouped(names, np.array(heldout), list(labels), key),
     )
+
+
+def _scaled_pictures(config: DataConfig, field: str, shape: tuple[int, int, int]) -> list[Any]:
+    return [_scaled(picture, shape, f"{field} = {config.name!r}") for picture in _pictures(config, field)]
 
 
 def _pictures(config: DataConfig, field: str) -> Iterator[Picture]:

@@ -19,7 +19,7 @@ from fedpeat_ray.config import DistilConfig, EmulatorConfig
 from fedpeat_ray.emulators.distillation import distillation_loss
 from fedpeat_ray.emulators.ladder import emulated
 from fedpeat_ray.emulators.on_emulators import BlockInfluence, MiddleOutput
-from fedpeat_ray.errors import ConfigError
+from fedpeat_ray.errors import ConfigError, DataError
 from fedpeat_ray.models.foundation import Backbone, load
 from fedpeat_ray.world import prepare
 
@@ -123,3 +123,12 @@ def test_a_server_without_the_devices_labels_or_without_data_is_refused_in_a_lin
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, public_name=None))
     with pytest.raises(ConfigError, match="^data.public_name = None is not allowed: the name of the server's images"):
         prepare(config, tmp_path)
+    same = dataclasses.replace(config, data=dataclasses.replace(config.data, public_name=config.data.name))
+    with pytest.raises(DataError, match="^data.public_name = .* has nothing left: its images are all among those of"):
+        prepare(same, tmp_path)
+
+
+def test_images_of_devices_are_none_of_the_server(configured, tmp_path):
+    world = prepare(configured("vit"), tmp_path)
+    assert world.corpora["public"].removed.private == 1
+    assert world.corpora["public"].num_documents == world.corpora["private"].num_documents
