@@ -192,7 +192,7 @@ def configuration(settings: Settings, model: str, name: str, algorithm: str, see
         lora=LoraConfig(rank=8, alpha=16.0),
         foundation=FoundationConfig(model, dtype="float32"),
         data=DataConfig(family.data, family.public, partition=PartitionConfig(kind="iid", documents_per_device=64)),
-        local=LocalConfig(batch_size=8, max_steps=8, epochs=2, learning_rate=5e-3, sequence_length=length),
+        local=LocalConfig(batch_size=8, max_steps=8, epochs=2, sequence_length=length),
         emulator=EmulatorConfig(shares=(0.5,), distil=DistilConfig(settings.distil_steps, sequence_length=length)),
         control=ControlConfig("fixed"),
         fleet=FleetConfig(num_devices=settings.num_devices, availability=AvailabilityConfig(kind="always")),
