@@ -4,14 +4,15 @@
     python workloads/peft_modules.py --task classification --foundation pydoc-small \\
         --data workloads/peft_modules.py:as_many_of_each
 
-Each module has the best of three learning rates, chosen on a seed that is not counted. Pre-trained is compared with
-random weights, and modules with full fine-tuning at equal bytes, by as many devices and by one a round. Writes
-peft_modules.csv, .md and .png; a run directory for every setting lies beside them. Runs that are finished are not
-repeated, one that was interrupted goes on.
+Each module has the best of three learning rates, chosen on a seed that is not counted. Beside the grid: random weights,
+shards in place of a Dirichlet split, devices that drop out, and full fine-tuning at equal bytes, by as many devices and by
+one a round. Writes peft_modules.csv, .md and .png; a run directory for every setting lies beside them. Runs that are
+finished are not repeated, one that was interrupted goes on.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from dataclasses import dataclass, field
@@ -53,6 +54,13 @@ RATES = {"full": 5e-4, "head": 1e-2, "bias": 5e-3, "houlsby": 5e-3, "prompt": 1e
 """The middle one of those that are tried."""
 TUNING_SEED = 100
 IID = math.inf
+CONDITIONS = {
+    "": "as above",
+    "scratch": "from random weights",
+    "shards": "two shards a device",
+    "dropouts": "half of the devices drop out",
+}
+"""What else is tried at alpha 1 with most devices: shards instead of a Dirichlet split, devices that come and go."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +92,20 @@ def main(settings: Settings) -> int:
     def study(sweep: Sweep) -> str:
         rates = best_rates(sweep, settings)
         keys = [
-            (module, alpha, share, True, seed)
+            (module, alpha, share, "", seed)
             for module in settings.modules
             for alpha in settings.alphas
             for share in settings.participation
             for seed in settings.seeds
         ]
-        keys += [(module, 1.0, settings.participation[-1], False, seed) for module, seed in scratch(settings)]
-        keys += [("full", 1.0, alone(settings), True, seed) for seed in settings.seeds if "full" in settings.modules]
+        keys += [
+            (module, 1.0, settings.participation[-1], condition, seed)
+            for condition in CONDITIONS
+            if condition
+            for module in settings.modules
+            for seed in settings.seeds
+        ]
+        keys += [("full", 1.0, alone(settings), "", seed) for seed in settings.seeds if "full" in settings.modules]
         configs = {name_of(*key): configuration(settings, rates[key[0]], *key) for key in keys}
         found = sweep.run_all(configs)
         rows = [measured(*found[name_of(*key)], key) for key in keys]
@@ -111,11 +125,6 @@ def as_many_of_each(config: DataConfig) -> list[Document]:
     return [Document(*row) for row in frame.itertuples(index=False)]
 
 
-def scratch(settings: Settings) -> list[tuple[str, int]]:
-    """Modules and seeds that also start from random weights."""
-    return [(module, seed) for module in settings.modules for seed in settings.seeds]
-
-
 def alone(settings: Settings) -> float:
     """The share of one device."""
     return 1 / settings.num_devices
@@ -125,7 +134,7 @@ def best_rates(sweep: Sweep, settings: Settings) -> dict[str, float]:
     """The learning rate of each module with the best score at alpha 1 on the tuning seed."""
     share = settings.participation[-1]
     tried = {
-        (module, factor): configuration(settings, factor * RATES[module], module, 1.0, share, True, TUNING_SEED)
+        (module, factor): configuration(settings, factor * RATES[module], module, 1.0, share, "", TUNING_SEED)
         for module in settings.modules
         for factor in (0.3, 1.0, 3.0)
     }
@@ -135,14 +144,14 @@ def best_rates(sweep: Sweep, settings: Settings) -> dict[str, float]:
     return {module: factor * RATES[module] for module, factor in best.items()}
 
 
-def name_of(module: str, alpha: float, share: float, pretrained: bool, seed: int) -> str:
+def name_of(module: str, alpha: float, share: float, condition: str, seed: int) -> str:
     """The directory of a run."""
     split = "iid" if alpha == IID else f"alpha{alpha:g}"
-    return f"{module}-{split}-{share:g}{'' if pretrained else '-scratch'}-seed{seed}"
+    return f"{module}-{split}-{share:g}{condition and '-'}{condition}-seed{seed}"
 
 
 def configuration(
-    settings: Settings, rate: float, module: str, alpha: float, share: float, pretrained: bool, seed: int
+    settings: Settings, rate: float, module: str, alpha: float, share: float, condition: str, seed: int
 ) -> SimulationConfig:
     """One run."""
     partition = PartitionConfig(
@@ -151,6 +160,12 @@ def configuration(
         group_by="label",
         documents_per_device=settings.documents_per_device,
     )
+    if condition == "shards":
+        few = {"shards_per_device": 2, "num_shards": 2 * settings.num_devices}
+        partition = dataclasses.replace(partition, kind="shards", **few)
+    availability = AvailabilityConfig(kind="always")
+    if condition == "dropouts":  # a run takes seconds of the devices' clock
+        availability = AvailabilityConfig(kind="markov", slot_s=0.1, mean_on_s=1.0, mean_off_s=1.0)
     texts = settings.task != "images"
     cohort_size = max(1, round(share * settings.num_devices))
     length: dict[str, Any] = {"sequence_length": settings.sequence_length} if texts else {}
@@ -164,10 +179,10 @@ def configuration(
         seed=seed,
         peft=PeftConfig(module=module),  # type: ignore[arg-type]  # one of its names
         lora=LoraConfig(rank=4, alpha=8.0),
-        foundation=FoundationConfig(settings.foundation, pretrained=pretrained, dtype="float32"),
+        foundation=FoundationConfig(settings.foundation, pretrained=condition != "scratch", dtype="float32"),
         data=DataConfig(settings.data, heldout_share=0.25, partition=partition),
         local=LocalConfig(batch_size=8, max_steps=8, epochs=2, learning_rate=rate, **length),
-        fleet=FleetConfig(num_devices=settings.num_devices, availability=AvailabilityConfig(kind="always")),
+        fleet=FleetConfig(num_devices=settings.num_devices, availability=availability),
         evaluation=EvaluationConfig(
             every=min(2, cohort_size), num_sequences=settings.num_heldout, centralised=False, **length
         ),
@@ -175,23 +190,23 @@ def configuration(
     )
 
 
-def measured(summary: dict[str, Any], directory: Path, key: tuple[str, float, float, bool, int]) -> pd.DataFrame:
+def measured(summary: dict[str, Any], directory: Path, key: tuple[str, float, float, str, int]) -> pd.DataFrame:
     """The score after so many rounds and bytes of one run, from before the first round."""
     rounds = load_run(directory).rounds
     sent = (rounds["download_bytes"] + rounds["upload_bytes"]).astype(float).cumsum()
     frame = pd.DataFrame({"round": rounds["round"].astype(int), "bytes": sent, "score": rounds["score"].astype(float)})
     start = pd.DataFrame([{"round": 0, "bytes": 0.0, "score": summary["scores"]["zero_shot"]}])
-    module, alpha, share, pretrained, seed = key
+    module, alpha, share, condition, seed = key
     frame = pd.concat([start, frame.dropna(subset="score")])
     payload = float(rounds["upload_bytes"].sum() / rounds["num_completed"].sum())
     return frame.assign(
-        module=module, alpha=alpha, participation=share, pretrained=pretrained, seed=seed, payload=payload
+        module=module, alpha=alpha, participation=share, condition=condition, seed=seed, payload=payload
     )
 
 
 def finals(table: pd.DataFrame) -> pd.DataFrame:
     """The last row of each run."""
-    keys = ["module", "alpha", "participation", "pretrained", "seed"]
+    keys = ["module", "alpha", "participation", "condition", "seed"]
     return table.sort_values("round").groupby(keys, sort=False).last().reset_index()
 
 
@@ -203,7 +218,7 @@ def at_bytes(run: pd.DataFrame, num_bytes: float) -> float:
 def markdown(table: pd.DataFrame, rates: dict[str, float], settings: Settings) -> str:
     """Mean and deviation over seeds by setting; at equal bytes; from random weights; the bytes of a large ViT."""
     last = finals(table)
-    tuned = last[last["pretrained"]]
+    tuned = last[last["condition"] == ""]
     columns = [(alpha, share) for alpha in settings.alphas for share in settings.participation]
     heads = [f"{'IID' if alpha == IID else f'alpha {alpha:g}'}, {share:g}" for alpha, share in columns]
     lines = [f"| module | rate | kB a device sends | {' | '.join(heads)} |", "|" + "---|" * (3 + len(columns))]
@@ -214,7 +229,7 @@ def markdown(table: pd.DataFrame, rates: dict[str, float], settings: Settings) -
         ]
         size = own["payload"].iloc[0] / 1e3
         lines.append(f"| {module} | {rates[module]:g} | {size:,.1f} | {' | '.join(cells)} |")
-    lines += ["", *equal_bytes(table, settings), "", *from_scratch(last, settings), "", *large_vit()]
+    lines += ["", *equal_bytes(table, settings), "", *by_condition(last, settings), "", *large_vit()]
     return "\n".join(lines) + "\n"
 
 
@@ -231,7 +246,7 @@ def equal_bytes(table: pd.DataFrame, settings: Settings) -> list[str]:
         "| module | its MB | its score | full fine-tuning after as many | rounds of it | by one device | rounds of it |"
     ]
     lines.append("|---|---|---|---|---|---|---|")
-    chosen = table[(table["alpha"] == 1.0) & table["pretrained"]]
+    chosen = table[(table["alpha"] == 1.0) & (table["condition"] == "")]
     runs: dict[Any, pd.DataFrame] = dict(iter(chosen.groupby(["module", "participation", "seed"])))
     for module in settings.modules:
         if module == "full" or "full" not in settings.modules:
@@ -248,13 +263,13 @@ def equal_bytes(table: pd.DataFrame, settings: Settings) -> list[str]:
     return lines
 
 
-def from_scratch(last: pd.DataFrame, settings: Settings) -> list[str]:
-    """Pre-trained against random weights."""
-    lines = ["| module | pre-trained | from random weights |", "|---|---|---|"]
+def by_condition(last: pd.DataFrame, settings: Settings) -> list[str]:
+    """Random weights, another split and devices that drop out."""
+    lines = [f"| module | {' | '.join(CONDITIONS.values())} |", "|" + "---|" * (1 + len(CONDITIONS))]
     chosen = last[(last["alpha"] == 1.0) & (last["participation"] == settings.participation[-1])]
     for module in settings.modules:
         own = chosen[chosen["module"] == module]
-        cells = [spread(own[own["pretrained"] == pretrained]["score"]) for pretrained in (True, False)]
+        cells = [spread(own[own["condition"] == condition]["score"]) for condition in CONDITIONS]
         lines.append(f"| {module} | {' | '.join(cells)} |")
     return lines
 
@@ -300,14 +315,14 @@ def draw(table: pd.DataFrame, settings: Settings, path: Path) -> None:
     last, shares = finals(table), sorted(settings.participation)
     alphas, modules = sorted(settings.alphas), list(settings.modules)
     for module in modules:
-        own = last[(last["module"] == module) & last["pretrained"]]
+        own = last[(last["module"] == module) & (last["condition"] == "")]
         for share, style in zip(shares, ("--", "-"), strict=False):
             rows = own[own["participation"] == share].groupby("alpha")["score"].agg(["mean", "std"]).loc[alphas]
             label = module if share == shares[-1] else None
             by_alpha.errorbar(
                 range(len(alphas)), rows["mean"], rows["std"], color=COLOURS[module], linestyle=style, label=label
             )
-        chosen = table[(table["module"] == module) & table["pretrained"] & (table["alpha"] == 1.0)]
+        chosen = table[(table["module"] == module) & (table["condition"] == "") & (table["alpha"] == 1.0)]
         for share, style in ((shares[-1], "-"), (alone(settings), ":")):
             mean = chosen[chosen["participation"] == share].groupby("round")[["bytes", "score"]].mean().iloc[1:]
             label = module if share == shares[-1] else None
@@ -319,12 +334,11 @@ def draw(table: pd.DataFrame, settings: Settings, path: Path) -> None:
     over_bytes.legend(frameon=False, fontsize=8)
     over_bytes.set_title(f"{shares[-1]:.0%} of devices a round; dotted: one device a round, full", fontsize=9)
     chosen = last[(last["alpha"] == 1.0) & (last["participation"] == shares[-1])]
-    for shift, (pretrained, alpha) in enumerate(((True, 1.0), (False, 0.4))):
-        rows = chosen[chosen["pretrained"] == pretrained].groupby("module")["score"].agg(["mean", "std"]).loc[modules]
+    for shift, (condition, alpha) in enumerate((("", 1.0), ("scratch", 0.4))):
+        rows = chosen[chosen["condition"] == condition].groupby("module")["score"].agg(["mean", "std"]).loc[modules]
         places = np.arange(len(modules)) + 0.38 * shift
         colours = [COLOURS[module] for module in modules]
-        label = "pre-trained" if pretrained else "random weights (pale)"
-        start.bar(places, rows["mean"], 0.36, yerr=rows["std"], color=colours, alpha=alpha, label=label)
+        start.bar(places, rows["mean"], 0.36, yerr=rows["std"], color=colours, alpha=alpha)
     start.set_xticks(np.arange(len(modules)) + 0.19, modules)
     start.set_ylabel("held-out score")
     over_bytes.set_ylabel("held-out score")

@@ -42,7 +42,7 @@ def test_modules_are_compared_by_split_participation_bytes_and_start(tmp_path, c
     assert peft_modules.main(settings) == 0
     table = left(tmp_path, "peft_modules")
     assert set(table["module"]) == {"full", "head"} and set(table["alpha"]) == {1.0, float("inf")}
-    assert set(table["pretrained"]) == {True, False}
+    assert set(table["condition"].fillna("")) == {"", "scratch", "shards", "dropouts"}
     assert (table[table["round"] == 0]["bytes"] == 0).all() and np.all(shares(table, "score"))
     of_module = table.groupby("module")["payload"].first()
     assert of_module["full"] > 100 * of_module["head"]
