@@ -5,8 +5,8 @@
         --data workloads/peft_modules.py:as_many_of_each
 
 Each module has the best of three learning rates, chosen on a seed that is not counted. Beside the grid: random weights,
-shards in place of a Dirichlet split, devices that drop out, and full fine-tuning at equal bytes, by as many devices and by
-one a round. Writes peft_modules.csv, .md and .png; a run directory for every setting lies beside them. Runs that are
+shards in place of a Dirichlet split, devices that drop out, and full fine-tuning at equal bytes, by as many devices and
+by one a round. Writes peft_modules.csv, .md and .png; a run directory for every setting lies beside them. Runs that are
 finished are not repeated, one that was interrupted goes on.
 """
 
