@@ -17,6 +17,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ RATES = {"full": 5e-4, "head": 1e-2, "bias": 5e-3, "houlsby": 5e-3, "prompt": 1e
 TUNING_SEED = 100
 IID = math.inf
 CONDITIONS = {
-    "": "as above",
+    "": "pre-trained, Dirichlet",
     "scratch": "from random weights",
     "shards": "two shards a device",
     "dropouts": "half of the devices drop out",
@@ -207,7 +208,7 @@ def measured(summary: dict[str, Any], directory: Path, key: tuple[str, float, fl
 def finals(table: pd.DataFrame) -> pd.DataFrame:
     """The last row of each run."""
     keys = ["module", "alpha", "participation", "condition", "seed"]
-    return table.sort_values("round").groupby(keys, sort=False).last().reset_index()
+    return table.sort_values("round", kind="stable").groupby(keys, sort=False).last().reset_index()
 
 
 def at_bytes(run: pd.DataFrame, num_bytes: float) -> float:
@@ -309,9 +310,9 @@ def vit_b16_elements() -> dict[str, int]:
 
 
 def draw(table: pd.DataFrame, settings: Settings, path: Path) -> None:
-    """Scores by alpha, over bytes, and pre-trained against random weights."""
+    """Scores by alpha, over bytes, and under other conditions."""
     figure = Figure((14, 4), layout="constrained")
-    by_alpha, over_bytes, start = figure.subplots(1, 3)
+    by_alpha, over_bytes, conditions = figure.subplots(1, 3)
     last, shares = finals(table), sorted(settings.participation)
     alphas, modules = sorted(settings.alphas), list(settings.modules)
     for module in modules:
@@ -329,21 +330,21 @@ def draw(table: pd.DataFrame, settings: Settings, path: Path) -> None:
             over_bytes.plot(mean["bytes"] / 1e6, mean["score"], style, color=COLOURS[module], marker=".", label=label)
     by_alpha.set_xticks(range(len(alphas)), ["IID" if alpha == IID else f"{alpha:g}" for alpha in alphas])
     by_alpha.set(xlabel="Dirichlet alpha of labels", ylabel="held-out score")
-    by_alpha.set_title("solid: " + f"{shares[-1]:.0%} of devices a round; dashed: {shares[0]:.0%}", fontsize=9)
+    by_alpha.set_title(f"solid: {shares[-1]:g} of devices a round; dashed: {shares[0]:g}", fontsize=9)
     over_bytes.set(xscale="log", xlabel="MB sent, both ways (alpha 1)")
     over_bytes.legend(frameon=False, fontsize=8)
-    over_bytes.set_title(f"{shares[-1]:.0%} of devices a round; dotted: one device a round, full", fontsize=9)
+    over_bytes.set_title(f"{shares[-1]:g} of devices a round; dotted: one device a round, full", fontsize=9)
     chosen = last[(last["alpha"] == 1.0) & (last["participation"] == shares[-1])]
-    for shift, (condition, alpha) in enumerate((("", 1.0), ("scratch", 0.4))):
-        rows = chosen[chosen["condition"] == condition].groupby("module")["score"].agg(["mean", "std"]).loc[modules]
-        places = np.arange(len(modules)) + 0.38 * shift
-        colours = [COLOURS[module] for module in modules]
-        start.bar(places, rows["mean"], 0.36, yerr=rows["std"], color=colours, alpha=alpha)
-    start.set_xticks(np.arange(len(modules)) + 0.19, modules)
-    start.set_ylabel("held-out score")
-    over_bytes.set_ylabel("held-out score")
-    start.set_title("pre-trained, and from random weights (pale)", fontsize=9)
-    for axes in (by_alpha, over_bytes, start):
+    bar = 0.8 / len(modules)
+    for place, module in enumerate(modules):
+        own = chosen[chosen["module"] == module]
+        own = own.groupby("condition")["score"].agg(["mean", "std"]).loc[list(CONDITIONS)]
+        places = np.arange(len(own)) + bar * (place - (len(modules) - 1) / 2)
+        conditions.bar(places, own["mean"], 0.9 * bar, yerr=own["std"], color=COLOURS[module])
+    conditions.set_xticks(range(len(CONDITIONS)), ["\n".join(wrap(name, 16)) for name in CONDITIONS.values()])
+    conditions.set_ylabel("held-out score")
+    conditions.set_title(f"alpha 1, {shares[-1]:g} of devices a round", fontsize=9)
+    for axes in (by_alpha, over_bytes, conditions):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
 
