@@ -64,8 +64,8 @@ cluster-test: $(SETUP)
 bench: $(SETUP)
 	$(VENV)/python workloads/benchmarks/client_batch.py
 
+# Of 20,000 modules 4,000 are ever imported, and compiled when they are.
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(VENV)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
-	$(VENV)/python -m compileall -qq --workers 0 .venv/lib || true  # not on one core as pip; some files are of no Python
 	touch $@
