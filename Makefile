@@ -1,8 +1,8 @@
 # make run    the main job: FedPEAT over 2,000 devices on real text, a report at the end
 # make quick  lint, layers, and all tests that need no Ray and are no sweeps, some two minutes: while you work
-# make test   lint, layers, types, all tests, and those that compare numbers once more as a plainer processor computes
-# make full   the same, once more as another one does, more cases of what starts processes, and the memory model on
-#             many more random settings
+# make test   lint, layers, types, all tests, and some that compare numbers once more as a plainer processor computes
+# make full   the same, all of these once more as two others do, more cases of what starts processes, and the memory
+#             model on many more random settings
 # make cluster-test  Slurm, `ray up`, an autoscaler and what else needs servers or pretend machines, where their packages
 #             are installed
 # make bench  the benchmarks (minutes; run them on a quiet machine)
@@ -31,16 +31,16 @@ quick: lint
 
 test: lint
 	$(MAKE) --jobs 2 tests types
-	$(MAKE) parity-plain
+	$(MAKE) parity-plain SOME='-m "not sweep and not full"'
 
-full: test parity-avx2
+full: test parity-elsewhere
 	$(PYTEST) -m full
 	FEDPEAT_MEMORY_SETTINGS=40 $(PYTEST) --dist load tests/parity/test_memory_model.py
 
 parity-elsewhere: parity-plain parity-avx2
 
 parity-plain: $(SETUP)
-	ATEN_CPU_CAPABILITY=default $(PYTEST) $(NUMBERS)
+	ATEN_CPU_CAPABILITY=default $(PYTEST) $(SOME) $(NUMBERS)
 
 parity-avx2: $(SETUP)
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) $(NUMBERS)

@@ -29,7 +29,7 @@ from workloads.benchmarks.memory_model import (
     random_setting,
 )
 
-NUM_RANDOM = int(os.environ.get("FEDPEAT_MEMORY_SETTINGS", "3"))  # of each family
+NUM_RANDOM = int(os.environ.get("FEDPEAT_MEMORY_SETTINGS", "1"))  # of each family
 
 SETTINGS = [
     Setting("gpt2", 4, 128, 4096, 1, 32, "lora"),
@@ -122,7 +122,11 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "setting",
-    sweep(SETTINGS + EMULATORS + TASKS, quick=[*SETTINGS[:2], SETTINGS[12], EMULATORS[0], BERT_CLASSES]),
+    sweep(
+        SETTINGS + EMULATORS + TASKS,
+        quick=[*SETTINGS[:2], SETTINGS[12], EMULATORS[0], BERT_CLASSES],
+        full=[*SETTINGS[2:12:2], *EMULATORS[1:40:3], *EMULATORS[2:40:3]],
+    ),
     ids=str,
 )
 def test_peak_is_within_10_percent_on_cpu(setting: Setting) -> None:

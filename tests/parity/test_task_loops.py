@@ -105,11 +105,11 @@ def with_start(model: Any, world: World) -> Any:
 def test_lora_of_a_client_batch_is_that_of_a_plain_peft_loop(families, case):
     world = prepare(tiny_task(families, case), Path())
     family, _ = CASES[case]
-    updates = trained(world, [0, 1, 2])
+    updates = trained(world, [0, 1])
     ours = [dict(world.algorithm.layout.unflatten(update.delta_P)) for update in updates]
     linear = sorted({n.rsplit(".", 2)[0] for n in world.algorithm.layout.names if ".lora_A" in n})
     head = sorted({n.split(".")[0] for n in world.algorithm.layout.names if ".lora_" not in n})
-    for device_id in (0, 1, 2):
+    for device_id in (0, 1):
         settings = peft.LoraConfig(
             r=2,
             lora_alpha=3,
@@ -183,6 +183,7 @@ def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("case", CASES)
 def test_each_module_is_trained_in_batches_as_alone_or_is_refused_in_a_line(families, case, module, grid):
@@ -195,12 +196,11 @@ def test_each_module_is_trained_in_batches_as_alone_or_is_refused_in_a_line(fami
         grid[case, module] = "—"
         return
     grid[case, module] = "✓"
-    together = trained(world, [0, 1, 2])
-    for device_id, update in enumerate(together):
-        (alone,) = trained(world, [device_id])
-        torch.testing.assert_close(update.delta_P, alone.delta_P, rtol=1e-9, atol=1e-9)
-        assert alone.report.train_loss == pytest.approx(update.report.train_loss, rel=1e-9)
-        assert alone.delta_P.count_nonzero() > 0.5 * len(alone.delta_P)
+    _, last = trained(world, [0, 1])
+    (alone,) = trained(world, [1])
+    torch.testing.assert_close(last.delta_P, alone.delta_P, rtol=1e-9, atol=1e-9)
+    assert alone.report.train_loss == pytest.approx(last.report.train_loss, rel=1e-9)
+    assert alone.delta_P.count_nonzero() > 0.5 * len(alone.delta_P)
 
 
 @pytest.fixture(scope="module")

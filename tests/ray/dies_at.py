@@ -1,6 +1,6 @@
 """Run large_scale.py and die by SIGKILL, or get another signal, just before a certain file or folder would appear.
 
-The processes below this one are printed first, a line each.
+The processes below this one are printed first, a line each, then where they listen.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import signal
 from pathlib import Path
 
-from processes import below
+from processes import below, listening
 
 from workloads.large_scale import main
 
@@ -20,7 +20,8 @@ def die_at(ending: str, by: signal.Signals) -> None:
 
     def replace(path: Path, target: Path) -> Path:
         if str(target).endswith(ending):
-            print(*(f"child: {process}" for process in below()), sep="\n", flush=True)
+            print(*(f"child: {process}" for process in below()), sep="\n")
+            print(*(f"listens: {address} {name}" for address, name in listening()), sep="\n", flush=True)
             os.kill(os.getpid(), by)
         return move(path, target)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sys
@@ -47,6 +48,16 @@ def below(process_id: int | None = None) -> list[Known]:
             found.append(Known(child.pid, child.create_time(), child.name()))
         except psutil.NoSuchProcess:
             continue
+    return found
+
+
+def listening() -> list[tuple[str, str]]:
+    """The addresses on which processes below this one wait for connections, and their names."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            name, sockets = child.name(), child.net_connections("tcp")
+            found += [(socket.laddr.ip, name) for socket in sockets if socket.status == psutil.CONN_LISTEN]
     return found
 
 

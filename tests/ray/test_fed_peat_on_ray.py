@@ -116,6 +116,7 @@ def test_two_shards_give_the_adapter_and_the_emulators_of_one(peat_arguments, sh
     assert one["perplexity"]["zero_shot"] == pytest.approx(two["perplexity"]["zero_shot"], rel=1e-5)
 
 
+@pytest.mark.full
 def test_a_run_that_lost_a_rank_ends_with_one_line_and_goes_on_to_the_same_bits(
     peat_arguments, sharded, tmp_path, monkeypatch
 ):

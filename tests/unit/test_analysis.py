@@ -509,8 +509,8 @@ SHAPES: dict[str, Callable[[int, int], float]] = {
 }
 
 
-@pytest.mark.parametrize("rounds", sweep([1, 3, 60], quick=[3]))
-@pytest.mark.parametrize("num_names", sweep([1, 2, 4, 5, 12], quick=[1, 5]))
+@pytest.mark.parametrize("rounds", sweep([1, 3, 60], quick=[3], full=[60]))
+@pytest.mark.parametrize("num_names", sweep([1, 4, 5, 12], quick=[1, 5]))
 def test_the_figure_of_what_was_logged_has_a_panel_a_name(tmp_path, num_names, rounds):
     def logged(round: int) -> dict[str, float]:
         kinds = list(SHAPES)[:3]

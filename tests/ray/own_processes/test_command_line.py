@@ -168,7 +168,10 @@ def test_a_number_that_is_none_ends_with_a_non_zero_exit(runs, capfd):
 
 @pytest.mark.parametrize(
     ("field", "name", "backend"),
-    [("foundation.name", "nobody/no-such-model", "ray"), ("data.name", "nobody/no-such-text", "serial")],
+    [
+        pytest.param("foundation.name", "nobody/no-such-model", "ray", marks=pytest.mark.full),
+        ("data.name", "nobody/no-such-text", "serial"),
+    ],
 )
 def test_a_name_that_the_hub_does_not_give_ends_all_processes(
     field, name, backend, tiny_arguments, short_folder, tmp_path

@@ -59,6 +59,7 @@ def test_a_node_that_is_gone_for_good_is_not_waited_for(tiny_arguments, uninterr
     assert len({event["node"] for event in events(tmp_path / "run", "host_joined")}) == 2
 
 
+@pytest.mark.cluster
 def test_a_lost_head_ends_the_run_with_one_line_and_it_goes_on_elsewhere(
     tiny_arguments, uninterrupted, folder, tmp_path
 ):

@@ -73,6 +73,7 @@ def test_a_submitted_run_gives_the_bits_of_a_local_one_and_outlives_the_job(
     assert [path.name for path in (checkout / "runs").iterdir()] == ["large"]
 
 
+@pytest.mark.full
 def test_a_submitted_run_that_is_refused_fails_with_the_line_that_says_why(submit, tiny_arguments, tmp_path):
     ended = submit(tiny_arguments("--cohort-size", 51, "--hosts.backend", "ray"))
     assert ended.returncode != 0

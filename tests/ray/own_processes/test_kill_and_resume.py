@@ -39,11 +39,16 @@ def test_a_killed_run_that_is_resumed_gives_the_bits_of_one_never_interrupted(
     assert len(events(run, "resumed")) == 1
 
 
-def test_a_killed_run_on_ray_leaves_no_process_and_resumes_to_the_same_bits(tiny_arguments, uninterrupted, tmp_path):
+def test_a_killed_run_on_ray_of_its_own_was_on_loopback_leaves_no_process_and_resumes_to_the_same_bits(
+    tiny_arguments, uninterrupted, tmp_path
+):
     run = tmp_path / "run"
     command_line = tiny_arguments("--out", run, "--hosts.backend", "ray", "--hosts.num-hosts", 1)
     children = _run_and_die("rounds/00004.parquet", command_line, tmp_path / "log")
     assert {"raylet", "gcs_server", "ray::Host"} <= {process.name for process in children}
+    listening = [line.split(maxsplit=2)[1:] for line in _lines(tmp_path / "log", "listens: ")]
+    assert {"raylet", "gcs_server"} <= {name for _, name in listening}
+    assert {address.removeprefix("::ffff:") for address, _ in listening} == {"127.0.0.1"}
     assert not living([process for process in children if process.name not in PATIENT])
     assert main(["--resume", str(run), "--hosts.backend", "serial"]) == 0
     assert_same_bits(uninterrupted, run)
@@ -70,10 +75,12 @@ def test_rounds_that_were_logged_after_the_checkpoint_are_taken_back(tiny_argume
 def _run_and_die(ending: str, arguments: list[str], log: Path) -> list[Known]:
     """A run killed just before the file or folder appears; returns the processes it had below it."""
     status = forked(log, log, dies_at.run, ending, signal.SIGKILL, arguments)
-    text = log.read_text()
-    assert status == -signal.SIGKILL, text
-    lines = [line for line in text.splitlines() if line.startswith("child: ")]
-    return [Known.parse(line.removeprefix("child: ")) for line in lines]
+    assert status == -signal.SIGKILL, log.read_text()
+    return [Known.parse(line.removeprefix("child: ")) for line in _lines(log, "child: ")]
+
+
+def _lines(log: Path, beginning: str) -> list[str]:
+    return [line for line in log.read_text().splitlines() if line.startswith(beginning)]
 
 
 def _visible(folder: Path) -> list[str]:

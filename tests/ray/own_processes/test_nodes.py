@@ -19,6 +19,8 @@ from whole_runs import events, summary, table
 
 from fedpeat_ray import Simulation
 
+pytestmark = pytest.mark.cluster
+
 
 @dataclass(frozen=True)
 class Cluster:

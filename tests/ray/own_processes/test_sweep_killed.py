@@ -31,7 +31,7 @@ def test_a_sweep_killed_in_the_middle_and_resumed_ends_with_the_table_of_an_undi
     tiny_arguments: Callable[..., list[str]], tmp_path: Path, capsys, small_images
 ):
     def sweep(name: str, *hosts: object) -> list[str]:
-        vary = ("--vary", "algorithm=fed-peft,fed-avg", "--seeds", 0, 1, 2)
+        vary = ("--vary", "algorithm=fed-peft,fed-avg", "--seeds", 0, 1)
         return tiny_arguments("--out", tmp_path / name, "--rounds", 2, "--local.learning-rate", 1e-3, *vary, *hosts)
 
     assert main(sweep("undisturbed")) == 0
@@ -40,15 +40,15 @@ def test_a_sweep_killed_in_the_middle_and_resumed_ends_with_the_table_of_an_undi
     assert forked(said, said, killed_after, 2, on_ray) == -signal.SIGKILL, said.read_text()
     killed = tmp_path / "killed"
     finished = [path.parent for path in killed.glob("*/summary.json")]
-    assert 2 <= len(finished) < 6 and not (killed / "table.md").exists()
+    assert 2 <= len(finished) < 4 and not (killed / "table.md").exists()
     before = {path: (path / "summary.json").stat().st_mtime_ns for path in finished}
-    assert forked(said, said, main, on_ray) == 0, said.read_text()
+    assert main(sweep("killed")) == 0
     assert {path: (path / "summary.json").stat().st_mtime_ns for path in finished} == before, "nothing is repeated"
     for run in (tmp_path / "undisturbed").glob("*/"):
         assert_same_bits(run, killed / run.name)
     table = (killed / "table.md").read_text()
     assert table == (tmp_path / "undisturbed" / "table.md").read_text()
-    assert "| fed-peft (3 seeds) | fed-avg (3 seeds) |" in table and (killed / "comparison.html").exists()
+    assert "| fed-peft (2 seeds) | fed-avg (2 seeds) |" in table and (killed / "comparison.html").exists()
 
 
 def test_a_setting_that_there_is_not_is_refused_with_one_line(tmp_path, capsys):
