@@ -132,7 +132,8 @@ def other_modules() -> Iterator[tuple[str, str]]:
             yield from ((case, module) for module in ("prompt", "prefix"))
 
 
-@pytest.mark.parametrize(("case", "module"), other_modules())
+@pytest.mark.sweep
+@pytest.mark.parametrize(("case", "module"), list(other_modules()))
 def test_other_modules_of_a_client_batch_are_those_of_plain_peft_loops(families, case, module, tmp_path):
     settings = tiny_task(families, case)
     settings = dataclasses.replace(settings, peft=dataclasses.replace(settings.peft, module=module))
@@ -155,6 +156,7 @@ def test_other_modules_of_a_client_batch_are_those_of_plain_peft_loops(families,
             torch.testing.assert_close(ours[device_id][name], delta, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", CASES)
 def test_an_adapter_loads_in_peft_with_the_logged_score(families, case, tmp_path):
     settings = tiny_task(families, case, dtype="float32", out=tmp_path / "run")

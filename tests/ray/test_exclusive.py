@@ -66,7 +66,7 @@ def heavy_dir(tmp_path_factory: pytest.TempPathFactory, gpt2_dir: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.full), "bfloat16"])
 def test_a_device_that_the_memory_model_just_admits_trains_and_one_that_is_too_small_does_not(pool, heavy_dir, dtype):
     foundation = foundations.prepare(str(heavy_dir), dtype)
     model = foundations.load(foundation)

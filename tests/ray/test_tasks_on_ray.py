@@ -15,7 +15,7 @@ from fedpeat_ray.runtime.host_pool import HostPool
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
-@pytest.mark.parametrize("case", ["roberta", "roberta masked", "t5", "vit"])
+@pytest.mark.parametrize("case", ["roberta", pytest.param("roberta masked", marks=pytest.mark.full), "t5", "vit"])
 def test_two_hosts_give_the_bits_of_a_serial_run(case: str, pool: HostPool, tmp_path: Path):
     family, _ = CASES[case]
     assert family in MODELS

@@ -211,7 +211,7 @@ def whole_of(gpt2_dir: Path, text_dir: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("algorithm", sweep(["fed-peft", "fed-avg"], quick=["fed-peft"]))
-@pytest.mark.parametrize(("stopped_in", "checkpoint_every"), sweep(STOPS, quick=[(3, 2)]))
+@pytest.mark.parametrize(("stopped_in", "checkpoint_every"), sweep(STOPS, quick=[(3, 2)], full=[(1, 2), (4, 10)]))
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
     run, tiny, whole_of, tmp_path, monkeypatch, algorithm, stopped_in, checkpoint_every
 ):

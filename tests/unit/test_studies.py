@@ -33,7 +33,7 @@ def test_modules_are_compared_by_split_participation_bytes_and_start(tmp_path, c
         alphas=(1.0,),
         participation=(0.5,),
         seeds=(0,),
-        rounds=2,
+        rounds=1,
         num_devices=4,
         documents_per_device=8,
         num_heldout=40,

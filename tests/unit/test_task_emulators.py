@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sweeps import sweep
 from task_models import CASES, MODELS, public_data_for, tiny_task, write_family_for_tasks
 from torch import Tensor, nn
 
@@ -105,7 +106,7 @@ def test_what_is_distilled_is_the_output_of_the_middle_and_where_labels_are_in_t
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("case", sweep(OTHERS, quick=["vit"], full=["gpt2 classifier", "llama classifier", "bert"]))
 def test_devices_of_every_task_tune_on_distilled_emulators_that_are_aligned_anew(case, configured, tmp_path):
     choices = {"weights": "elastic", "choice": "influence", "realign_every": 1, "realign_steps": 2}
     config = dataclasses.replace(configured(case, "float32", **choices), rounds=2)
@@ -113,6 +114,9 @@ def test_devices_of_every_task_tune_on_distilled_emulators_that_are_aligned_anew
     scores = summary["scores"]
     assert summary["rounds"] == 2 and scores["plug_in"] == scores["tuned"] and np.isfinite(scores["tuned"])
     assert scores["emulator_tuned"].keys() == {"1", "2"}
+    perplexity = summary["perplexity"]
+    assert perplexity["emulator_tuned"]["1"] != perplexity["emulator_zero_shot"]["1"]
+    assert perplexity["tuned"] != perplexity["zero_shot"]
     assert len(list((tmp_path / "run" / "emulators").iterdir())) == 2
 
 

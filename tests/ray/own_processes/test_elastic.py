@@ -19,6 +19,8 @@ from whole_runs import assert_same_bits, events
 from fedpeat_ray.runtime.head_watch import STATUS
 from workloads.large_scale import main
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
@@ -59,7 +61,6 @@ def test_a_node_that_is_gone_for_good_is_not_waited_for(tiny_arguments, uninterr
     assert len({event["node"] for event in events(tmp_path / "run", "host_joined")}) == 2
 
 
-@pytest.mark.cluster
 def test_a_lost_head_ends_the_run_with_one_line_and_it_goes_on_elsewhere(
     tiny_arguments, uninterrupted, folder, tmp_path
 ):
@@ -111,7 +112,6 @@ def wait_until_alone(environment: dict[str, str], address: str) -> int:
     return 0
 
 
-@pytest.mark.cluster
 def test_an_autoscaler_brings_the_nodes_that_a_round_has_work_for_and_takes_them_back(
     tiny_arguments, uninterrupted, folder, tmp_path
 ):
