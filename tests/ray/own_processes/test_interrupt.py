@@ -40,7 +40,8 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(stop, status, tiny_argume
     assert_same_bits(uninterrupted, run)
 
 
-@pytest.mark.parametrize("stop", [pytest.param("SIGINT", marks=pytest.mark.full), "SIGTERM"])
+@pytest.mark.full
+@pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM"])
 def test_hosts_end_with_an_interrupted_run(stop, tiny_arguments, tmp_path):
     run = tmp_path / "run"
     arguments = tiny_arguments("--out", run, "--hosts.backend", "ray", "--hosts.num-hosts", 1)
