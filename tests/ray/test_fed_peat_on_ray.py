@@ -145,6 +145,7 @@ def test_a_run_that_lost_a_rank_ends_with_one_line_and_goes_on_to_the_same_bits(
     assert emulator_files(sharded) == emulator_files(tmp_path / "run")
 
 
+@pytest.mark.full
 def test_a_server_that_takes_part_does_so_on_its_shards_while_devices_are_on_hosts(pool, peat_arguments, tmp_path):
     words = "--emulator.server-steps 2 --emulator.choice influence --foundation.dtype float32 --rounds 2".split()
     Simulation(parse(peat_arguments("--out", tmp_path / "one", *words))).run()

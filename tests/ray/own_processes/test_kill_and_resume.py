@@ -20,10 +20,12 @@ PATIENT = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # Ray's own: without 
 @pytest.mark.parametrize(
     ("ending", "checkpoint", "rounds"),
     [
-        ("checkpoints/00000", [], []),
+        pytest.param("checkpoints/00000", [], [], marks=pytest.mark.full),
         ("rounds/00003.parquet", ["00002"], ["00001.parquet", "00002.parquet"]),
         ("checkpoints/00004", ["00002"], [f"0000{round}.parquet" for round in range(1, 5)]),
-        ("summary.json", ["00004"], [f"0000{round}.parquet" for round in range(1, 5)]),
+        pytest.param(
+            *("summary.json", ["00004"], [f"0000{round}.parquet" for round in range(1, 5)]), marks=pytest.mark.full
+        ),
     ],
     ids=["before the first checkpoint", "between the parts of a round", "in a checkpoint", "before the summary"],
 )
